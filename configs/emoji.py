@@ -1,0 +1,155 @@
+"""The embedded model: tokenizer, base and two super-resolution stages on the emoji theatre, sized for a CPU.
+
+Where these differ from the paper (section 1.7 of Table 8) it is for compute: a Haar front end of 4, patches twice as
+large, narrow and shallow networks, a small world. The path is the same.
+"""
+
+from __future__ import annotations
+
+from walt.training.job import (
+    DataJob,
+    DenoiserJob,
+    DiffusionJob,
+    OptimizerJob,
+    RunJob,
+    Shape,
+    TokenizerJob,
+    TokenizerLoss,
+)
+
+TOKENIZER = {
+    "encoder_widths": (48, 96),
+    "decoder_widths": (80, 112),
+    "temporal_downsample": (False,),
+    "layers_per_block": 2,
+    "patch_size": 4,
+    "front_end": "haar",
+}
+
+
+def tokenizer() -> TokenizerJob:
+    """One tokenizer for all three resolutions, on cuts around the subject. About 25 minutes on 2 CPU cores."""
+    return TokenizerJob(
+        model=TOKENIZER,
+        data=DataJob(seed=1),
+        shapes=(
+            Shape(frames=17, height=128, width=224, cut=64, weight=2),
+            Shape(frames=17, height=256, width=448, cut=64, weight=2),
+            Shape(frames=17, height=512, width=896, cut=64, weight=2),
+            Shape(frames=1, height=128, width=224, cut=96, weight=4),
+            Shape(frames=1, height=256, width=448, cut=96, weight=4),
+            Shape(frames=1, height=512, width=896, cut=96, weight=4),
+        ),
+        batch_pixels=4 * 17 * 64 * 64,
+        loss=TokenizerLoss(
+            perceptual=0.1,
+            perceptual_weights="cache/lpips_vgg.safetensors",
+            perceptual_frames=3,
+            latent_noise=0.1,
+            latent_penalty=1e-4,
+        ),
+        optimizer=OptimizerJob(lr=1e-3, betas=(0.9, 0.99), warmup_steps=50, clip_norm=1.0),
+        run=RunJob(output="runs/emoji-tokenizer", steps=1100, ema_decay=0.995, checkpoint_every=100),
+    )
+
+
+def decoder() -> TokenizerJob:
+    """The decoder goes on alone, encoder and latent statistics frozen, while the stages train on the latents."""
+    first = tokenizer()
+    return first.model_copy(
+        update={
+            "init": "runs/emoji-tokenizer/final",
+            "freeze_encoder": True,
+            "data": DataJob(seed=4),
+            "optimizer": first.optimizer.model_copy(update={"lr": 1e-3}),
+            "run": first.run.model_copy(update={"output": "runs/emoji-decoder", "steps": 1200}),
+        }
+    )
+
+
+BASE = {
+    "patch_size": 2,
+    "num_layers": 8,
+    "num_attention_heads": 4,
+    "attention_head_dim": 64,
+    "ffn_dim": 512,
+    "text_dim": 384,
+    "sample_size": (5, 16, 28),
+    "relative_positions": "rope",
+    "spatiotemporal_window": None,
+}
+
+SUPER_RESOLUTION = {
+    "num_layers": 8,
+    "num_attention_heads": 4,
+    "attention_head_dim": 32,
+    "ffn_dim": 512,
+    "absolute_positions": False,
+    "relative_positions": "rope",
+    "spatial_window": (8, 8),
+    "spatiotemporal_window": (4, 4),
+    "self_conditioning": False,
+    "low_res_channels": 8,
+}
+
+
+def base() -> DenoiserJob:
+    """Text to 128x224 video and images: joint packs of clips, second chunks and stills of three shapes."""
+    return DenoiserJob(
+        model=BASE,
+        tokenizer="runs/emoji-tokenizer/final",
+        text_encoder="cache/text_encoder",
+        text_tokenizer="cache/tokenizer",
+        data=DataJob(seed=2),
+        shapes=(
+            Shape(frames=17, height=128, width=224, weight=2),
+            Shape(frames=17, height=128, width=224, start=12, weight=1),
+            Shape(frames=1, height=128, width=224, weight=4),
+            Shape(frames=1, height=128, width=128, weight=1),
+            Shape(frames=9, height=128, width=128, weight=0.5),
+        ),
+        batch_tokens=2240,
+        diffusion=DiffusionJob(self_conditioning_probability=0.5, frame_prediction_probability=0.15),
+        optimizer=OptimizerJob(lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01, warmup_steps=50),
+        run=RunJob(output="runs/emoji-base", steps=2000, ema_decay=0.998, checkpoint_every=100),
+    )
+
+
+def _super_resolution(output: str, patch: int, height: int, cut: int, steps: int) -> DenoiserJob:
+    width = height * 7 // 4
+    return DenoiserJob(
+        model={**SUPER_RESOLUTION, "patch_size": patch, "sample_size": (5, height // 8, width // 8)},
+        tokenizer="runs/emoji-tokenizer/final",
+        data=DataJob(seed=3),
+        shapes=(
+            Shape(frames=17, height=height, width=width, cut=cut, weight=2),
+            Shape(frames=17, height=height, width=width, start=12, cut=cut, weight=2),
+            Shape(frames=1, height=height, width=width, cut=cut, weight=1),
+            Shape(frames=1, height=height, width=width, weight=1),
+        ),
+        batch_tokens=2240,
+        diffusion=DiffusionJob(
+            self_conditioning_probability=0.0, frame_prediction_probability=0.15, max_noise_level=300
+        ),
+        optimizer=OptimizerJob(lr=2e-3, betas=(0.9, 0.99), weight_decay=0.01, warmup_steps=50),
+        run=RunJob(output=output, steps=steps, ema_decay=0.995, checkpoint_every=100),
+    )
+
+
+def super_resolution_1() -> DenoiserJob:
+    """128x224 -> 256x448: small windows and rotary positions, so that training on cuts carries over to whole frames."""
+    return _super_resolution("runs/emoji-sr1", patch=2, height=256, cut=128, steps=800)
+
+
+def super_resolution_2() -> DenoiserJob:
+    """256x448 -> 512x896: the same network with patches of 4, as Table 8 has it."""
+    return _super_resolution("runs/emoji-sr2", patch=4, height=512, cut=256, steps=800)
+
+
+RECIPES = {
+    "tokenizer": tokenizer,
+    "decoder": decoder,
+    "base": base,
+    "super_resolution_1": super_resolution_1,
+    "super_resolution_2": super_resolution_2,
+}

@@ -1,0 +1,522 @@
+"""What walt's pipelines share: text encoding, guided prediction, the denoising loop, chunks, and diffusers' conventions.
+
+Letters: B samples (prompts times videos per prompt), C channels, t h w latent grid, T H W frames and pixels.
+Each sample is its own entry of a packed forward with its text at its true length, and draws its noise from its own seed, so
+a sample never depends on the rest of its batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import logging
+from diffusers.video_processor import VideoProcessor
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from walt.chunking import OVERLAP_FRAMES, OVERLAP_LATENTS, chunk_length, chunk_starts, join_chunks, latent_frames
+from walt.diffusion import add_noise, guide, x0_from_velocity
+from walt.errors import WaltError
+from walt.latents import denormalize, normalize
+from walt.tokenizers.text import CompactTextEncoder
+
+logger = logging.get_logger(__name__)
+
+Generators = torch.Generator | list[torch.Generator] | None
+StepCallback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any] | None]
+
+MAX_PACK_TOKENS = 2**17  # a pack larger than this is split over several forwards (memory; the result is the same)
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+# What a number drawn from a sample's seed is for.
+START_NOISE, LOW_RES_NOISE = 0, 1
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Text states `(B, S, D)` with masks `(B, S)` (1 = counts), and those that guidance steers away from."""
+
+    embeds: Tensor | None = None
+    mask: Tensor | None = None
+    negative_embeds: Tensor | None = None
+    negative_mask: Tensor | None = None
+
+    def rows(self, negative: bool) -> list[Tensor] | None:
+        """Per sample its states `(S_i, D)` alone, without padding."""
+        embeds, mask = (self.negative_embeds, self.negative_mask) if negative else (self.embeds, self.mask)
+        if embeds is None:
+            return None
+        if mask is None:
+            return list(embeds)
+        return [states[keep.bool()] for states, keep in zip(embeds, mask, strict=True)]
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What else the denoiser is told about one chunk; every tensor starts with B."""
+
+    class_labels: Tensor | None = None  # (B,) long
+    frame_latents: Tensor | None = None  # (B, C, t, h, w), given where frame_mask is 1
+    frame_mask: Tensor | None = None  # (B, 1, t, h, w)
+    low_res: Tensor | None = None  # (B, C, t, h/2, w/2), noised
+    noise_level: int | None = None  # timestep of that noise
+
+
+# -- randomness ----------------------------------------------------------------------------------------------------------
+
+
+def sample_seeds(generator: Generators, batch: int) -> list[int]:
+    """One seed per sample, drawn from its generator (a list), from the one generator in turn, or from torch's global one."""
+    if isinstance(generator, list) and len(generator) != batch:
+        raise WaltError(f"generator is a list of {len(generator)}, but {batch} samples are made: give one per sample")
+    sources = generator if isinstance(generator, list) else [generator] * batch
+    return [
+        int(torch.randint(2**63 - 1, (), generator=source, device=source.device if source else "cpu")) for source in sources
+    ]
+
+
+def seeded_noise(seeds: Sequence[int], chunk: int, purpose: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Float32 noise `(B, *shape)`: row i depends on seeds[i], the chunk and the purpose alone, not on what ran before.
+
+    So the first 17 frames of a long video start from the noise of the short one, on every device.
+    """
+    rows = []
+    for seed in seeds:
+        state = np.random.SeedSequence([seed, chunk, purpose]).generate_state(1, np.uint64)[0]
+        source = torch.Generator().manual_seed(int(state) & (2**63 - 1))
+        rows.append(torch.randn(shape, generator=source))
+    return torch.stack(rows).to(device)
+
+
+# -- pixels and latents --------------------------------------------------------------------------------------------------
+
+
+def encode_video(vae: Any, video: Tensor) -> Tensor:
+    """`(B, 3, 1+4k, H, W)` in [-1, 1] -> normalised float32 latents `(B, C, 1+k, H/8, W/8)`."""
+    latents = vae.encode(video.to(vae.device, vae.dtype)).latent_dist.mode().float()
+    return normalize(latents, *_statistics(vae, latents.shape[1]))
+
+
+def decode_latents(vae: Any, latents: Tensor) -> Tensor:
+    """The inverse: normalised latents of one chunk -> float32 video in [-1, 1], clamped; one sample at a time."""
+    raw = denormalize(latents, *_statistics(vae, latents.shape[1])).to(vae.device, vae.dtype)
+    return torch.cat([vae.decode(z).sample.float().clamp(-1, 1) for z in raw.split(1)])
+
+
+def _statistics(vae: Any, channels: int) -> tuple[list[float], list[float]]:
+    mean, std = vae.config.latents_mean, vae.config.latents_std
+    return list(mean or [0.0] * channels), list(std or [1.0] * channels)
+
+
+# -- one prediction, one chunk, all chunks -------------------------------------------------------------------------------
+
+
+def predict(
+    transformer: Any,
+    x: Tensor,
+    timestep: Tensor,
+    prompt: Prompt,
+    conditions: Conditions,
+    x0: Tensor | None,
+    guided: bool,
+    attention_kwargs: dict[str, Any] | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """v of every sample, and without its text or class where `guided`: all of it in one packed forward if it fits.
+
+    Args:
+        x: noisy latents `(B, C, t, h, w)`.
+        timestep: one number, the same for all.
+        x0: the previous estimate of the clean latents (self-conditioning), None for zeros.
+
+    Returns:
+        (conditional, unconditional or None), float32 `(B, C, t, h, w)`.
+    """
+    config, dtype, batch = transformer.config, transformer.dtype, len(x)
+    branches = (False, True) if guided else (False,)
+    rows = [(i, negative) for negative in branches for i in range(batch)]
+    text = {negative: prompt.rows(negative) for negative in branches}
+
+    def pick(values: Tensor | None, part: list[tuple[int, bool]]) -> list[Tensor] | None:
+        return None if values is None else [values[i].to(dtype) for i, _ in part]
+
+    def forward(part: list[tuple[int, bool]]) -> list[Tensor]:
+        given: dict[str, Any] = {"self_conditioning": pick(x0, part)} if config.self_conditioning else {}
+        if config.text_dim is not None:
+            states = [(text[negative] or [])[i].to(dtype) for i, negative in part]
+            given["encoder_hidden_states"] = states
+        if conditions.class_labels is not None:
+            null = torch.full_like(conditions.class_labels[0], config.num_classes)
+            given["class_labels"] = torch.stack([null if neg else conditions.class_labels[i] for i, neg in part])
+        if conditions.frame_mask is not None:
+            # Given frames stay in both branches: guidance is about the text.
+            given["frame_latents"] = pick(conditions.frame_latents, part)
+            given["frame_mask"] = pick(conditions.frame_mask, part)
+        if conditions.low_res is not None:
+            given["low_res_hidden_states"] = pick(conditions.low_res, part)
+            given["low_res_noise_level"] = torch.full((len(part),), conditions.noise_level, device=x.device)
+        times = timestep.to(x.device).expand(len(part))
+        out = transformer(pick(x, part), times, attention_kwargs=attention_kwargs, return_dict=False, **given)
+        return list(out[0])
+
+    tokens = x[0, 0].numel() // config.patch_size**2
+    size = max(1, MAX_PACK_TOKENS // tokens)
+    out: list[Tensor] = []
+    for start in range(0, len(rows), size):
+        with transformer.cache_context(f"pack_{start}"):
+            out += forward(rows[start : start + size])
+    v = torch.stack(out).float()
+    return v[:batch], v[batch:] if guided else None
+
+
+def denoise(
+    pipe: SamplingPipeline, transformer: Any, noise: Tensor, steps: int, prompt: Prompt, conditions: Conditions
+) -> tuple[Tensor, Prompt]:
+    """One chunk from noise to clean latents with the pipeline's scheduler.
+
+    Given frames enter every step exactly as in training (the clean latents at that step's noise), and are returned as given.
+
+    Args:
+        noise: standard normal `(B, C, t, h, w)`.
+        steps: inference steps.
+
+    Returns:
+        Clean normalised latents like `noise`, and the prompt (a callback may have changed it).
+    """
+    scheduler = pipe.scheduler
+    # Anew for every chunk: multistep schedulers remember past predictions.
+    scheduler.set_timesteps(steps, device=noise.device)
+    keep = None if conditions.frame_mask is None else conditions.frame_mask.bool()
+    x, x0 = noise * scheduler.init_noise_sigma, None
+    for t in scheduler.timesteps:
+        if pipe.interrupt:
+            break
+        pipe._current_timestep = t
+        step = t.round().long()
+        x_t = scheduler.scale_model_input(x, t)
+        if keep is not None and conditions.frame_latents is not None:
+            x_t = torch.where(keep, add_noise(scheduler, conditions.frame_latents, noise, step), x_t)
+        guided = pipe.do_classifier_free_guidance
+        cond, uncond = predict(transformer, x_t, t, prompt, conditions, x0, guided, pipe.attention_kwargs)
+        v = cond if uncond is None else guide(cond, uncond, pipe.guidance_scale, pipe.guidance_rescale)
+        x0 = x0_from_velocity(scheduler, v, x_t, step)
+        x = scheduler.step(v, t, x, return_dict=False)[0]
+        x, prompt = pipe._end_step(t, x, prompt)
+    pipe._current_timestep = None
+    if keep is not None and conditions.frame_latents is not None:
+        x = torch.where(keep, conditions.frame_latents, x)
+    return x, prompt
+
+
+def denoise_chunks(
+    pipe: SamplingPipeline,
+    transformer: Any,
+    prompt: Prompt,
+    *,
+    seeds: Sequence[int],
+    num_frames: int,
+    size: tuple[int, int],
+    steps: int,
+    decode: bool,
+    latents: Tensor | None = None,
+    class_labels: Tensor | None = None,
+    low_res_video: Tensor | None = None,
+    noise_level: int | None = None,
+) -> Tensor:
+    """A whole video, chunk by chunk; each later chunk is given the last frames of the one before, re-encoded.
+
+    Args:
+        seeds: one per sample.
+        num_frames: as `chunk_starts` allows.
+        size: (h, w) of the latents.
+        decode: whether to return frames or latents.
+        latents: start noise `(B, C, t, h, w)` in place of the seeds', t counting the latent frames of all chunks.
+        low_res_video: `(B, 3, T, H/2, W/2)` in [-1, 1] for super-resolution; cut into the same chunks.
+        noise_level: timestep of the noise that the low-resolution latents get.
+
+    Returns:
+        `(B, 3, T, H, W)` in [-1, 1], or the normalised latents of all chunks `(B, C, t, h, w)`.
+    """
+    vae, device, starts = pipe.vae, pipe._execution_device, chunk_starts(num_frames)
+    length = chunk_length(num_frames)
+    shape = (int(transformer.config.in_channels), latent_frames(length), *size)
+    if latents is not None:
+        expected = (len(seeds), shape[0], shape[1] * len(starts), *size)
+        if tuple(latents.shape) != expected:
+            raise WaltError(f"latents must have the shape {expected}, got {tuple(latents.shape)}")
+    videos: list[Tensor] = []
+    results: list[Tensor] = []
+    for k, start in enumerate(starts):
+        conditions = Conditions(class_labels=class_labels)
+        if low_res_video is not None and noise_level is not None:
+            small = encode_video(vae, low_res_video[:, :, start : start + length]).to(device)
+            noise = seeded_noise(seeds, k, LOW_RES_NOISE, tuple(small.shape[1:]), device)
+            conditions = replace(
+                conditions, low_res=add_noise(pipe.scheduler, small, noise, noise_level), noise_level=noise_level
+            )
+        if k:
+            past = encode_video(vae, videos[-1][:, :, -OVERLAP_FRAMES:]).to(device)
+            given, mask = past.new_zeros(len(seeds), *shape), past.new_zeros(len(seeds), 1, *shape[1:])
+            given[:, :, :OVERLAP_LATENTS], mask[:, :, :OVERLAP_LATENTS] = past, 1
+            conditions = replace(conditions, frame_latents=given, frame_mask=mask)
+        if latents is None:
+            noise = seeded_noise(seeds, k, START_NOISE, shape, device)
+        else:
+            noise = latents[:, :, k * shape[1] : (k + 1) * shape[1]].to(device, torch.float32)
+        x, prompt = denoise(pipe, transformer, noise, steps, prompt, conditions)
+        results.append(x)
+        if decode or k + 1 < len(starts):
+            videos.append(decode_latents(vae, x))
+    return join_chunks(videos) if decode else torch.cat(results, dim=2)
+
+
+# -- checks --------------------------------------------------------------------------------------------------------------
+
+
+def check_frames(num_frames: int, transformer: Any) -> None:
+    """Raises a WaltError when `num_frames` does not fit chunks, or needs several and the denoiser takes no given frames."""
+    if len(chunk_starts(num_frames)) > 1 and not transformer.config.frame_conditioning:
+        raise WaltError(f"num_frames={num_frames} needs a transformer with frame_conditioning; this one makes up to 17")
+
+
+def check_size(height: int, width: int, multiple: int) -> None:
+    """Raises a WaltError unless both are positive multiples of `multiple`, naming the nearest that are."""
+    for name, value in (("height", height), ("width", width)):
+        if not isinstance(value, int) or value < 1 or value % multiple:
+            near = max(multiple, round(value / multiple) * multiple)
+            raise WaltError(f"{name}={value} does not fit: it must be a multiple of {multiple}, for instance {near}")
+
+
+def check_range(name: str, value: float, low: float, high: float = float("inf"), whole: bool = False) -> None:
+    """Raises a WaltError unless low <= value <= high (and value is an integer where `whole`)."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not low <= value <= high or (whole and not isinstance(value, int)):
+        kind = "an integer" if whole else "a number"
+        bounds = f"of at least {low}" if high == float("inf") else f"from {low} to {high}"
+        raise WaltError(f"{name} must be {kind} {bounds}, got {value!r}")
+
+
+# -- diffusers' conventions ----------------------------------------------------------------------------------------------
+
+
+class SamplingPipeline(DiffusionPipeline):
+    """Base of walt's pipelines: properties, text encoding and callbacks as every diffusers pipeline has them."""
+
+    model_cpu_offload_seq = "text_encoder->transformer->vae"
+    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+    tokenizer: PreTrainedTokenizerBase | None
+    text_encoder: PreTrainedModel | CompactTextEncoder | None
+    vae: Any
+    transformer: Any
+    scheduler: Any
+
+    def _set_up(self) -> None:
+        """Values derived from components, each of which may be absent."""
+        self.vae_scale_factor_spatial = int(self.vae.spatial_compression_ratio) if getattr(self, "vae", None) else 8
+        self.vae_scale_factor_temporal = int(self.vae.temporal_compression_ratio) if getattr(self, "vae", None) else 4
+        self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor_spatial, do_resize=False)
+        self._guidance_scale = 1.0
+        self._guidance_rescale = 0.0
+        self._attention_kwargs: dict[str, Any] | None = None
+        self._num_timesteps = 0
+        self._current_timestep: Any = None
+        self._interrupt = False
+
+    @property
+    def guidance_scale(self) -> float:
+        """Scale of the guidance of the running call; a callback may set `_guidance_scale`."""
+        return self._guidance_scale
+
+    @property
+    def guidance_rescale(self) -> float:
+        """phi of `walt.diffusion.guide`."""
+        return self._guidance_rescale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the unconditional branch is computed too."""
+        return self._guidance_scale > 1
+
+    @property
+    def attention_kwargs(self) -> dict[str, Any] | None:
+        """Passed on to the transformer."""
+        return self._attention_kwargs
+
+    @property
+    def num_timesteps(self) -> int:
+        """Denoising steps of the whole call, over all its chunks (and stages)."""
+        return self._num_timesteps
+
+    @property
+    def current_timestep(self) -> Any:
+        """The timestep being computed, None outside the loop."""
+        return self._current_timestep
+
+    @property
+    def interrupt(self) -> bool:
+        """A callback that sets `_interrupt` ends the denoising; what there is is decoded."""
+        return self._interrupt
+
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None,
+        negative_prompt: str | list[str] | None = None,
+        do_classifier_free_guidance: bool = True,
+        num_videos_per_prompt: int = 1,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        prompt_embeds_mask: Tensor | None = None,
+        negative_prompt_embeds_mask: Tensor | None = None,
+        max_sequence_length: int = 128,
+        device: torch.device | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """Text states of prompts, or the given ones, repeated for every video.
+
+        Args:
+            prompt: P prompts (or one), None when `prompt_embeds` are given.
+            negative_prompt: what to steer away from, one for all or one per prompt; None for the empty text.
+            do_classifier_free_guidance: whether negative states are needed.
+            num_videos_per_prompt: videos per prompt n.
+            prompt_embeds, negative_prompt_embeds: `(P, S, D)`.
+            prompt_embeds_mask, negative_prompt_embeds_mask: `(P, S)`, 1 where a state counts; None where all do.
+            max_sequence_length: longer texts are cut (with a warning).
+            device: of the results.
+
+        Returns:
+            prompt_embeds, negative_prompt_embeds `(P * n, S, D)`, and their masks `(P * n, S)`.
+        """
+        device = device or self._execution_device
+        if prompt_embeds is None and prompt is not None:
+            texts = [prompt] if isinstance(prompt, str) else list(prompt)
+            prompt_embeds, prompt_embeds_mask = self._encode_text(texts, max_sequence_length, device)
+        if negative_prompt_embeds is None and do_classifier_free_guidance and prompt_embeds is not None:
+            if self.text_encoder is None:
+                raise WaltError(
+                    "guidance_scale > 1 needs negative_prompt_embeds when the pipeline has no text encoder "
+                    "(or set guidance_scale=1)"
+                )
+            negative = negative_prompt if negative_prompt is not None else ""
+            texts = [negative] * len(prompt_embeds) if isinstance(negative, str) else list(negative)
+            if len(texts) != len(prompt_embeds):
+                raise WaltError(f"{len(texts)} negative prompts for {len(prompt_embeds)} prompts: give one or as many")
+            negative_prompt_embeds, negative_prompt_embeds_mask = self._encode_text(texts, max_sequence_length, device)
+        if not do_classifier_free_guidance:
+            negative_prompt_embeds = negative_prompt_embeds_mask = None
+        prompt_embeds, negative_prompt_embeds, prompt_embeds_mask, negative_prompt_embeds_mask = (
+            None if value is None else value.to(device).repeat_interleave(num_videos_per_prompt, dim=0)
+            for value in (prompt_embeds, negative_prompt_embeds, prompt_embeds_mask, negative_prompt_embeds_mask)
+        )
+        return prompt_embeds, negative_prompt_embeds, prompt_embeds_mask, negative_prompt_embeds_mask
+
+    def _encode_text(self, texts: list[str], max_length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        if self.tokenizer is None or self.text_encoder is None:
+            raise WaltError("this pipeline has no text encoder: give prompt_embeds instead of a prompt")
+        config = self.text_encoder.config
+        config = config["encoder"] if isinstance(self.text_encoder, CompactTextEncoder) else config.to_dict()
+        limit = config.get("max_position_embeddings") or max_length  # none with relative positions (T5)
+        max_length = min(max_length, self.tokenizer.model_max_length, limit)
+        whole = self.tokenizer(texts, padding=False, truncation=False, verbose=False)["input_ids"]
+        for text, ids in zip(texts, whole, strict=True):
+            if len(ids) > max_length:
+                logger.warning(f'cut to {max_length} of {len(ids)} tokens: "{text[:60]}..."')
+        tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
+        ids, mask = tokens["input_ids"].to(device), tokens["attention_mask"].to(device)
+        states: Tensor = self.text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        return states, mask
+
+    def _check_prompt(
+        self,
+        prompt: str | list[str] | None,
+        negative_prompt: str | list[str] | None,
+        prompt_embeds: Tensor | None,
+        prompt_embeds_mask: Tensor | None,
+        negative_prompt_embeds: Tensor | None,
+        negative_prompt_embeds_mask: Tensor | None,
+    ) -> int | None:
+        """Number of prompts, or None when neither a prompt nor embeddings are given."""
+        for name, value in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+            texts = value if isinstance(value, list) else [value]
+            if value is not None and not (texts and all(isinstance(text, str) for text in texts)):
+                raise WaltError(f"{name} must be a str or a non-empty list of str, got {value!r}")
+        pairs = (
+            ("prompt", prompt, prompt_embeds, prompt_embeds_mask),
+            ("negative_prompt", negative_prompt, negative_prompt_embeds, negative_prompt_embeds_mask),
+        )
+        for name, text, embeds, mask in pairs:
+            if text is not None and embeds is not None:
+                raise WaltError(f"give {name} or {name}_embeds, not both")
+            if embeds is not None and embeds.ndim != 3:
+                raise WaltError(f"{name}_embeds must be (B, S, D), got shape {tuple(embeds.shape)}")
+            if mask is not None and (embeds is None or mask.shape != embeds.shape[:2]):
+                raise WaltError(f"{name}_embeds_mask must be (B, S) like {name}_embeds, got shape {tuple(mask.shape)}")
+        if prompt_embeds is not None:
+            if negative_prompt_embeds is not None and len(negative_prompt_embeds) != len(prompt_embeds):
+                raise WaltError(
+                    f"negative_prompt_embeds hold {len(negative_prompt_embeds)} prompts, prompt_embeds {len(prompt_embeds)}"
+                )
+            return len(prompt_embeds)
+        if prompt is None:
+            return None
+        return 1 if isinstance(prompt, str) else len(prompt)
+
+    def _check_common(self, steps: int, num_videos_per_prompt: int, rescale: float, output_type: str) -> None:
+        check_range("num_inference_steps", steps, 1, 1000, whole=True)
+        check_range("num_videos_per_prompt", num_videos_per_prompt, 1, whole=True)
+        check_range("guidance_rescale", rescale, 0, 1)
+        if output_type not in OUTPUT_TYPES:
+            raise WaltError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
+
+    def _begin(
+        self,
+        guidance_scale: float,
+        guidance_rescale: float,
+        attention_kwargs: dict[str, Any] | None,
+        callback: StepCallback | None,
+        callback_inputs: Sequence[str],
+    ) -> None:
+        """Sets the state of a call, as diffusers' pipelines keep it on themselves for callbacks to see and change."""
+        check_range("guidance_scale", guidance_scale, 0)
+        unknown = [name for name in callback_inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise WaltError(
+                f"callback_on_step_end_tensor_inputs has {unknown}; allowed are {self._callback_tensor_inputs}"
+            )
+        self._guidance_scale = guidance_scale
+        self._guidance_rescale = guidance_rescale
+        self._attention_kwargs = attention_kwargs
+        self._interrupt = False
+        self._current_timestep = None
+        self._callback = callback
+        self._callback_inputs = list(callback_inputs)
+        self._step_index = 0
+
+    def _count_steps(self, steps: int, num_frames: int) -> int:
+        """Calls of the scheduler that a video of `num_frames` takes."""
+        self.scheduler.set_timesteps(steps)
+        return len(self.scheduler.timesteps) * len(chunk_starts(num_frames))
+
+    def _end_step(self, t: Any, latents: Tensor, prompt: Prompt) -> tuple[Tensor, Prompt]:
+        if self._callback is not None:
+            values = {
+                "latents": latents,
+                "prompt_embeds": prompt.embeds,
+                "negative_prompt_embeds": prompt.negative_embeds,
+            }
+            given = {name: values[name] for name in self._callback_inputs}
+            changed = {**values, **(self._callback(self, self._step_index, t, given) or {})}
+            latents = changed["latents"]
+            prompt = replace(
+                prompt, embeds=changed["prompt_embeds"], negative_embeds=changed["negative_prompt_embeds"]
+            )
+        self._step_index += 1
+        self._bar.update()
+        return latents, prompt
+
+    def _output(self, result: Tensor, output_type: str) -> Any:
+        """Latents as they are; a video in [-1, 1] as `output_type` says."""
+        if output_type == "latent":
+            return result
+        return self.video_processor.postprocess_video(result, output_type=output_type)

@@ -1,0 +1,89 @@
+"""The measures against values that can be worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from walt.errors import WaltError
+from walt.evaluation.metrics import high_frequency_energy, lpips, masked_psnr, psnr
+from walt.evaluation.super_resolution import bicubic, compare_with_bicubic, table
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2 - 1
+
+
+def test_psnr_of_a_constant_error() -> None:
+    video = torch.zeros(2, 3, 2, 4, 4)
+    target = video.clone()
+    target[1] += 0.2  # mean square 0.04, peak 2: 10 log10(4 / 0.04) = 20 dB
+    result = psnr(video, target)
+    assert math.isinf(result[0]) and result[1].item() == pytest.approx(20.0, abs=1e-4)
+
+
+def test_masked_psnr_sees_only_the_mask() -> None:
+    video, alpha = torch.zeros(1, 3, 2, 4, 4), torch.zeros(1, 1, 2, 4, 4)
+    alpha[..., :2] = 255
+    target = video.clone()
+    target[..., :2] += 0.2
+    target[..., 2:] += 1.0
+    assert masked_psnr(video, target, alpha).item() == pytest.approx(20.0, abs=1e-4)
+    everything = torch.ones_like(alpha)
+    assert torch.allclose(masked_psnr(video, target, everything), psnr(video, target))
+    with pytest.raises(WaltError, match="alpha: the mask"):
+        masked_psnr(video, target, torch.zeros_like(alpha))
+
+
+def test_high_frequency_energy_is_all_variance_at_cutoff_zero() -> None:
+    video = noise(2, 3, 2, 10, 14)
+    variance = video.var(dim=(-2, -1), correction=0).mean(dim=(1, 2))
+    assert torch.allclose(high_frequency_energy(video, 0.0), variance, rtol=1e-6)
+
+
+@pytest.mark.parametrize("period, expected", [(3, 0.5), (8, 0.0)])
+def test_high_frequency_energy_of_a_wave(period: int, expected: float) -> None:
+    # A half-sample cosine is an eigenvector of the mirrored frame: its energy sits at exactly 1 / period.
+    wave = torch.cos(2 * math.pi * (torch.arange(24, dtype=torch.float64) + 0.5) / period)
+    video = wave.expand(1, 3, 2, 16, 24)
+    assert high_frequency_energy(video).item() == pytest.approx(expected, abs=1e-6)
+    assert high_frequency_energy(video.transpose(-1, -2)).item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_lpips_averages_frames() -> None:
+    video, target = noise(2, 3, 4, 8, 8), noise(2, 3, 4, 8, 8, seed=1)
+    result = lpips(video, target, lambda a, b: (a - b).abs().mean(dim=(1, 2, 3)))
+    assert torch.allclose(result, (video - target).abs().mean(dim=(1, 2, 3, 4)))
+
+
+def distance(a: Tensor, b: Tensor) -> Tensor:
+    return (a - b).square().mean(dim=(1, 2, 3))
+
+
+def test_a_perfect_stage_beats_bicubic_and_bicubic_does_not() -> None:
+    reference = noise(1, 3, 2, 32, 32).float() * 0.5
+    low = bicubic(reference, 16, 16)
+    perfect = compare_with_bicubic(lambda _: reference, [(low, reference)] * 2, distance)
+    assert perfect.beats_bicubic and perfect.clips == 2 and perfect.lpips == 0
+    assert perfect.high_frequency == perfect.high_frequency_reference > perfect.high_frequency_bicubic
+    assert math.isinf(perfect.consistency)
+    same = compare_with_bicubic(lambda x: bicubic(x, 32, 32), [(low, reference)], distance, "generated")
+    assert not same.beats_bicubic and same.lpips == same.lpips_bicubic
+    assert "| generated | 1 |" in table([perfect, same])
+
+
+def test_bad_input_is_named() -> None:
+    video = torch.zeros(1, 3, 2, 8, 8)
+    with pytest.raises(WaltError, match="target: expected"):
+        psnr(video, video[:, :, :1])
+    with pytest.raises(WaltError, match="video: expected"):
+        high_frequency_energy(video[0])
+    with pytest.raises(WaltError, match="cutoff"):
+        high_frequency_energy(video, 0.5)
+    with pytest.raises(WaltError, match="at least one real clip"):
+        compare_with_bicubic(lambda x: x, [], distance)
+    with pytest.raises(WaltError, match="stage: expected output"):
+        compare_with_bicubic(lambda x: x, [(video, torch.zeros(1, 3, 2, 16, 16))], distance)

@@ -1,0 +1,451 @@
+"""The pipelines on tiny real components: diffusers' conventions, chunks, guidance and exact per-sample behaviour."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from PIL import Image
+
+from tests import tiny
+from walt.errors import WaltError
+from walt.pipelines.pipeline_walt import WaltPipeline
+from walt.pipelines.pipeline_walt_cascade import WaltCascadePipeline
+from walt.pipelines.pipeline_walt_super_resolution import WaltSuperResolutionPipeline
+from walt.pipelines.sampling import decode_latents, encode_video
+
+PROMPT = "a rocket flies up on the purple background"
+FAST: dict[str, Any] = {"num_inference_steps": 2, "output_type": "pt"}
+
+
+@pytest.fixture(scope="module")
+def base() -> WaltPipeline:
+    return tiny.base_pipeline()
+
+
+@pytest.fixture(scope="module")
+def enlarge() -> WaltSuperResolutionPipeline:
+    return tiny.super_resolution_pipeline()
+
+
+@pytest.fixture(scope="module")
+def cascade() -> WaltCascadePipeline:
+    return tiny.cascade()
+
+
+def make(pipe: Any, prompt: Any = PROMPT, seed: int = 0, **changes: Any) -> torch.Tensor:
+    arguments = {**FAST, "num_frames": 5, "generator": tiny.seeded(seed), **changes}
+    result: torch.Tensor = pipe(prompt, **arguments).frames
+    return result
+
+
+def close(a: torch.Tensor, b: torch.Tensor, limit: float = 1e-4) -> bool:
+    return bool((a - b).abs().max() < limit)
+
+
+# -- the base pipeline ---------------------------------------------------------------------------------------------------
+
+
+def test_seed_prompt_and_guidance_matter_and_nothing_else(base: WaltPipeline) -> None:
+    one = make(base)
+    assert one.shape == (1, 5, 3, 16, 16) and 0 <= one.min() and one.max() <= 1 and one.std() > 0.01
+    assert torch.equal(one, make(base))
+    assert not close(one, make(base, seed=1), 1e-2)
+    assert not close(one, make(base, "a cat"), 1e-3)
+    assert not close(one, make(base, guidance_scale=1.0), 1e-3)
+    assert not close(one, make(base, guidance_rescale=0.7), 1e-4)
+    assert not close(one, make(base, negative_prompt="a dog jumps"), 1e-4)
+
+
+def test_batch_equals_single(base: WaltPipeline) -> None:
+    """Prompts of different lengths, negative prompts, several videos each, one generator per video."""
+    prompts, negatives = [PROMPT, "cat"], ["a dog", "very long very long very long"]
+    batch = make(base, prompts, negative_prompt=negatives, generator=[tiny.seeded(i) for i in range(4)],
+                 num_videos_per_prompt=2)  # fmt: skip
+    for i in range(4):
+        alone = make(base, prompts[i // 2], seed=i, negative_prompt=negatives[i // 2])
+        assert close(batch[i], alone[0], 1e-5), i
+
+
+def test_one_generator_serves_a_batch_in_turn(base: WaltPipeline) -> None:
+    batch = make(base, [PROMPT, PROMPT])
+    assert close(batch[0], make(base)[0], 1e-5)
+    assert not close(batch[0], batch[1], 1e-2)
+
+
+def test_guidance_of_one_is_the_conditional_branch(base: WaltPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    forward = type(base.transformer).forward
+
+    def count(self: Any, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+        sizes.append(len(hidden_states))
+        return forward(self, hidden_states, *args, **kwargs)
+
+    monkeypatch.setattr(type(base.transformer), "forward", count)
+    plain = make(base, guidance_scale=1.0)
+    assert sizes == [1, 1]
+    assert close(plain, make(base, guidance_scale=1.0, negative_prompt="a dog"), 1e-7)
+    make(base, guidance_scale=2.0)
+    assert sizes[2:] == [2, 2], "guidance is one packed forward"
+    # Guidance is linear: with the prompt as its own negative it changes nothing.
+    assert close(plain, make(base, guidance_scale=5.0, negative_prompt=PROMPT), 1e-4)
+
+
+def test_small_packs_give_the_same(base: WaltPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = make(base, ["a cat", PROMPT])
+    monkeypatch.setattr("walt.pipelines.sampling.MAX_PACK_TOKENS", 1)
+    assert close(one, make(base, ["a cat", PROMPT]), 1e-5)
+
+
+def test_embeddings_in_place_of_prompts(base: WaltPipeline) -> None:
+    embeds, negative, mask, negative_mask = base.encode_prompt([PROMPT, "cat"], ["", "a dog jumps"])
+    assert embeds is not None and mask is not None and mask.sum(1).tolist() == [10, 3]
+    without = tiny.quiet(WaltPipeline(None, None, base.vae, base.transformer, base.scheduler))
+    generators = [tiny.seeded(0), tiny.seeded(1)]
+    given = without(
+        prompt_embeds=embeds,
+        prompt_embeds_mask=mask,
+        negative_prompt_embeds=negative,
+        negative_prompt_embeds_mask=negative_mask,
+        num_frames=5,
+        generator=generators,
+        **FAST,
+    ).frames
+    generators = [tiny.seeded(0), tiny.seeded(1)]
+    assert close(given, make(base, [PROMPT, "cat"], negative_prompt=["", "a dog jumps"], generator=generators), 1e-5)
+    with pytest.raises(WaltError, match="needs negative_prompt_embeds"):
+        without(prompt_embeds=embeds, prompt_embeds_mask=mask, num_frames=1, **FAST)
+    with pytest.raises(WaltError, match="no text encoder"):
+        without("a cat", num_frames=1, **FAST)
+
+
+def test_t5_encoder() -> None:
+    pipe = tiny.quiet(WaltPipeline(tiny.tokenizer(), tiny.t5(), tiny.vae(), tiny.transformer(), tiny.make_scheduler()))
+    assert make(pipe, [PROMPT, "cat"], num_frames=1).shape == (2, 1, 3, 16, 16)
+
+
+def test_output_types(base: WaltPipeline) -> None:
+    pt = make(base)
+    array = make(base, output_type="np")
+    assert isinstance(array, np.ndarray) and array.shape == (1, 5, 16, 16, 3)
+    assert np.allclose(array, pt.permute(0, 1, 3, 4, 2).numpy())
+    pil = make(base, output_type="pil")
+    assert len(pil) == 1 and len(pil[0]) == 5 and isinstance(pil[0][0], Image.Image) and pil[0][0].size == (16, 16)
+    latent = make(base, output_type="latent")
+    assert latent.shape == (1, 8, 2, 2, 2)
+    video = decode_latents(base.vae, latent).transpose(1, 2)
+    assert close(video / 2 + 0.5, pt, 1e-6)
+    assert torch.equal(base(PROMPT, num_frames=5, generator=tiny.seeded(0), return_dict=False, **FAST)[0], pt)
+    with pytest.raises(WaltError, match="output_type must be one of pil, np, pt, latent, got 'gif'"):
+        make(base, output_type="gif")
+
+
+def test_start_latents(base: WaltPipeline) -> None:
+    noise = torch.randn(1, 8, 2, 2, 2, generator=tiny.seeded(5))
+    assert torch.equal(make(base, latents=noise, seed=1), make(base, latents=noise, seed=2))
+    with pytest.raises(WaltError, match=r"latents must have the shape \(1, 8, 2, 2, 2\)"):
+        make(base, latents=noise[:, :, :1])
+
+
+def test_size_and_image(base: WaltPipeline) -> None:
+    assert make(base, height=24, width=40, num_frames=1).shape == (1, 1, 3, 24, 40)
+
+
+def test_callback_sees_and_changes(base: WaltPipeline) -> None:
+    steps = []
+
+    def look(pipe: Any, i: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        steps.append((i, int(t), pipe.num_timesteps, sorted(tensors)))
+        pipe._guidance_scale += 1
+        if i == pipe.num_timesteps - 1:
+            tensors["latents"] = torch.zeros_like(tensors["latents"])
+        return tensors
+
+    out = make(base, guidance_scale=2.0, output_type="latent", callback_on_step_end=look,
+               callback_on_step_end_tensor_inputs=base._callback_tensor_inputs)  # fmt: skip
+    names = ["latents", "negative_prompt_embeds", "prompt_embeds"]
+    assert steps == [(0, 999, 2, names), (1, 499, 2, names)]
+    assert base.guidance_scale == 4.0 and out.abs().sum() == 0
+    with pytest.raises(WaltError, match="callback_on_step_end_tensor_inputs has"):
+        make(base, callback_on_step_end_tensor_inputs=["images"])
+
+
+def test_interrupt_stops_the_loop(base: WaltPipeline) -> None:
+    seen = []
+
+    def stop(pipe: Any, i: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        seen.append(i)
+        pipe._interrupt = True
+        return {}
+
+    assert make(base, num_inference_steps=5, callback_on_step_end=stop).shape[1] == 5
+    assert seen == [0]
+    make(base)
+    assert not base.interrupt
+
+
+@pytest.mark.parametrize("scheduler", [DPMSolverMultistepScheduler, EulerDiscreteScheduler])
+def test_other_schedulers_reach_the_same_video(base: WaltPipeline, scheduler: Any) -> None:
+    """Made from DDIM's config they solve the same equation, also from given frames."""
+    other = tiny.quiet(WaltPipeline(**{**base.components, "scheduler": scheduler.from_config(base.scheduler.config)}))
+    arguments: dict[str, Any] = {"guidance_scale": 1.0, "output_type": "latent", "num_frames": 29}
+    few = make(base, num_inference_steps=50, **arguments)
+    same = make(other, num_inference_steps=50, **arguments)
+    assert (few - same).abs().mean() < 0.1 * few.std()
+
+
+def test_class_conditional() -> None:
+    pipe = tiny.class_pipeline()
+    arguments: dict[str, Any] = {"num_frames": 1, "guidance_scale": 4.0, **FAST}
+    both = pipe(class_labels=[1, 4], generator=[tiny.seeded(0), tiny.seeded(0)], **arguments).frames
+    assert both.shape == (2, 1, 3, 16, 16) and not close(both[0], both[1], 1e-3)
+    assert close(both[1], pipe(class_labels=4, generator=tiny.seeded(0), **arguments).frames[0], 1e-5)
+    with pytest.raises(WaltError, match="takes no text"):
+        pipe("a cat", **arguments)
+    with pytest.raises(WaltError, match="from 0 to 4"):
+        pipe(class_labels=7, **arguments)
+    with pytest.raises(WaltError, match="give class_labels"):
+        pipe(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"height": 20}, "height=20 does not fit: it must be a multiple of 8"),
+        ({"width": 0}, "width=0 does not fit"),
+        ({"num_frames": 30}, "nearest are 29 and 41"),
+        ({"num_inference_steps": 0}, "num_inference_steps must be an integer from 1 to 1000, got 0"),
+        ({"guidance_scale": -1}, "guidance_scale must be a number of at least 0"),
+        ({"guidance_rescale": 2}, "guidance_rescale must be a number from 0 to 1"),
+        ({"num_videos_per_prompt": 0}, "num_videos_per_prompt"),
+        ({"prompt": None}, "give a prompt"),
+        ({"prompt": []}, "prompt must be a str or a non-empty list"),
+        ({"prompt": 3}, "prompt must be a str"),
+        ({"negative_prompt": ["a", "b"]}, "2 negative prompts for 1 prompts"),
+        ({"generator": [torch.Generator()] * 3}, "generator is a list of 3, but 1 samples"),
+        ({"class_labels": 1}, "takes no classes"),
+        ({"prompt_embeds": torch.zeros(1, 2, 16)}, "not both"),
+    ],
+)
+def test_bad_arguments(base: WaltPipeline, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(WaltError, match=message):
+        make(base, **{"prompt": PROMPT, **changes})
+
+
+# -- long videos ---------------------------------------------------------------------------------------------------------
+
+
+def test_long_video_starts_as_the_short_one_and_continues_it(base: WaltPipeline) -> None:
+    short, long = make(base, num_frames=17), make(base, num_frames=29)
+    assert long.shape[1] == 29 and close(long[:, :17], short, 1e-6)
+    latents = make(base, num_frames=29, output_type="latent")
+    assert latents.shape[2] == 10
+    # The second chunk begins with the first one's last five frames, encoded on their own.
+    given = encode_video(base.vae, (short[:, 12:] * 2 - 1).transpose(1, 2))
+    assert close(latents[:, :, 5:7], given, 1e-4)
+    assert not close(latents[:, :, 7:], make(base, num_frames=29, seed=3, output_type="latent")[:, :, 7:], 1e-2)
+
+
+def test_given_frames_enter_every_step_at_its_noise(base: WaltPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in training: the noisy frames that are given are the clean ones at that timestep, in both branches."""
+    seen: list[tuple[float, torch.Tensor, Any, Any]] = []
+    forward = type(base.transformer).forward
+
+    def record(self: Any, hidden_states: Any, timestep: Any, **kwargs: Any) -> Any:
+        seen.append((float(timestep[0]), hidden_states[0], kwargs.get("frame_mask"), kwargs.get("frame_latents")))
+        return forward(self, hidden_states, timestep, **kwargs)
+
+    monkeypatch.setattr(type(base.transformer), "forward", record)
+    make(base, num_frames=29)
+    assert [mask is None for _, _, mask, _ in seen] == [True, True, False, False]
+    (_, first, masks, clean), (t, second, _, _) = seen[2:]
+    assert len(masks) == 2 and all(mask[:, :2].min() == 1 and mask[:, 2:].max() == 0 for mask in masks)
+    alpha = base.scheduler.alphas_cumprod[int(t)]
+    expected = alpha.sqrt() * clean[0][:, :2] + (1 - alpha).sqrt() * first[:, :2]  # at t = 999, x_t is the noise
+    assert close(second[:, :2], expected, 1e-5)
+
+
+def test_long_video_needs_frame_conditioning() -> None:
+    pipe = tiny.base_pipeline(frame_conditioning=False)
+    assert make(pipe, num_frames=17).shape[1] == 17
+    with pytest.raises(WaltError, match="num_frames=29 needs a transformer with frame_conditioning"):
+        make(pipe, num_frames=29)
+
+
+# -- super-resolution ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small() -> torch.Tensor:
+    return torch.rand(2, 5, 3, 16, 16, generator=tiny.seeded(9))
+
+
+def test_doubles_any_form_of_video(enlarge: WaltSuperResolutionPipeline, small: torch.Tensor) -> None:
+    def run(video: Any, **changes: Any) -> torch.Tensor:
+        generator = [tiny.seeded(0), tiny.seeded(1)][: changes.pop("count", 2)]
+        prompt = changes.pop("prompt", ["a cat", PROMPT])
+        result: torch.Tensor = enlarge(video, prompt, generator=generator, **{**FAST, **changes}).frames
+        return result
+
+    small = (small * 255).round() / 255
+    whole = run(small)
+    assert whole.shape == (2, 5, 3, 32, 32)
+    assert close(whole[0], run(small[0], prompt="a cat", count=1)[0], 1e-5), "batch = single"
+    array = small.permute(0, 1, 3, 4, 2).numpy()
+    assert close(whole, run(array), 1e-5)
+    assert close(whole, run((array * 255).round().astype(np.uint8)), 1e-5)
+    pictures = [[Image.fromarray((frame * 255).round().astype(np.uint8)) for frame in video] for video in array]
+    assert close(whole, run(pictures), 1e-5)
+    assert not close(whole, run(small.flip(0)), 1e-2), "the low resolution matters"
+    assert not close(whole, run(small, noise_level=900), 1e-3), "and so does its noise"
+
+
+def test_long_super_resolution(enlarge: WaltSuperResolutionPipeline) -> None:
+    video = torch.rand(1, 29, 3, 16, 16, generator=tiny.seeded(2))
+    long = enlarge(video, PROMPT, generator=tiny.seeded(0), **FAST).frames
+    short = enlarge(video[:, :17], PROMPT, generator=tiny.seeded(0), **FAST).frames
+    assert long.shape == (1, 29, 3, 32, 32) and close(long[:, :17], short, 1e-6)
+
+
+def test_super_resolution_refuses(enlarge: WaltSuperResolutionPipeline, base: WaltPipeline, small: torch.Tensor) -> None:
+    for video, prompt, changes, message in [
+        (small, "a cat", {}, "1 prompts for 2 videos"),
+        (small[..., :12], ["a", "b"], {}, "width must be a multiple of 8, got 12"),
+        (small[:, :4], ["a", "b"], {}, "nearest are 1 and 5"),
+        (small, None, {}, "give the prompt"),
+        (None, "a", {}, "give a video"),
+        ("x.mp4", "a", {}, "video must be"),
+        (small, ["a", "b"], {"noise_level": 1000}, "noise_level must be an integer from 0 to 999"),
+    ]:
+        with pytest.raises(WaltError, match=message):
+            enlarge(video, prompt, **{**FAST, **changes})
+    with pytest.raises(WaltError, match="no super-resolution stage"):
+        WaltSuperResolutionPipeline(base.vae, base.transformer, base.scheduler)(small)
+    with pytest.raises(WaltError, match="use WaltSuperResolutionPipeline"):
+        WaltPipeline(base.tokenizer, base.text_encoder, base.vae, enlarge.transformer, base.scheduler)("a cat")
+
+
+# -- the cascade ---------------------------------------------------------------------------------------------------------
+
+
+def test_cascade_is_the_stages_one_after_another(cascade: WaltCascadePipeline) -> None:
+    sizes = {stages: make(cascade, stages=stages, num_inference_steps=None) for stages in (1, 2, 3)}
+    assert [tuple(out.shape[-2:]) for out in sizes.values()] == [(16, 16), (32, 32), (64, 64)]
+    assert make(cascade, num_frames=1).shape == (1, 1, 3, 64, 64)
+    # By hand: the same numbers from the parts, each sample's seed drawn once.
+    seed = int(torch.randint(2**63 - 1, (), generator=tiny.seeded(0)))
+    source = tiny.seeded(seed)
+    base = tiny.quiet(WaltPipeline(*[getattr(cascade, name) for name in
+                                     ("tokenizer", "text_encoder", "vae", "transformer", "scheduler")]))  # fmt: skip
+    frames = base(PROMPT, num_frames=5, num_inference_steps=3, guidance_scale=3.0, generator=source, output_type="pt").frames
+    assert close(frames, sizes[1], 1e-6)
+    embeds, _, mask, _ = base.encode_prompt(PROMPT, do_classifier_free_guidance=False)
+    second = tiny.quiet(WaltSuperResolutionPipeline(cascade.vae, cascade.transformer_2, cascade.scheduler))
+    frames = second(frames, prompt_embeds=embeds, prompt_embeds_mask=mask, generator=source, **FAST).frames
+    assert close(frames, sizes[2], 1e-5)
+
+
+def test_cascade_batch_equals_single(cascade: WaltCascadePipeline) -> None:
+    batch = make(cascade, ["a cat", PROMPT], num_frames=1, generator=[tiny.seeded(0), tiny.seeded(1)])
+    assert close(batch[1], make(cascade, seed=1, num_frames=1)[0], 1e-4)
+    assert close(make(cascade, ["a cat", PROMPT], num_frames=1)[0], batch[0], 1e-4)
+
+
+def test_cascade_steps_guidance_and_callbacks_per_stage(cascade: WaltCascadePipeline) -> None:
+    seen = []
+
+    def look(pipe: Any, i: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        seen.append((i, pipe.current_stage, pipe.guidance_scale, pipe.num_timesteps, pipe.interrupt))
+        return tensors
+
+    make(cascade, num_inference_steps=(3, 2, 1), guidance_scale=[4.0, 2.0, 1.0], callback_on_step_end=look)
+    stages = [(1, 4.0)] * 3 + [(2, 2.0)] * 2 + [(3, 1.0)]
+    assert seen == [(i, stage, scale, 6, False) for i, (stage, scale) in enumerate(stages)]
+    assert cascade.current_stage == 0
+
+
+def test_cascade_interrupt_returns_the_stage_it_was_in(cascade: WaltCascadePipeline) -> None:
+    def stop(pipe: Any, i: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        pipe._interrupt = pipe.current_stage == 2
+        return tensors
+
+    assert make(cascade, callback_on_step_end=stop).shape == (1, 5, 3, 32, 32)
+    assert make(cascade, callback_on_step_end=stop, output_type="np").shape == (1, 5, 32, 32, 3)
+    assert make(cascade, callback_on_step_end=stop, output_type="latent").shape == (1, 8, 2, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stages": 4}, "stages=4, but this model has 3"),
+        ({"height": 40}, "height=40 does not fit: it must be a multiple of 32, for instance 32"),
+        ({"num_inference_steps": (3, 2)}, "num_inference_steps has 2 values, expected one or 3"),
+        ({"noise_level": (1, 2, 3)}, "noise_level has 3 values, expected one or 2"),
+        ({"guidance_scale": (1, 2, -3)}, "guidance_scale must be"),
+        ({"num_frames": 18}, "nearest are 17 and 29"),
+        ({"prompt": None}, "give a prompt"),
+    ],
+)
+def test_cascade_bad_arguments(cascade: WaltCascadePipeline, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(WaltError, match=message):
+        make(cascade, **{"prompt": PROMPT, **changes})
+
+
+# -- folders -------------------------------------------------------------------------------------------------------------
+
+
+def test_saved_folder_opens_in_a_fresh_process(cascade: WaltCascadePipeline, tmp_path: Path) -> None:
+    """`import walt` is all it takes, before diffusers or after, and it stays light."""
+    cascade.save_pretrained(tmp_path / "model")
+    index = json.loads((tmp_path / "model" / "model_index.json").read_text())
+    assert index["_class_name"] == "WaltCascadePipeline" and index["base_steps"] == 3
+    assert index["vae"] == ["walt", "AutoencoderKLWalt"] and index["transformer_3"] == ["walt", "WaltTransformer3DModel"]
+    code = """
+import sys
+import walt
+assert not {"torch", "diffusers", "transformers"} & set(sys.modules), "import walt must be light"
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained(sys.argv[1])
+assert type(pipe) is walt.WaltCascadePipeline
+import numpy, torch
+from diffusers.hooks._helpers import TransformerBlockRegistry
+for block in pipe.transformer.transformer_blocks:
+    TransformerBlockRegistry.get(type(block))
+pipe.set_progress_bar_config(disable=True)
+out = pipe("a rocket", num_frames=1, generator=torch.Generator().manual_seed(0), output_type="np").frames
+numpy.save(sys.argv[2], out)
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "model"), str(tmp_path / "out.npy")]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr
+    assert "Expected types" not in done.stderr, done.stderr
+    here = make(cascade, "a rocket", num_frames=1, num_inference_steps=None, output_type="np")
+    assert np.abs(np.load(tmp_path / "out.npy") - here).max() < 1e-5
+
+
+def test_partial_pipelines_save_and_load(tmp_path: Path) -> None:
+    class_pipe = tiny.class_pipeline()
+    class_pipe.save_pretrained(tmp_path / "classes")
+    again = tiny.quiet(WaltPipeline.from_pretrained(tmp_path / "classes"))
+    assert again.tokenizer is None and again.text_encoder is None
+    arguments: dict[str, Any] = {"class_labels": 1, "num_frames": 1, **FAST}
+    both = [pipe(generator=tiny.seeded(0), **arguments).frames for pipe in (class_pipe, again)]
+    assert torch.equal(*both)
+    enlarge = tiny.super_resolution_pipeline()
+    enlarge.register_to_config(noise_level=123)
+    enlarge.save_pretrained(tmp_path / "large")
+    assert WaltSuperResolutionPipeline.from_pretrained(tmp_path / "large").config.noise_level == 123
+
+
+def test_text_components_alone(base: WaltPipeline) -> None:
+    """diffusers' testers build pipelines of text components only, and encode there."""
+    alone = WaltPipeline(base.tokenizer, base.text_encoder, None, None, None)  # type: ignore[arg-type]
+    assert torch.equal(alone.encode_prompt("a cat")[0], base.encode_prompt("a cat")[0])  # type: ignore[arg-type]

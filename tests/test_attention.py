@@ -1,0 +1,223 @@
+"""Windows: their plan is a partition of each sample, and attention over them is masked full attention, exactly."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from walt.attention import RelativeBias, WindowPlan, plan_windows, rotate, rotation, window_attention
+from walt.errors import WaltError
+from walt.latents import Grid, positions, token_counts
+
+GRIDS: tuple[Grid, ...] = ((3, 4, 5), (1, 4, 4), (2, 7, 3), (1, 2, 6), (3, 4, 5))
+CASES = list(
+    itertools.product([((None, None, None), (0, 0, 0)), ((1, None, None), (0, 0, 0)), ((1, 3, 2), (0, 1, 1))], [False])
+) + list(
+    itertools.product([((None, 2, 2), (0, 0, 0)), ((None, 3, 3), (0, 1, 1)), ((2, 2, 4), (1, 1, 2))], [False, True])
+)
+
+
+def window_ids(
+    grids: tuple[Grid, ...], window: tuple[int | None, ...], shift: Grid, identity_images: bool
+) -> tuple[Tensor, Tensor]:
+    """A name for the window of every token, by arithmetic on its position; and its sample."""
+    sample = torch.cat([torch.full((n,), i) for i, n in enumerate(token_counts(grids))])
+    place = positions(grids)
+    ids = sample.clone()
+    for axis in range(3):
+        for i, grid in enumerate(grids):
+            rows = sample == i
+            n, s = window[axis], shift[axis]
+            if identity_images and grid[0] == 1:
+                piece = place[rows, axis]
+            elif n is None or n >= grid[axis]:
+                piece = torch.zeros(int(rows.sum()), dtype=torch.int64)
+            else:
+                piece = (place[rows, axis] + (n - s if s else 0)) // n
+            ids[rows] = ids[rows] * 100 + piece
+    return ids, sample
+
+
+def planned_order(grids: tuple[Grid, ...], window: tuple[int | None, ...]) -> list[int]:
+    """Tokens sorted by length of their window, then window, then place: written out."""
+    ids = window_ids(grids, window, (0, 0, 0), False)[0].tolist()
+    return sorted(range(len(ids)), key=lambda i: (ids.count(ids[i]), ids[i], i))
+
+
+def naive(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, bias: Tensor | float = 0.0) -> Tensor:
+    """Full attention `(L, N, d)` with a mask `(L, keys)`."""
+    scores = torch.einsum("lnd,snd->nls", q, k) * q.shape[-1] ** -0.5 + bias
+    weights = scores.masked_fill(~allowed, float("-inf")).softmax(-1)
+    return torch.einsum("nls,snd->lnd", weights, v)
+
+
+def planned(plan: WindowPlan, q: Tensor, k: Tensor, v: Tensor, **kwargs: Tensor | RelativeBias | None) -> Tensor:
+    q, k, v = plan.gather(q), plan.gather(k), plan.gather(v)
+    return plan.scatter(window_attention(q[plan.singles :], k[plan.singles :], v, plan, **kwargs))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("windows", "identity"), CASES)
+def test_windows_equal_masked_full_attention(
+    windows: tuple[tuple[int | None, int | None, int | None], Grid], identity: bool
+) -> None:
+    torch.manual_seed(0)
+    window, shift = windows
+    plan = plan_windows(GRIDS, window, shift, identity_images=identity)
+    q, k, v = torch.randn(3, plan.tokens, 2, 4, dtype=torch.float64)
+    ids, _ = window_ids(GRIDS, window, shift, identity)
+    expected = naive(q, k, v, ids[:, None] == ids[None])
+    assert torch.allclose(planned(plan, q, k, v), expected, atol=1e-12)
+    assert sum(g.windows * g.length for g in plan.groups) + plan.singles == plan.tokens
+    assert [g.length for g in plan.groups] == sorted({g.length for g in plan.groups})
+
+
+@pytest.mark.parametrize("identity", [False, True])
+def test_text_of_each_sample_is_attended_without_padding(identity: bool) -> None:
+    torch.manual_seed(0)
+    lengths = (3, 2, 0, 3, 1)
+    plan = plan_windows(GRIDS, (None, 3, 3), (0, 1, 1), identity_images=identity, contexts=lengths)
+    q, k, v = torch.randn(3, plan.tokens, 2, 4, dtype=torch.float64)
+    ck, cv = torch.randn(2, sum(lengths), 2, 4, dtype=torch.float64)
+    ids, sample = window_ids(GRIDS, (None, 3, 3), (0, 1, 1), identity)
+    owner = torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)])
+    allowed = torch.cat([ids[:, None] == ids[None], sample[:, None] == owner[None]], dim=1)
+    expected = naive(q, torch.cat([k, ck]), torch.cat([v, cv]), allowed)
+    out = planned(plan, q, k, v, context_key=ck, context_value=cv)
+    assert torch.allclose(out, expected, atol=1e-12)
+
+
+def test_identity_rule_is_the_diagonal_mask() -> None:
+    torch.manual_seed(0)
+    grids: tuple[Grid, ...] = ((1, 4, 4), (1, 2, 3))
+    plan = plan_windows(grids, (None, 2, 2), identity_images=True)
+    assert plan.groups == () and plan.singles == plan.tokens == 22  # no score is computed
+    q, k, v = torch.randn(3, plan.tokens, 2, 4, dtype=torch.float64)
+    expected = naive(q, k, v, torch.eye(22, dtype=torch.bool))
+    assert torch.equal(planned(plan, q, k, v), v)
+    assert torch.allclose(expected, v, atol=1e-14)
+
+
+def test_images_alone_leave_zero_not_absent_gradients() -> None:
+    plan = plan_windows(((1, 2, 2),), identity_images=True)
+    q, k, v = (torch.randn(4, 2, 4, requires_grad=True) for _ in range(3))
+    planned(plan, q, k, v, bias=RelativeBias(2, (1, 2, 2), True)).sum().backward()
+    assert q.grad is not None and k.grad is not None and v.grad is not None
+    assert not q.grad.any() and not k.grad.any() and torch.equal(v.grad, torch.ones_like(v))
+
+
+def test_raster_windows_need_no_gather() -> None:
+    assert plan_windows(((5, 4, 4), (5, 4, 4)), (1, None, None)).order is None
+    assert plan_windows(((5, 4, 4), (5, 4, 4)), (None, None, None)).order is None
+    assert plan_windows(((5, 4, 4),), (None, 2, 2)).order is not None
+    for grids, window in itertools.product(
+        [((2, 3, 4),), ((1, 3, 4),), ((1, 1, 4), (2, 3, 1)), ((2, 1, 1), (1, 3, 4))],
+        itertools.product((1, 2, None), repeat=3),
+    ):  # skipped if and only if the order is the pack's own
+        plan = plan_windows(grids, window)
+        order = planned_order(grids, window)
+        assert (plan.order is None) == (order == sorted(order))
+        assert plan.order is None or plan.order.tolist() == order
+
+
+def test_one_kernel_call_per_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    import walt.attention as attention
+
+    shapes = []
+
+    def spy(q: Tensor, k: Tensor, v: Tensor, **kwargs: object) -> Tensor:
+        assert kwargs["attn_mask"] is None
+        shapes.append(tuple(q.shape[:2]))
+        return v
+
+    monkeypatch.setattr(attention, "dispatch_attention_fn", spy)
+    plan = plan_windows(((2, 4, 5), (1, 4, 4), (2, 2, 5)), (1, 4, 4), identity_images=False)
+    v = torch.randn(plan.tokens, 1, 2)
+    window_attention(v, v, v, plan)
+    assert shapes == [(2, 2), (2, 4), (2, 8), (3, 16)]
+
+
+def test_plans_are_cached_and_built_on_the_host() -> None:
+    assert plan_windows(GRIDS, (None, 2, 2)) is plan_windows(GRIDS, (None, 2, 2))
+    with torch.inference_mode():
+        plan = plan_windows(((2, 9, 9),), (None, 2, 2))
+    assert plan.order is not None and not plan.order.is_inference() and plan.order.device.type == "cpu"
+    assert plan.to("meta") is plan.to("meta")
+
+
+def test_gather_and_scatter_are_inverse_with_inverse_gradients() -> None:
+    plan = plan_windows(((2, 3, 2), (1, 2, 3)), (None, 2, 1))
+    x = torch.randn(plan.tokens, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.equal(plan.scatter(plan.gather(x)), x)
+    assert torch.autograd.gradcheck(plan.gather, (x,)) and torch.autograd.gradcheck(plan.scatter, (x,))
+
+
+def test_relative_bias_reads_the_offset_between_tokens() -> None:
+    torch.manual_seed(0)
+    window: Grid = (2, 3, 4)
+    bias = RelativeBias(2, window, resize=False).double()
+    torch.nn.init.normal_(bias.table)
+    for shape in (window, (1, 2, 4), (2, 1, 1)):  # border pieces read the same offsets
+        plan = plan_windows((shape,), by_shape=True)
+        place = positions([shape])
+        out = bias(shape, plan.offsets[0])
+        for i, j in itertools.product(range(len(place)), repeat=2):
+            t, h, w = (place[i] - place[j] + torch.tensor(window) - 1).tolist()
+            assert torch.equal(out[0, :, i, j], bias.table[:, t, h, w])
+
+
+def test_relative_bias_off_size() -> None:
+    bias = RelativeBias(1, (1, 3, 3), resize=True)
+    torch.nn.init.normal_(bias.table)
+    table = bias.table.detach()[0, 0]
+    out = bias((1, 5, 3), plan_windows(((1, 5, 3),), by_shape=True).offsets[0])[0, 0]
+    assert torch.allclose(out.diagonal(), table[2, 2].expand(15))  # offset 0 stays offset 0
+    assert torch.allclose(out[0, 12], table[0, 2])  # and the largest the largest: rows -4 of 5 is -2 of 3
+    assert torch.allclose(out[0, 6], table[1, 2])  # rows -2 of 5 is -1 of 3
+    one = bias((1, 1, 1))
+    assert torch.equal(one.flatten(), table[2, 2].flatten())
+    longer = bias((2, 3, 3), plan_windows(((2, 3, 3),), by_shape=True).offsets[0])
+    assert longer.shape == (1, 1, 18, 18)
+
+
+def test_bias_in_windows_equals_masked_full_attention() -> None:
+    torch.manual_seed(0)
+    grids: tuple[Grid, ...] = ((2, 4, 5), (1, 5, 2))
+    bias = RelativeBias(2, (2, 3, 3), resize=False).double()
+    torch.nn.init.normal_(bias.table)
+    plan = plan_windows(grids, (None, 3, 3), (0, 1, 1), by_shape=True)
+    q, k, v = torch.randn(3, plan.tokens, 2, 4, dtype=torch.float64)
+    ids, _ = window_ids(grids, (None, 3, 3), (0, 1, 1), False)
+    place = positions(grids)
+    offset = (place[:, None] - place[None]).clamp(-2, 2) + torch.tensor([1, 2, 2])
+    offset[..., 0].clamp_(0, 2)
+    full = bias.table[:, offset[..., 0], offset[..., 1], offset[..., 2]]
+    expected = naive(q, k, v, ids[:, None] == ids[None], full)
+    assert torch.allclose(planned(plan, q, k, v, bias=bias), expected, atol=1e-12)
+
+
+def test_rotation_depends_on_offsets_only() -> None:
+    torch.manual_seed(0)
+    cos, sin = rotation(((4, 5, 6),), 12, torch.device("cpu"))
+    assert cos.dtype == torch.float32 and cos.shape == (120, 1, 6)
+    q, k = torch.randn(2, 1, 1, 12, dtype=torch.float64).expand(2, 120, 1, 12)
+    scores = (rotate(q, cos, sin)[:, 0]) @ (rotate(k, cos, sin)[:, 0]).T
+    place = positions([(4, 5, 6)]).tolist()
+    at = {tuple(p): i for i, p in enumerate(place)}
+    first, second = scores[at[0, 1, 2], at[1, 3, 3]], scores[at[2, 2, 4], at[3, 4, 5]]
+    assert abs(first - second) < 1e-5 and abs(first - scores[at[0, 0, 0], at[0, 0, 1]]) > 1e-3
+    for axis in ((1, 0, 0), (0, 1, 0), (0, 0, 1)):  # every axis turns something
+        assert abs(scores[0, 0] - scores[0, at[axis]]) > 1e-4
+
+
+def test_errors_name_the_argument() -> None:
+    with pytest.raises(WaltError, match="grids: empty"):
+        plan_windows(())
+    with pytest.raises(WaltError, match=r"window: .* positive"):
+        plan_windows(GRIDS, (None, 0, 2))
+    with pytest.raises(WaltError, match=r"shift: .* less than the window"):
+        plan_windows(GRIDS, (None, 2, 2), (0, 2, 0))
+    with pytest.raises(WaltError, match="2 text lengths given for 5 samples"):
+        plan_windows(GRIDS, contexts=(1, 2))

@@ -1,0 +1,98 @@
+"""The schedule, the velocity algebra and guidance against their formulas."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+from walt.diffusion import (
+    add_noise,
+    coefficients,
+    guide,
+    make_scheduler,
+    noise_from_velocity,
+    velocity,
+    x0_from_velocity,
+)
+
+
+@pytest.fixture
+def pair() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x0, noise = torch.randn(2, 4, 8, 3, 5, 5, generator=generator, dtype=torch.float64)
+    return x0, noise
+
+
+def test_zero_snr_schedule_is_lin_et_al_rescaling_of_the_linear_one() -> None:
+    """Algorithm 1 of arXiv 2305.08891, in float64."""
+    root = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0).sqrt()
+    expected = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    alpha_bar = make_scheduler().alphas_cumprod
+    assert alpha_bar[-1] == 0
+    torch.testing.assert_close(alpha_bar.double(), expected, atol=2e-6, rtol=0)
+    plain = make_scheduler(zero_snr=False).alphas_cumprod
+    torch.testing.assert_close(plain.double(), root**2, atol=2e-6, rtol=0)
+    assert plain[-1] == pytest.approx(4.04e-5, rel=1e-2)
+
+
+def test_sampling_starts_at_the_last_step() -> None:
+    for steps in (1, 20, 50):
+        scheduler = make_scheduler()
+        scheduler.set_timesteps(steps)
+        assert scheduler.timesteps[0] == 999 and len(scheduler.timesteps) == steps
+
+
+def test_target_at_the_last_step_is_minus_x0(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
+    x0, noise = pair
+    scheduler = make_scheduler()
+    assert torch.equal(velocity(scheduler, x0, noise, 999), -x0)
+    assert torch.equal(add_noise(scheduler, x0, noise, 999), noise)
+
+
+def test_velocity_inverts(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
+    x0, noise = pair
+    scheduler, t = make_scheduler(), torch.tensor([0, 10, 500, 999])
+    signal, sigma = coefficients(scheduler, t, x0)
+    torch.testing.assert_close(signal**2 + sigma**2, torch.ones_like(signal))
+    x_t, v = add_noise(scheduler, x0, noise, t), velocity(scheduler, x0, noise, t)
+    torch.testing.assert_close(x0_from_velocity(scheduler, v, x_t, t), x0, atol=1e-12, rtol=0)
+    torch.testing.assert_close(noise_from_velocity(scheduler, v, x_t, t), noise, atol=1e-12, rtol=0)
+
+
+def test_agrees_with_diffusers_and_takes_one_timestep_for_any_shape(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
+    x0, noise = (value.float() for value in pair)
+    scheduler, t = make_scheduler(), torch.tensor([3, 250, 600, 998])
+    torch.testing.assert_close(add_noise(scheduler, x0, noise, t), scheduler.add_noise(x0, noise, t), atol=1e-5, rtol=0)
+    torch.testing.assert_close(velocity(scheduler, x0, noise, t), scheduler.get_velocity(x0, noise, t), atol=1e-5, rtol=0)
+    one = velocity(scheduler, x0[1], noise[1], 250)
+    torch.testing.assert_close(one, velocity(scheduler, x0, noise, t)[1])
+
+
+def test_ddim_with_an_oracle_recovers_x0(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Exact velocities lead from pure noise to x0, whatever the number of steps."""
+    x0, noise = pair
+    scheduler: DDIMScheduler = make_scheduler()
+    for steps in (1, 4, 20):
+        scheduler.set_timesteps(steps)
+        x = noise
+        for t in scheduler.timesteps:
+            signal, sigma = coefficients(scheduler, t, x)
+            v = signal * (x - signal * x0) / sigma - sigma * x0  # the velocity at x whose x0 is known
+            x = scheduler.step(v, t, x).prev_sample
+        torch.testing.assert_close(x, x0, atol=1e-6, rtol=0)
+
+
+def test_guidance_formula_in_float64(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
+    cond, uncond = pair
+    assert guide(cond, uncond, 1.0, 0.7) is cond
+    torch.testing.assert_close(guide(cond, uncond, 6.0), uncond + 6 * (cond - uncond))
+    out = guide(cond, uncond, 6.0, 0.7)
+    for i in range(len(cond)):  # Lin et al. equations 14 to 16, sample by sample
+        guided = uncond[i] + 6 * (cond[i] - uncond[i])
+        rescaled = guided * cond[i].flatten().std() / guided.flatten().std()
+        torch.testing.assert_close(out[i], 0.7 * rescaled + 0.3 * guided, atol=1e-12, rtol=0)
+    single = guide(cond.float(), uncond.float(), 6.0, 0.7)
+    torch.testing.assert_close(single.double(), out, atol=1e-5, rtol=0)
+    full = guide(cond, uncond, 6.0, 1.0)
+    torch.testing.assert_close(full[2].std(), cond[2].std())

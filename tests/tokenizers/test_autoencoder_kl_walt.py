@@ -1,0 +1,217 @@
+"""The causal tokenizer: geometry, causality, prefix and streaming exactness, the front end, the paper's switches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from walt.errors import WaltError
+from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt, Patcher
+
+CONFIGS = {
+    "paper": {"encoder_widths": (4, 4, 8, 8), "decoder_widths": (4, 4, 8, 8)},
+    "patch2": {
+        "encoder_widths": (4, 8, 8),
+        "decoder_widths": (8, 4, 8),
+        "temporal_downsample": (False, True),
+        "patch_size": 2,
+        "front_end": "space_to_depth",
+    },
+    "patch4": {"encoder_widths": (8, 8), "decoder_widths": (4, 8), "temporal_downsample": (False,), "patch_size": 4},
+}
+
+
+def make(name: str, **changes: object) -> AutoencoderKLWalt:
+    torch.manual_seed(0)
+    return AutoencoderKLWalt(**{"layers_per_block": 1, **CONFIGS[name], **changes}).double().eval()
+
+
+def clip(frames: int = 17, height: int = 16, width: int = 24) -> Tensor:
+    return torch.rand(1, 3, frames, height, width, generator=torch.Generator().manual_seed(1)).double() * 2 - 1
+
+
+@pytest.fixture(params=CONFIGS)
+def model(request: pytest.FixtureRequest) -> AutoencoderKLWalt:
+    return make(request.param)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("frames", [1, 5, 17, 21])
+def test_shapes(model: AutoencoderKLWalt, frames: int) -> None:
+    x = clip(frames)
+    z = model.encode(x).latent_dist.mode()
+    assert z.shape == (1, 8, 1 + (frames - 1) // 4, 2, 3)
+    assert model.decode(z).sample.shape == x.shape
+    assert torch.equal(model.encode(x).latent_dist.sample(), z)  # no variance: sampling is the mode
+    assert (model.spatial_compression_ratio, model.temporal_compression_ratio) == (8, 4)
+
+
+@torch.no_grad()
+def test_prefix_of_encoding_and_decoding(model: AutoencoderKLWalt) -> None:
+    x = clip()
+    z = model.encode(x).latent_dist.mode()
+    y = model.decode(z).sample
+    for k in (0, 1, 3):
+        assert (model.encode(x[:, :, : 1 + 4 * k]).latent_dist.mode() - z[:, :, : 1 + k]).abs().max() < 1e-12
+        assert (model.decode(z[:, :, : 1 + k]).sample - y[:, :, : 1 + 4 * k]).abs().max() < 1e-12
+
+
+@torch.no_grad()
+def test_first_frame_ignores_later_ones_and_later_latents_do_not(model: AutoencoderKLWalt) -> None:
+    x = clip()
+    changed = x.clone()
+    changed[:, :, 9:] = -x[:, :, 9:]
+    a, b = (model.encode(v).latent_dist.mode() for v in (x, changed))
+    assert torch.equal(a[:, :, :3], b[:, :, :3])
+    assert (a[:, :, 3:] - b[:, :, 3:]).abs().max() > 1e-6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("chunks", [(1, 4, 4, 8), (5, 12), (17,), (9, 4, 4)])
+def test_streaming_equals_whole(
+    model: AutoencoderKLWalt, chunks: tuple[int, ...], dtype: torch.dtype, tolerance: float
+) -> None:
+    model = model.to(dtype)
+    x = clip().to(dtype)
+    z = model.encode(x).latent_dist.mode()
+    cache, parts = None, []
+    for part in x.split(chunks, dim=2):
+        piece, cache = model.encode_chunk(part, cache)
+        parts.append(piece)
+    assert (torch.cat(parts, 2) - z).abs().max() < tolerance
+    whole = model.decode(z).sample
+    cache, parts = None, []
+    for part in z.split([1] + [1] * 4, dim=2):
+        piece, cache = model.decode_chunk(part, cache)
+        parts.append(piece)
+    assert (torch.cat(parts, 2) - whole).abs().max() < tolerance
+
+
+@torch.no_grad()
+def test_streams_interleave_and_a_cache_can_be_used_twice(model: AutoencoderKLWalt) -> None:
+    x, y = clip(), clip().flip(2)
+    _, cx = model.encode_chunk(x[:, :, :5])
+    _, cy = model.encode_chunk(y[:, :, :5])
+    first, _ = model.encode_chunk(x[:, :, 5:9], cx)
+    model.encode_chunk(y[:, :, 5:9], cy)
+    with pytest.raises(WaltError):
+        model.encode_chunk(x[:, :, 5:8], cx)
+    again, _ = model.encode_chunk(x[:, :, 5:9], cx)
+    assert torch.equal(first, again)
+
+
+def test_gradient_respects_causality(model: AutoencoderKLWalt) -> None:
+    x = clip().requires_grad_()
+    model.encode(x).latent_dist.mode()[:, :, 1].sum().backward()
+    assert x.grad is not None
+    per_frame = x.grad.abs().sum(dim=(0, 1, 3, 4))
+    assert (per_frame[:5] > 0).all() and (per_frame[5:] == 0).all()
+
+
+@pytest.mark.parametrize("transform", ["haar", "space_to_depth"])
+@pytest.mark.parametrize("patch", [1, 2, 4])
+def test_front_end_is_lossless_and_causal(transform: str, patch: int) -> None:
+    patcher, x = Patcher(patch, transform), clip(9)
+    blocks = patcher.split(x, first=True)
+    assert blocks.shape == (1, 3 * patch**3, 1 + 8 // patch, 16 // patch, 24 // patch)
+    assert (patcher.join(blocks, first=True) - x).abs().max() < 1e-12
+    assert torch.equal(patcher.split(x[:, :, :1], first=True), blocks[:, :, :1])
+
+
+def test_haar_of_a_flat_clip_is_one_coefficient_per_colour() -> None:
+    blocks = Patcher(4, "haar").split(torch.full((1, 3, 5, 8, 8), 0.5).double(), first=True)
+    energy = blocks.reshape(3, 64, -1).abs().sum(dim=-1)
+    assert (energy[:, 0] > 0).all() and energy[:, 1:].abs().max() < 1e-12
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", [{"norm": "group"}, {"adaptation": "global"}])
+def test_the_papers_switches_run_and_refuse_streaming(change: dict[str, str]) -> None:
+    model = make("patch4", **change)
+    z = model.encode(clip()).latent_dist.mode()
+    assert model.decode(z).sample.shape == clip().shape
+    with pytest.raises(WaltError, match="cannot stream"):
+        model.decode_chunk(z)
+    with pytest.raises(WaltError, match="cannot stream"):
+        model.encode_chunk(clip())
+
+
+def test_paper_size_on_meta() -> None:
+    with torch.device("meta"):
+        model = AutoencoderKLWalt()
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    assert 100 < millions < 250  # 4 blocks per level, both halves, widths 128 to 512
+    assert (model.spatial_compression_ratio, model.temporal_compression_ratio) == (8, 4)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients() -> None:
+    grads = []
+    for checkpointing in (False, True):
+        model = make("patch4")
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        model.train()
+        model(clip()).sample.square().mean().backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert torch.allclose(grads[0], grads[1], atol=1e-12)
+
+
+@torch.no_grad()
+def test_save_and_load_and_slicing(tmp_path: object) -> None:
+    model = make("patch4", latents_mean=(0.5,) * 8, latents_std=(2.0,) * 8)
+    model.save_pretrained(str(tmp_path))
+    loaded = AutoencoderKLWalt.from_pretrained(str(tmp_path)).double().eval()
+    x = torch.cat([clip(), clip().flip(3)])
+    assert torch.allclose(loaded.encode(x).latent_dist.mode(), model.encode(x).latent_dist.mode(), atol=1e-6)
+    assert list(loaded.config.latents_std) == [2.0] * 8
+    whole = model.decode(model.encode(x).latent_dist.mode()).sample
+    model.enable_slicing()
+    assert (model.decode(model.encode(x).latent_dist.mode()).sample - whole).abs().max() < 1e-12
+
+
+def test_learns_to_reconstruct() -> None:
+    torch.manual_seed(0)
+    model = AutoencoderKLWalt(
+        encoder_widths=(16, 16), decoder_widths=(16, 16), temporal_downsample=(False,), patch_size=4, layers_per_block=1
+    )
+    x = torch.nn.functional.interpolate(clip(5, 4, 4).float(), size=(5, 16, 16), mode="trilinear")
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    errors = []
+    for _ in range(120):
+        error = (model(x).sample - x).square().mean()
+        optimizer.zero_grad()
+        error.backward()
+        optimizer.step()
+        errors.append(float(error))
+    assert errors[-1] < 0.05 * errors[0]
+
+
+@pytest.mark.parametrize(
+    "shape, words",
+    [
+        ((1, 3, 16, 16, 16), "1 \\+ 4k frames"),
+        ((1, 3, 17, 20, 16), "multiples of 8, got 20x16"),
+        ((1, 1, 17, 16, 16), r"\(B, 3, T, H, W\)"),
+        ((3, 17, 16, 16), r"\(B, 3, T, H, W\)"),
+    ],
+)
+def test_bad_videos(shape: tuple[int, ...], words: str) -> None:
+    with pytest.raises(WaltError, match=words):
+        make("patch4").encode(torch.zeros(shape).double())
+
+
+def test_bad_latents_and_configs() -> None:
+    with pytest.raises(WaltError, match=r"latents must be \(B, 8"):
+        make("patch4").decode(torch.zeros(1, 4, 1, 2, 2).double())
+    for change, words in (
+        ({"patch_size": 3}, "1, 2 or 4"),
+        ({"norm": "layer"}, "norm must be one of"),
+        ({"temporal_downsample": (True, True)}, "one entry per step"),
+        ({"latents_mean": (0.0,) * 4}, "8 channels"),
+    ):
+        with pytest.raises(WaltError, match=words):
+            make("patch4", **change)
+    with pytest.raises(WaltError, match="tiling is not available"):
+        make("patch4").enable_tiling()

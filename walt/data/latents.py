@@ -1,0 +1,142 @@
+"""Precomputed latents: encoded once by `walt encode`, read back by training in any order.
+
+A folder holds `index.json` and one safetensors file per shard: `latents` `(N, 8, t, h, w)` float16, raw (not
+normalised) as the tokenizer gives them, `low_res` `(N, 8, t, h/2, w/2)` for a super-resolution stage; captions stand in the index.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from walt.data.scenes import Scenes
+from walt.errors import WaltError
+from walt.training.job import DenoiserJob
+
+SHARD = 32
+
+
+def fingerprint(tokenizer: Path) -> str:
+    """Hash of a tokenizer folder's weights and config: latents of another tokenizer are refused."""
+    digest = hashlib.sha256()
+    files = sorted(tokenizer.glob("*.safetensors")) + sorted(tokenizer.glob("config.json"))
+    if not files:
+        raise WaltError(f"no tokenizer in {tokenizer}: train one with `walt train emoji.tokenizer`")
+    for path in files:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def write_latents(
+    job: DenoiserJob,
+    output: Path,
+    counts: Sequence[int],
+    encode: Callable[[Tensor], Tensor],
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Encodes `counts[i]` clips of the recipe's i-th shape into `output`; shards that are there are kept.
+
+    Args:
+        job: the recipe whose scenes, shapes and (for super-resolution) half-size twins are encoded.
+        output: target folder; files appear under their name only when whole.
+        counts: clips per shape.
+        encode: raw latents `(B, 8, t, h, w)` of video `(B, 3, T, H, W)`.
+        progress: called with (done, total) clips.
+    """
+    if len(counts) != len(job.shapes):
+        raise WaltError(f"count: {len(job.shapes)} numbers needed, one per shape of the recipe, got {len(counts)}")
+    scenes = Scenes(job.data)
+    twins = job.model.get("low_res_channels") is not None
+    output.mkdir(parents=True, exist_ok=True)
+    index = output / "index.json"
+    known = {"tokenizer": fingerprint(Path(job.tokenizer)), "data": job.data.model_dump(exclude={"latents", "source"})}
+    if index.exists():
+        old = _read_index(index)
+        if {key: old.get(key) for key in known} != known:
+            raise WaltError(f"{output} holds latents of another tokenizer or data recipe; choose another folder")
+    done, total = 0, sum(counts)
+    shards: list[dict[str, Any]] = []
+    for place, (shape, count) in enumerate(zip(job.shapes, counts, strict=True)):
+        name = shape.model_dump(exclude={"weight"})
+        for start in range(0, count, SHARD):
+            numbers = range(start, min(start + SHARD, count))
+            path = output / f"{_key(name)}-{start:06d}-{len(numbers)}.safetensors"
+            clips = None
+            if not path.exists():
+                # Each shape has scenes of its own, so that stills and clips together show more of the world.
+                clips = [scenes.clip(number + 1_000_003 * place, shape, twins) for number in numbers]
+                tensors = {"latents": torch.cat([encode(clip.video[None]).half().cpu() for clip in clips])}
+                if twins:
+                    low = [clip.low_res for clip in clips]
+                    tensors["low_res"] = torch.cat([encode(x[None]).half().cpu() for x in low if x is not None])
+                captions = [clip.caption for clip in clips]
+                temporary = path.with_suffix(".tmp")
+                save_file(tensors, temporary, metadata={"captions": json.dumps(captions)})
+                os.replace(temporary, path)
+            shards.append({"file": path.name, "shape": name})
+            done += len(numbers)
+            if progress is not None:
+                progress(done, total)
+    temporary = index.with_suffix(".tmp")
+    temporary.write_text(json.dumps({**known, "shards": shards}, indent=1))
+    os.replace(temporary, index)
+
+
+class LatentShards:
+    """The latents of one folder in memory, per shape of a recipe."""
+
+    def __init__(self, folder: Path, job: DenoiserJob) -> None:
+        index = _read_index(folder / "index.json")
+        if index["tokenizer"] != fingerprint(Path(job.tokenizer)):
+            raise WaltError(f"{folder} holds latents of another tokenizer than {job.tokenizer}; encode them again")
+        self.latents: list[Tensor] = []
+        self.low_res: list[Tensor | None] = []
+        self.captions: list[list[str]] = []
+        for shape in job.shapes:
+            name = shape.model_dump(exclude={"weight"})
+            files = [folder / row["file"] for row in index["shards"] if row["shape"] == name]
+            if not files:
+                raise WaltError(f"{folder} has no latents of shape {name}; run `walt encode` with this recipe")
+            parts = [_read_shard(path) for path in files]
+            self.latents.append(torch.cat([tensors["latents"] for tensors, _ in parts]))
+            low = [tensors["low_res"] for tensors, _ in parts if "low_res" in tensors]
+            self.low_res.append(torch.cat(low) if low else None)
+            self.captions.append([caption for _, captions in parts for caption in captions])
+
+    def get(self, shape: int, number: int) -> tuple[Tensor, Tensor | None, str]:
+        """Clip `number` (cycled) of a shape: raw latent `(8, t, h, w)`, low-resolution latent or None, caption."""
+        row = number % len(self.latents[shape])
+        low = self.low_res[shape]
+        return self.latents[shape][row].float(), None if low is None else low[row].float(), self.captions[shape][row]
+
+
+def _key(shape: dict[str, Any]) -> str:
+    return "f{frames}-{height}x{width}-s{start}-c{cut}".format(**shape)
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    try:
+        index = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise WaltError(f"{path} cannot be read ({error}); run `walt encode` again") from None
+    return index
+
+
+def _read_shard(path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, "pt") as handle:
+            captions = json.loads(handle.metadata()["captions"])
+        return load_file(path), captions
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise WaltError(f"latent shard {path} is damaged ({error}); delete it and run `walt encode` again") from None

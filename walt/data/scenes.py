@@ -1,0 +1,72 @@
+"""Training samples of the emoji theatre: which window and which cut of which scene, as pixels in [-1, 1]."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from walt.data.emoji import EMBEDDED_WORLD, EmojiTheatre, Scene, World
+from walt.training.job import DataJob, Shape
+
+SCENE_FRAMES = 29
+
+
+@dataclass(frozen=True)
+class Clip:
+    """`video` `(3, T, H, W)` float in [-1, 1], its half-size twin if asked for, and what it shows."""
+
+    video: Tensor
+    low_res: Tensor | None
+    caption: str
+
+
+def world(job: DataJob) -> World:
+    """The world that a recipe names."""
+    return EMBEDDED_WORLD if job.world == "embedded" else World()
+
+
+def to_video(frames: np.ndarray) -> Tensor:
+    """uint8 `(T, H, W, 3)` to float32 `(3, T, H, W)` in [-1, 1]."""
+    return torch.from_numpy(frames).permute(3, 0, 1, 2).to(torch.float32) / 127.5 - 1.0
+
+
+class Scenes:
+    """Clips by number: a pure function of the recipe, the shape and the number."""
+
+    def __init__(self, job: DataJob) -> None:
+        self.job = job
+        self.theatre = EmojiTheatre(job.source, subjects=job.subjects or None, world=world(job))
+
+    def clip(self, number: int, shape: Shape, low_res: bool = False, align: int = 16) -> Clip:
+        """The `number`-th clip of a shape; with `low_res` its half-size twin too.
+
+        A `cut` is a square around the subject, placed at random within its reach and aligned to `align` pixels.
+        """
+        number = number % self.job.scenes
+        frames = SCENE_FRAMES if shape.frames > 1 else 1
+        scene = self.theatre.scene(self.job.seed * 1_000_003 + number, frames)
+        crop = self._cut(scene, number, shape, align) if shape.cut else None
+        video = self._render(scene, shape, 1, crop)
+        twin = self._render(scene, shape, 2, crop) if low_res else None
+        return Clip(video, twin, scene.caption)
+
+    def _render(self, scene: Scene, shape: Shape, shrink: int, crop: tuple[int, int, int, int] | None) -> Tensor:
+        part = None if crop is None else (crop[0] // shrink, crop[1] // shrink, crop[2] // shrink, crop[3] // shrink)
+        size = (shape.height // shrink, shape.width // shrink)
+        return to_video(self.theatre.render(scene, *size, shape.start, shape.frames, crop=part)[0])
+
+    def _cut(self, scene: Scene, number: int, shape: Shape, align: int) -> tuple[int, int, int, int]:
+        rng = random.Random(number)
+        middle = shape.start + shape.frames // 2
+        left, top, right, bottom = self.theatre.box(scene, middle, shape.height, shape.width)
+        x, y = rng.uniform(left, right), rng.uniform(top, bottom)
+
+        def begin(centre: float, side: int) -> int:
+            return int(min(max(centre - shape.cut / 2, 0), side - shape.cut)) // align * align
+
+        x0, y0 = begin(x, shape.width), begin(y, shape.height)
+        return x0, y0, x0 + shape.cut, y0 + shape.cut

@@ -1,0 +1,92 @@
+"""The diffusion process as pure functions over diffusers' schedulers: schedule, noising, velocity targets, guidance.
+
+W.A.L.T. (papers.md 1.4; arXiv 2312.06662 section 4.1): x_t = signal x0 + sigma eps with signal^2 + sigma^2 = 1, 1000 steps
+of a linear beta schedule rescaled to zero terminal SNR (Lin et al., arXiv 2305.08891), velocity prediction (Salimans and Ho,
+arXiv 2202.00512): v = signal eps - sigma x0, hence x0 = signal x_t - sigma v and eps = sigma x_t + signal v.
+
+Every function takes `timestep` as integers 0..999, either `(B,)` for tensors `(B, ...)` or a single one for a tensor of any
+shape, and works in the dtype of its tensors.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor
+
+
+class Schedule(Protocol):
+    """What the functions here need of a diffusers scheduler: `alphas_cumprod`, float `(1000,)`, abar_t in [0, 1]."""
+
+    alphas_cumprod: Tensor
+
+
+def make_scheduler(zero_snr: bool = True) -> DDIMScheduler:
+    """The sampler and schedule of every W.A.L.T. stage (Table 8).
+
+    Trailing spacing makes sampling start at the last timestep, where x_t is pure noise when `zero_snr` is on; clipping is
+    off because latents are not bounded.
+    """
+    return DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_start=1e-4,
+        beta_end=0.02,
+        beta_schedule="linear",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=zero_snr,
+        timestep_spacing="trailing",
+        clip_sample=False,
+    )
+
+
+def coefficients(scheduler: Schedule, timestep: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """(signal, sigma) = (sqrt(abar_t), sqrt(1 - abar_t)) in the dtype and on the device of `like`, shaped to broadcast."""
+    index = torch.as_tensor(timestep, device=scheduler.alphas_cumprod.device).long()
+    alpha_bar = scheduler.alphas_cumprod[index].double()
+    if alpha_bar.ndim:
+        alpha_bar = alpha_bar.reshape(-1, *[1] * (like.ndim - 1))
+    return alpha_bar.sqrt().to(like), (1 - alpha_bar).sqrt().to(like)
+
+
+def add_noise(scheduler: Schedule, x0: Tensor, noise: Tensor, timestep: Tensor | int) -> Tensor:
+    """x_t = signal x0 + sigma eps."""
+    signal, sigma = coefficients(scheduler, timestep, x0)
+    return signal * x0 + sigma * noise
+
+
+def velocity(scheduler: Schedule, x0: Tensor, noise: Tensor, timestep: Tensor | int) -> Tensor:
+    """The training target v = signal eps - sigma x0 (at the last step of a zero-SNR schedule: -x0)."""
+    signal, sigma = coefficients(scheduler, timestep, x0)
+    return signal * noise - sigma * x0
+
+
+def x0_from_velocity(scheduler: Schedule, v: Tensor, x_t: Tensor, timestep: Tensor | int) -> Tensor:
+    """x0 = signal x_t - sigma v."""
+    signal, sigma = coefficients(scheduler, timestep, x_t)
+    return signal * x_t - sigma * v
+
+
+def noise_from_velocity(scheduler: Schedule, v: Tensor, x_t: Tensor, timestep: Tensor | int) -> Tensor:
+    """eps = sigma x_t + signal v."""
+    signal, sigma = coefficients(scheduler, timestep, x_t)
+    return sigma * x_t + signal * v
+
+
+def guide(cond: Tensor, uncond: Tensor, scale: float, rescale: float = 0.0) -> Tensor:
+    """Classifier-free guidance, then the standard-deviation rescaling of Lin et al. (equations 14-16), per sample.
+
+    Args:
+        cond, uncond: predictions `(B, ...)` with and without the condition.
+        scale: 1 gives `cond` exactly; larger follows the condition harder.
+        rescale: phi in [0, 1]; 1 gives every sample the standard deviation of its conditional prediction.
+    """
+    if scale == 1:
+        return cond
+    guided = uncond + scale * (cond - uncond)
+    if rescale == 0:
+        return guided
+    dims = tuple(range(1, cond.ndim))
+    ratio = cond.std(dim=dims, keepdim=True) / guided.std(dim=dims, keepdim=True).clamp_min(1e-8)
+    return guided * (rescale * ratio + (1 - rescale))

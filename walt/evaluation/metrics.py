@@ -1,0 +1,116 @@
+"""Frame-by-frame measures of a video against its reference: PSNR, PSNR inside a mask, LPIPS, high-frequency energy.
+
+Letters: B batch, C channels, T frames, H W pixels. Videos are `(B, C, T, H, W)` in [-1, 1]; every measure gives one
+float per video, `(B,)`, computed in at least float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from einops import rearrange, reduce
+from torch import Tensor
+
+from walt.errors import WaltError
+
+PEAK = 2.0  # the range of a pixel in [-1, 1]
+
+
+def psnr(video: Tensor, target: Tensor) -> Tensor:
+    """Returns the peak signal-to-noise ratio in dB over all pixels of each video, `(B,)`; inf where they are equal."""
+    _check_pair(video, target)
+    return _decibel(reduce(_wide(video) - _wide(target), "b c t h w -> b", _mean_square))
+
+
+def masked_psnr(video: Tensor, target: Tensor, alpha: Tensor) -> Tensor:
+    """Returns the PSNR in dB of the pixels in a mask, `(B,)`: the squared error weighted by alpha.
+
+    Args:
+        alpha: weights `(B, 1, T, H, W)`, not negative; 1 on the subject, 0 on the background. A uint8 mask (0..255)
+            will do as well, as only ratios matter.
+
+    Raises:
+        WaltError: shapes differ, or a video's mask is empty.
+    """
+    _check_pair(video, target)
+    if alpha.shape != (video.shape[0], 1, *video.shape[2:]):
+        raise WaltError(f"alpha: expected {(video.shape[0], 1, *video.shape[2:])}, got {tuple(alpha.shape)}")
+    weight = _wide(alpha)
+    total = reduce(weight, "b 1 t h w -> b", "sum")
+    if not bool((total > 0).all()):
+        raise WaltError("alpha: the mask of at least one video is empty")
+    error = reduce((_wide(video) - _wide(target)).square(), "b c t h w -> b 1 t h w", "mean")
+    return _decibel(reduce(error * weight, "b 1 t h w -> b", "sum") / total)
+
+
+def lpips(video: Tensor, target: Tensor, perceptual: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Returns the mean perceptual distance of each video's frames from the target's, `(B,)`.
+
+    Args:
+        perceptual: maps two `(1, 3, H, W)` images to a distance `(1,)`, such as
+            `walt.tokenizers.losses.PerceptualLoss`. It sees one frame at a time, so that a large video needs the
+            memory of one frame.
+    """
+    _check_pair(video, target)
+    frames = zip(
+        rearrange(video, "b c t h w -> (b t) 1 c h w"), rearrange(target, "b c t h w -> (b t) 1 c h w"), strict=True
+    )
+    with torch.no_grad():
+        distances = torch.cat([perceptual(ours, theirs) for ours, theirs in frames])
+    return reduce(distances, "(b t) -> b", "mean", b=len(video))
+
+
+def high_frequency_energy(video: Tensor, cutoff: float = 0.25) -> Tensor:
+    """Returns the energy per pixel that a video's frames hold above a spatial frequency, `(B,)`.
+
+    Each frame is mirrored at its borders to 2H x 2W (so that they add no edges of their own) and Fourier transformed;
+    the squared magnitudes where max(|f_y|, |f_x|) > cutoff are summed and divided by the number of pixels. By Parseval
+    that is the mean square of the high-passed frame, in units of squared pixel values; the mean is over C and T.
+
+    Args:
+        cutoff: in cycles per pixel, from 0 to below 0.5. 0.25 is exactly the band that a video of half the resolution
+            can hold, so the energy above it is detail that 2x super-resolution added.
+    """
+    if not 0 <= cutoff < 0.5:
+        raise WaltError(f"cutoff: expected cycles per pixel from 0 to below 0.5, got {cutoff}")
+    _check_video(video, "video")
+    height, width = video.shape[-2:]
+    # The transform of a real frame: rfft leaves out the negative f_x, which are counted by doubling.
+    above = torch.maximum(
+        torch.fft.fftfreq(2 * height, device=video.device).abs()[:, None],
+        torch.fft.rfftfreq(2 * width, device=video.device)[None, :],
+    ).gt(cutoff)
+    weight = above.to(torch.float32) * 2
+    weight[:, 0] /= 2
+    weight[:, -1] /= 2
+    energies = []
+    for frame in rearrange(_wide(video), "b c t h w -> (b t) c h w"):
+        mirrored = torch.cat([frame, frame.flip(-1)], dim=-1)
+        mirrored = torch.cat([mirrored, mirrored.flip(-2)], dim=-2)
+        power = torch.fft.rfft2(mirrored, norm="forward").abs().square()
+        energies.append((power * weight).sum(dim=(-2, -1)).mean())
+    return reduce(torch.stack(energies), "(b t) -> b", "mean", b=len(video))
+
+
+def _mean_square(tensor: Tensor, axes: tuple[int, ...]) -> Tensor:
+    return tensor.square().mean(dim=axes)
+
+
+def _decibel(mean_square: Tensor) -> Tensor:
+    return 10 * torch.log10(PEAK**2 / mean_square)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _check_video(video: Tensor, name: str) -> None:
+    if video.ndim != 5:
+        raise WaltError(f"{name}: expected (B, C, T, H, W), got {tuple(video.shape)}")
+
+
+def _check_pair(video: Tensor, target: Tensor) -> None:
+    _check_video(video, "video")
+    if video.shape != target.shape:
+        raise WaltError(f"target: expected the video's shape {tuple(video.shape)}, got {tuple(target.shape)}")

@@ -1,0 +1,1 @@
+"""Denoisers: one file per backbone, each a diffusers `ModelMixin`."""

@@ -1,0 +1,703 @@
+"""The W.A.L.T. denoiser (arXiv 2312.06662), on packed sequences of videos and images of any size.
+
+B samples, C channels, t h w latent frames and size, p patch, L tokens of the pack, D width, N heads, S text states.
+Inside, a pack is always `(L, D)`; a `(B, C, t, h, w)` batch is a pack of equal grids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import FromOriginalModelMixin, PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
+from diffusers.models.cache_utils import CacheMixin
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import apply_lora_scale
+from torch import Tensor, nn
+
+from walt.attention import RelativeBias, Window, WindowPlan, plan_windows, rotate, rotation, window_attention
+from walt.errors import WaltError, suggest
+from walt.latents import Grid, pack, token_counts, unpack
+
+Samples = Tensor | Sequence[Tensor]
+"""A batch with B first, or a list of B samples of any sizes."""
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """What a layer must know of the pack, all of it known on the host: token counts per sample, and window plans."""
+
+    lengths: tuple[int, ...]
+    plan: WindowPlan
+    cross_plan: WindowPlan | None
+    rotation: tuple[Tensor, Tensor] | None  # cosines and sines in the order of `plan`
+
+
+class WaltAttnProcessor:
+    """Projects, normalises, rotates, and hands windows to `walt.attention.window_attention`."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(
+        self,
+        attn: WaltAttention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None,
+        plan: WindowPlan,
+        rotary: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        x = plan.gather(hidden_states)
+        first = plan.singles  # tokens alone in their window need no query and no key
+        if not attn.fused_projections:
+            query, key, value = attn.to_q(x[first:]), attn.to_k(x[first:]), attn.to_v(x)
+        elif attn.is_cross_attention:
+            key, value = attn.to_kv(x).chunk(2, dim=-1)
+            query, key = attn.to_q(x[first:]), key[first:]
+        else:
+            query, key, value = attn.to_qkv(x).chunk(3, dim=-1)
+            query, key = query[first:], key[first:]
+        value = attn.split_heads(value)
+        query = attn.norm_q(attn.split_heads(query))
+        key = attn.norm_k(attn.split_heads(key))
+        if rotary is not None:
+            cos, sin = rotary
+            query, key = rotate(query, cos[first:], sin[first:]), rotate(key, cos[first:], sin[first:])
+
+        context_key = context_value = None
+        if encoder_hidden_states is not None:
+            if attn.fused_projections:
+                context_key, context_value = attn.to_kv(encoder_hidden_states).chunk(2, dim=-1)
+            else:
+                context_key, context_value = attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
+            context_key = attn.norm_k(attn.split_heads(context_key)).to(value.dtype)
+            context_value = attn.split_heads(context_value)
+
+        out = window_attention(
+            query.to(value.dtype),
+            key.to(value.dtype),
+            value,
+            plan,
+            context_key=context_key,
+            context_value=context_value,
+            bias=attn.relative_bias,
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        )
+        return plan.scatter(attn.to_out[0](out.flatten(1)))
+
+
+class WaltAttention(nn.Module, AttentionModuleMixin):
+    """Windowed attention over a pack `(L, D)`.
+
+    With text `(S, D)` it is the paper's cross-attention: queries are the tokens of a window, keys and values the
+    concatenation of the same tokens and the text of their sample, through one projection. Positions act on tokens
+    against tokens of self-attention only: cross-attention has neither rotation nor bias, as text has no place.
+    """
+
+    to_qkv: nn.Linear  # made by diffusers' fuse_projections, as to_kv is
+    to_kv: nn.Linear
+    _default_processor_cls = WaltAttnProcessor
+    _available_processors = [WaltAttnProcessor]
+
+    def __init__(
+        self, width: int, heads: int, qk_norm: bool, is_cross_attention: bool, relative_bias: RelativeBias | None
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.head_dim = width // heads
+        self.use_bias = True  # read by diffusers' fuse_projections
+        self.is_cross_attention = is_cross_attention
+        self.to_q = nn.Linear(width, width)
+        self.to_k = nn.Linear(width, width)
+        self.to_v = nn.Linear(width, width)
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+        # Per head (ViT-22B); LayerNorm, as the paper's reference has it.
+        self.norm_q = nn.LayerNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.norm_k = nn.LayerNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.relative_bias = relative_bias
+        self.processor: Any = self._default_processor_cls()
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """`(rows, D)` to `(rows, N, D / N)`."""
+        return x.unflatten(-1, (self.heads, self.head_dim))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None,
+        plan: WindowPlan,
+        rotary: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        return self.processor(self, hidden_states, encoder_hidden_states, plan, rotary)
+
+
+class _WaltBlock(nn.Module):
+    """Windowed self-attention, cross-attention to text, MLP; the two kinds differ in the windows of their layout.
+
+    AdaLN gives six vectors per sample: scale and shift of the inputs of attention and MLP, and a gate on their
+    outputs. Cross-attention has its own norm and, being outside the six, no gate: its output projection starts at 0.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        ffn_dim: int,
+        qk_norm: bool,
+        cross_attention: bool,
+        relative_bias: RelativeBias | None,
+        adaln: str,
+        rank: int,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.attn = WaltAttention(width, heads, qk_norm, False, relative_bias)
+        self.norm_cross = nn.LayerNorm(width, eps=1e-6) if cross_attention else None
+        self.cross_attn = WaltAttention(width, heads, qk_norm, True, None) if cross_attention else None
+        self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.ff = FeedForward(width, inner_dim=ffn_dim, activation_fn="gelu-approximate")
+        self.adaln = nn.Linear(width, 6 * width) if adaln == "full" else None
+        self.adaln_down = nn.Linear(width, rank, bias=False) if adaln == "lora" else None
+        self.adaln_up = nn.Linear(rank, 6 * width, bias=False) if adaln == "lora" else None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None,
+        embedding: Tensor,
+        modulation: Tensor | None,
+        layout: Layout,
+    ) -> Tensor:
+        """One layer.
+
+        Args:
+            hidden_states: `(L, D)`.
+            encoder_hidden_states: text of all samples end to end `(S, D)`, or None.
+            embedding: `(B, D)`, the paper's c + t.
+            modulation: `(B, 6 D)`, A_1 of AdaLN-LoRA; None when every layer has its own.
+            layout: the windows.
+        """
+        if self.adaln is not None:
+            modulation = self.adaln(F.silu(embedding))
+        elif self.adaln_down is not None and self.adaln_up is not None:
+            modulation = modulation + self.adaln_up(self.adaln_down(embedding))  # A_i = A_1 + W_b W_a (c + t)
+        assert modulation is not None
+        scale1, shift1, gate1, scale2, shift2, gate2 = modulation.chunk(6, dim=-1)
+        x = hidden_states
+        y = _modulate(self.norm1(x), scale1, shift1, layout.lengths)
+        x = x + _gate(self.attn(y, None, layout.plan, layout.rotation), gate1, layout.lengths)
+        if self.cross_attn is not None and self.norm_cross is not None:
+            x = x + self.cross_attn(self.norm_cross(x), encoder_hidden_states, layout.cross_plan)
+        y = _modulate(self.norm2(x), scale2, shift2, layout.lengths)
+        return x + _gate(self.ff(y), gate2, layout.lengths)
+
+
+class WaltSpatialBlock(_WaltBlock):
+    """Attends inside a frame: windows 1 x h' x w', the whole frame by default."""
+
+
+class WaltSpatioTemporalBlock(_WaltBlock):
+    """Attends across frames: windows t x h' x w'; an image is passed by the identity rule."""
+
+
+class WaltPositionEmbedding(nn.Module):
+    """Learned absolute positions: a space table plus a time table (papers 1.3).
+
+    A frame of another size reads the space table by bilinear interpolation; a clip longer than the time table
+    reads it by linear interpolation. The first frame, and so an image, always has time position 0.
+    """
+
+    def __init__(self, grid: Grid, width: int) -> None:
+        super().__init__()
+        self.grid = grid
+        self.space = nn.Parameter(torch.zeros(grid[1] * grid[2], width))
+        self.time = nn.Parameter(torch.zeros(grid[0], width))
+
+    def forward(self, grids: tuple[Grid, ...]) -> Tensor:
+        """Embeddings `(L, D)` of a pack."""
+        tables = {grid: self._table(*grid) for grid in dict.fromkeys(grids)}
+        return torch.cat([tables[grid] for grid in grids])
+
+    def _table(self, t: int, h: int, w: int) -> Tensor:
+        frames, rows, columns = self.grid
+        space: Tensor = self.space
+        time: Tensor = self.time
+        if (h, w) != (rows, columns):
+            image = space.float().T.reshape(1, -1, rows, columns)
+            space = F.interpolate(image, size=(h, w), mode="bilinear").flatten(2)[0].T.to(space.dtype)
+        if t > frames:
+            time = F.interpolate(time.float().T[None], size=t, mode="linear", align_corners=True)[0].T.to(time.dtype)
+        return (time[:t, None] + space[None]).flatten(0, 1)
+
+
+class WaltTransformer3DModel(
+    ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalModelMixin, CacheMixin, AttentionMixin
+):
+    """Predicts v of noisy latents, layer by layer alternating spatial and spatiotemporal windows.
+
+    Args:
+        in_channels: C of the latents.
+        out_channels: C of the prediction.
+        patch_size: p; h and w of every sample must be multiples of it.
+        num_layers: single layers, spatial first, then alternating (papers 1.7: "layers").
+        num_attention_heads: N; the width D is N * attention_head_dim.
+        attention_head_dim: head size (even for "rope").
+        ffn_dim: MLP width, None for 4 D.
+        text_dim: width of the text states; None for a model without cross-attention.
+        num_classes: classes; index num_classes is the null label of guidance. None for no class conditioning.
+        adaln_rank: r of AdaLN-LoRA; None for a full AdaLN per layer.
+        qk_norm: LayerNorm on queries and keys, per head.
+        sample_size: (t, h, w) of the latents the position tables are made for; other sizes interpolate.
+        absolute_positions: learned space + time tables on the tokens.
+        relative_positions: "bias" (Swin's table per layer; needs an attention backend that takes a mask), "rope"
+            (3D axial, any backend) or None. Acts in self-attention only.
+        spatial_window: (h, w) in tokens, None for the whole frame.
+        spatiotemporal_window: (h, w) over the whole length, or (t, h, w), in tokens; None for everything.
+        cross_attention_window: "spatial" (papers: joint image-video training) or "same" as the layer's own window.
+        self_conditioning: C more input channels for the previous estimate of the clean latents.
+        frame_conditioning: C + 1 more input channels for given clean frames and their mask.
+        low_res_channels: channels of low-resolution latents (super-resolution), None for none.
+        low_res_scale: how much smaller their h and w are.
+        image_identity: one-frame samples pass spatiotemporal attention by the identity rule. False (an image-only
+            model) gives them the spatial part of the window instead.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["WaltSpatialBlock", "WaltSpatioTemporalBlock"]
+    _repeated_blocks = ["WaltSpatialBlock", "WaltSpatioTemporalBlock"]
+    _skip_layerwise_casting_patterns = [
+        "patch_embed",
+        "pos_embed",
+        "time_embedder",
+        "noise_level_embedder",
+        "class_embedder",
+        "low_res_embed",
+        "relative_bias",
+        "norm",
+    ]
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 8,
+        out_channels: int = 8,
+        patch_size: int = 1,
+        num_layers: int = 24,
+        num_attention_heads: int = 16,
+        attention_head_dim: int = 64,
+        ffn_dim: int | None = None,
+        text_dim: int | None = None,
+        num_classes: int | None = None,
+        adaln_rank: int | None = 2,
+        qk_norm: bool = True,
+        sample_size: tuple[int, int, int] = (5, 16, 16),
+        absolute_positions: bool = True,
+        relative_positions: str | None = "bias",
+        spatial_window: tuple[int, int] | None = None,
+        spatiotemporal_window: tuple[int, ...] | None = (8, 8),
+        cross_attention_window: str = "spatial",
+        self_conditioning: bool = True,
+        frame_conditioning: bool = True,
+        low_res_channels: int | None = None,
+        low_res_scale: int = 2,
+        image_identity: bool = True,
+    ) -> None:
+        super().__init__()
+        _one_of("relative_positions", relative_positions, ("bias", "rope", None))
+        _one_of("cross_attention_window", cross_attention_window, ("spatial", "same"))
+        for name, value in (("num_layers", num_layers), ("patch_size", patch_size), ("low_res_scale", low_res_scale)):
+            if value < 1:
+                raise WaltError(f"{name}: {value} given, at least 1 needed")
+        if adaln_rank is not None and adaln_rank < 1:
+            raise WaltError(f"adaln_rank: {adaln_rank} given, at least 1 needed, or None for a full AdaLN per layer")
+        if relative_positions == "rope" and attention_head_dim % 2:
+            raise WaltError(f"attention_head_dim: {attention_head_dim} given, an even number needed for rope")
+        frames, height, width_ = sample_size
+        if height % patch_size or width_ % patch_size:
+            raise WaltError(f"sample_size: {height}x{width_} given, multiples of patch_size {patch_size} needed")
+        grid = (frames, height // patch_size, width_ // patch_size)
+        self._spatial = _window("spatial_window", spatial_window, 1, (2,))
+        self._spatiotemporal = _window("spatiotemporal_window", spatiotemporal_window, None, (2, 3))
+
+        width = num_attention_heads * attention_head_dim
+        ffn_dim = ffn_dim or 4 * width
+        channels = in_channels * (1 + self_conditioning + frame_conditioning) + frame_conditioning
+        self.low_res_embed: nn.Conv2d | None = None
+        self.noise_level_embedder: TimestepEmbedding | None = None
+        if low_res_channels is not None:
+            channels += low_res_channels
+            self.low_res_embed = nn.Conv2d(low_res_channels, low_res_channels * low_res_scale**2, 3, padding=1)
+            self.noise_level_embedder = TimestepEmbedding(256, width)
+        self.patch_embed = nn.Linear(channels * patch_size**2, width)
+        self.pos_embed = WaltPositionEmbedding(grid, width) if absolute_positions else None
+        self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_embedder = TimestepEmbedding(256, width)
+        self.class_embedder = nn.Embedding(num_classes + 1, width) if num_classes is not None else None
+        self.text_embedder = nn.Linear(text_dim, width) if text_dim is not None else None
+        self.text_norm = nn.LayerNorm(width, eps=1e-6) if text_dim is not None else None
+        self.adaln = nn.Linear(width, 6 * width) if adaln_rank is not None else None
+
+        blocks: list[_WaltBlock] = []
+        for i in range(num_layers):
+            kind = WaltSpatioTemporalBlock if i % 2 else WaltSpatialBlock
+            window = self._spatiotemporal if i % 2 else self._spatial
+            bias = None
+            if relative_positions == "bias":
+                t, h, w = (size if n is None else n for n, size in zip(window, grid, strict=True))
+                bias = RelativeBias(num_attention_heads, (t, h, w), resize=window[1] is None)
+            adaln = "full" if adaln_rank is None else "lora" if i else "shared"
+            blocks.append(
+                kind(
+                    width,
+                    num_attention_heads,
+                    ffn_dim,
+                    qk_norm,
+                    text_dim is not None,
+                    bias,
+                    adaln,
+                    adaln_rank or 0,
+                )
+            )
+        self.transformer_blocks = nn.ModuleList(blocks)
+        self.norm_out = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.adaln_out = nn.Linear(width, 2 * width)
+        self.proj_out = nn.Linear(width, out_channels * patch_size**2)
+        self.gradient_checkpointing = False
+        self.initialize_weights()
+
+    def initialize_weights(self) -> None:
+        """All initial values, in one place. Draws nothing on the meta device.
+
+        Linear layers are Xavier uniform with zero bias; tables and small embeddings normal 0.02; and zero wherever a
+        residual branch ends (gates, cross-attention output, prediction), so that a new model is the identity.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        if self.pos_embed is not None:
+            nn.init.normal_(self.pos_embed.space, std=0.02)
+            nn.init.normal_(self.pos_embed.time, std=0.02)
+        for embedder in (self.time_embedder, self.noise_level_embedder):
+            if embedder is not None:
+                nn.init.normal_(embedder.linear_1.weight, std=0.02)
+                nn.init.normal_(embedder.linear_2.weight, std=0.02)
+        if self.class_embedder is not None:
+            nn.init.normal_(self.class_embedder.weight, std=0.02)
+        zero: list[nn.Module | None] = [self.adaln, self.adaln_out, self.proj_out]
+        for block in self.transformer_blocks:
+            assert isinstance(block, _WaltBlock)
+            zero += [block.adaln, block.adaln_up]
+            if block.adaln_down is not None:
+                nn.init.normal_(block.adaln_down.weight, std=0.02)
+            if block.cross_attn is not None:
+                zero.append(block.cross_attn.to_out[0])
+            if block.attn.relative_bias is not None:
+                nn.init.normal_(block.attn.relative_bias.table, std=0.02)
+        for linear in zero:
+            if isinstance(linear, nn.Linear):
+                nn.init.zeros_(linear.weight)
+                if linear.bias is not None:
+                    nn.init.zeros_(linear.bias)
+
+    @apply_lora_scale("attention_kwargs")
+    def forward(
+        self,
+        hidden_states: Samples,
+        timestep: Tensor,
+        encoder_hidden_states: Samples | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        class_labels: Tensor | None = None,
+        low_res_hidden_states: Samples | None = None,
+        low_res_noise_level: Tensor | None = None,
+        frame_latents: Samples | None = None,
+        frame_mask: Samples | None = None,
+        self_conditioning: Samples | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[Samples]:
+        """Predicts v.
+
+        Args:
+            hidden_states: noisy latents `(B, C, t, h, w)`, or a list of `(C, t, h, w)` of any sizes (a pack).
+            timestep: `(B,)`, float or int, 0..999.
+            encoder_hidden_states: text states `(B, S, text_dim)`, or a list of `(S_i, text_dim)`.
+            encoder_attention_mask: `(B, S)` bool or int with a batch of text states; states at 0 are left out
+                altogether. None when every state counts.
+            class_labels: `(B,)` long in 0..num_classes; num_classes is the null label.
+            low_res_hidden_states: `(B, low_res_channels, t, h / low_res_scale, w / low_res_scale)` or a list.
+            low_res_noise_level: `(B,)`, the noise of the low-resolution latents, in units of `timestep`.
+            frame_latents: clean latents like `hidden_states`, used where the mask is 1; None for no given frame.
+            frame_mask: `(B, 1, t, h, w)` or a list of `(1, t, h, w)`, 1 where a latent is given.
+            self_conditioning: the previous estimate of the clean latents, like `hidden_states`; None for zeros.
+            attention_kwargs: {"scale": LoRA scale}.
+            return_dict: `Transformer2DModelOutput(sample=)` or a 1-tuple.
+
+        Returns:
+            v in the form and dtype of `hidden_states`, with `out_channels`.
+
+        Raises:
+            WaltError: an argument that the model needs is missing, one it cannot use is given, or shapes disagree.
+        """
+        noisy = list(hidden_states)
+        self._check_latents(noisy)
+        batch, dtype, device = len(noisy), noisy[0].dtype, noisy[0].device
+
+        pieces = [noisy]
+        pieces += self._conditions(noisy, frame_latents, frame_mask, self_conditioning)
+        pieces += self._low_resolution(noisy, low_res_hidden_states)
+        tokens, grids = pack([torch.cat(parts) for parts in zip(*pieces, strict=True)], self.config.patch_size)
+        x = self.patch_embed(tokens)
+        if self.pos_embed is not None:
+            x = x + self.pos_embed(grids)
+
+        embedding = self._embedding(batch, dtype, device, timestep, class_labels, low_res_noise_level)
+        text, text_lengths = self._text(batch, dtype, encoder_hidden_states, encoder_attention_mask)
+        modulation = self.adaln(F.silu(embedding)) if self.adaln is not None else None
+
+        layouts: dict[tuple[int, int], Layout] = {}
+        for i, block in enumerate(self.transformer_blocks):
+            kind = (i % 2, i // 2 % 2)  # spatial or spatiotemporal; successive layers of a kind alternate their shift
+            if kind not in layouts:
+                layouts[kind] = self._layout(grids, text_lengths, device, *kind)
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                x = self._gradient_checkpointing_func(block, x, text, embedding, modulation, layouts[kind])
+            else:
+                x = block(x, text, embedding, modulation, layouts[kind])
+
+        scale, shift = self.adaln_out(F.silu(embedding)).chunk(2, dim=-1)
+        x = _modulate(self.norm_out(x), scale, shift, tuple(token_counts(grids)))
+        out = unpack(self.proj_out(x).to(dtype), grids, self.config.patch_size)
+        sample: Samples = torch.stack(out) if isinstance(hidden_states, Tensor) else out
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def _layout(
+        self,
+        grids: tuple[Grid, ...],
+        text_lengths: tuple[int, ...] | None,
+        device: torch.device,
+        temporal: int,
+        odd: int,
+    ) -> Layout:
+        config = self.config
+        identity = bool(temporal) and config.image_identity
+        window = self._spatiotemporal if temporal else self._spatial
+        by_shape = config.relative_positions == "bias"
+        shift = _half(window) if odd else (0, 0, 0)
+        plan = plan_windows(grids, window, shift, identity_images=identity, by_shape=by_shape).to(device)
+        cross_plan = None
+        if text_lengths is not None:
+            if config.cross_attention_window == "spatial":
+                window, identity = self._spatial, False
+                shift = _half(window) if odd else (0, 0, 0)
+            cross_plan = plan_windows(grids, window, shift, identity_images=identity, contexts=text_lengths).to(device)
+        rotary = None
+        if config.relative_positions == "rope":
+            cos, sin = rotation(grids, config.attention_head_dim, device)
+            rotary = (plan.gather(cos), plan.gather(sin))
+        return Layout(tuple(token_counts(grids)), plan, cross_plan, rotary)
+
+    def _check_latents(self, noisy: list[Tensor]) -> None:
+        channels, p = self.config.in_channels, self.config.patch_size
+        if not noisy:
+            raise WaltError("hidden_states: empty, at least one sample needed")
+        for i, z in enumerate(noisy):
+            if z.ndim != 4:
+                raise WaltError(
+                    f"hidden_states: sample {i} has shape {tuple(z.shape)}, a batch (B, {channels}, t, h, w) or a list "
+                    f"of ({channels}, t, h, w) needed"
+                )
+            if z.shape[0] != channels:
+                raise WaltError(f"hidden_states: sample {i} has {z.shape[0]} channels, {channels} needed")
+            if z.shape[2] % p or z.shape[3] % p or not z.numel():
+                raise WaltError(
+                    f"hidden_states: sample {i} is {z.shape[2]}x{z.shape[3]}, positive multiples of the patch size "
+                    f"{p} needed"
+                )
+
+    def _conditions(
+        self,
+        noisy: list[Tensor],
+        frame_latents: Samples | None,
+        frame_mask: Samples | None,
+        self_conditioning: Samples | None,
+    ) -> list[list[Tensor]]:
+        """Self-conditioning and given frames: lists of B tensors to lie beside the noisy latents, on channels."""
+        pieces = []
+        same = [tuple(z.shape) for z in noisy]
+        if self.config.self_conditioning:
+            pieces.append(_samples("self_conditioning", self_conditioning, same, noisy))
+        elif self_conditioning is not None:
+            raise WaltError("self_conditioning: given, but the model was built with self_conditioning=False")
+        if self.config.frame_conditioning:
+            if (frame_latents is None) != (frame_mask is None):
+                raise WaltError("frame_latents and frame_mask: only one given, both or neither needed")
+            mask = _samples("frame_mask", frame_mask, [(1, *s[1:]) for s in same], noisy)
+            given = _samples("frame_latents", frame_latents, same, noisy)
+            pieces += [[z * m for z, m in zip(given, mask, strict=True)], mask]
+        elif frame_latents is not None or frame_mask is not None:
+            raise WaltError("frame_latents: given, but the model was built with frame_conditioning=False")
+        return pieces
+
+    def _low_resolution(self, noisy: list[Tensor], low_res: Samples | None) -> list[list[Tensor]]:
+        """Depth-to-space convolution of the low-resolution latents, frame by frame (papers 1.6)."""
+        if self.low_res_embed is None:
+            if low_res is not None:
+                raise WaltError("low_res_hidden_states: given, but the model was built with low_res_channels=None")
+            return []
+        if low_res is None:
+            raise WaltError("low_res_hidden_states: missing, this super-resolution model needs low-resolution latents")
+        scale, channels = self.config.low_res_scale, self.config.low_res_channels
+        for i, z in enumerate(noisy):
+            if z.shape[2] % scale or z.shape[3] % scale:
+                raise WaltError(
+                    f"hidden_states: sample {i} is {z.shape[2]}x{z.shape[3]}, multiples of low_res_scale {scale} needed"
+                )
+        sizes = [(channels, z.shape[1], z.shape[2] // scale, z.shape[3] // scale) for z in noisy]
+        small = _samples("low_res_hidden_states", low_res, sizes, noisy)
+        if len(set(sizes)) == 1:  # one convolution for all frames of a uniform batch
+            frames = torch.cat([z.transpose(0, 1) for z in small])
+            large = F.pixel_shuffle(self.low_res_embed(frames), scale).unflatten(0, (len(small), -1))
+            return [[z.transpose(0, 1) for z in large]]
+        return [[F.pixel_shuffle(self.low_res_embed(z.transpose(0, 1)), scale).transpose(0, 1) for z in small]]
+
+    def _embedding(
+        self,
+        batch: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        timestep: Tensor,
+        class_labels: Tensor | None,
+        low_res_noise_level: Tensor | None,
+    ) -> Tensor:
+        """The paper's c + t, `(B, D)`: timestep, class and noise level."""
+        t = _per_sample("timestep", timestep, batch, device)
+        embedding = self.time_embedder(self.time_proj(t).to(dtype))
+        if self.class_embedder is not None:
+            if class_labels is None:
+                null = self.config.num_classes
+                raise WaltError(f"class_labels: missing, (B,) labels needed (the null label is {null})")
+            labels = _per_sample("class_labels", class_labels, batch, device)
+            if labels.is_floating_point():
+                raise WaltError(f"class_labels: {labels.dtype} given, integers needed")
+            # On an accelerator the check would wait for the device.
+            if device.type == "cpu" and (int(labels.min()) < 0 or int(labels.max()) > self.config.num_classes):
+                raise WaltError(f"class_labels: {labels.tolist()} given, 0..{self.config.num_classes} allowed")
+            embedding = embedding + self.class_embedder(labels)
+        elif class_labels is not None:
+            raise WaltError("class_labels: given, but the model was built with num_classes=None")
+        if self.noise_level_embedder is not None:
+            if low_res_noise_level is None:
+                raise WaltError("low_res_noise_level: missing, (B,) noise levels of the low-resolution latents needed")
+            level = _per_sample("low_res_noise_level", low_res_noise_level, batch, device)
+            embedding = embedding + self.noise_level_embedder(self.time_proj(level).to(dtype))
+        elif low_res_noise_level is not None:
+            raise WaltError("low_res_noise_level: given, but the model was built with low_res_channels=None")
+        return embedding
+
+    def _text(
+        self, batch: int, dtype: torch.dtype, states: Samples | None, mask: Tensor | None
+    ) -> tuple[Tensor | None, tuple[int, ...] | None]:
+        """Text of all samples end to end `(S, D)`, without padding, and the length of each."""
+        if self.text_embedder is None or self.text_norm is None:
+            if states is not None:
+                raise WaltError("encoder_hidden_states: given, but the model was built with text_dim=None")
+            return None, None
+        if states is None:
+            raise WaltError("encoder_hidden_states: missing, this model needs text states (an empty prompt's for none)")
+        if len(states) != batch:
+            raise WaltError(f"encoder_hidden_states: {len(states)} samples given for {batch} latents")
+        width = self.config.text_dim
+        for i, state in enumerate(states):
+            if state.ndim != 2 or state.shape[1] != width:
+                raise WaltError(
+                    f"encoder_hidden_states: sample {i} has shape {tuple(state.shape)}, (length, {width}) needed"
+                )
+        if mask is None:
+            lengths = tuple(state.shape[0] for state in states)
+            flat = states.flatten(0, 1) if isinstance(states, Tensor) else torch.cat(list(states))
+        else:
+            if not isinstance(states, Tensor) or mask.shape != states.shape[:2]:
+                raise WaltError(
+                    f"encoder_attention_mask: shape {tuple(mask.shape)} given, it goes with a batch of text states "
+                    "(B, S, text_dim) and is (B, S)"
+                )
+            kept = mask.bool().cpu()  # lengths shape the windows, so the host must know them
+            lengths = tuple(kept.sum(1).tolist())
+            flat = states.flatten(0, 1)
+            if sum(lengths) < flat.shape[0]:
+                flat = flat.index_select(0, kept.flatten().nonzero()[:, 0].to(flat.device))
+        return self.text_norm(self.text_embedder(flat.to(dtype))), lengths
+
+
+def _modulate(x: Tensor, scale: Tensor, shift: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """`x (L, D)` by 1 + scale and shift, each `(B, D)`."""
+    if len(set(lengths)) == 1:
+        return (x.unflatten(0, (len(lengths), lengths[0])) * (1 + scale[:, None]) + shift[:, None]).flatten(0, 1)
+    return x * (1 + _spread(scale, lengths)) + _spread(shift, lengths)
+
+
+def _gate(x: Tensor, gate: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """`x (L, D)` times a gate `(B, D)`."""
+    if len(set(lengths)) == 1:
+        return (x.unflatten(0, (len(lengths), lengths[0])) * gate[:, None]).flatten(0, 1)
+    return x * _spread(gate, lengths)
+
+
+def _spread(vectors: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """`(B, D)` to `(L, D)`. By expansion, whose gradient is a sum per sample, not an indexed scatter-add."""
+    return torch.cat([v.expand(n, -1) for v, n in zip(vectors.split(1), lengths, strict=True)])
+
+
+def _half(window: Window) -> Grid:
+    t, h, w = (0 if n is None else n // 2 for n in window)
+    return t, h, w
+
+
+def _window(name: str, window: Sequence[int] | None, frames: int | None, allowed: tuple[int, ...]) -> Window:
+    """A configured window as (t, h, w); `frames` is its length where the field gives (h, w) only."""
+    if window is None:
+        return (frames, None, None)
+    if len(window) not in allowed or any(n < 1 for n in window):
+        sizes = " or ".join("(h, w)" if n == 2 else "(t, h, w)" for n in allowed)
+        raise WaltError(f"{name}: {tuple(window)} given, positive {sizes} in tokens or None needed")
+    t, h, w = (frames, *window) if len(window) == 2 else window
+    return (t, h, w)
+
+
+def _one_of(name: str, value: str | None, allowed: tuple[str | None, ...]) -> None:
+    if value not in allowed:
+        choices = ", ".join(repr(a) for a in allowed)
+        raise WaltError(f"{name}: {value!r} given, one of {choices} needed{suggest(str(value), map(str, allowed))}")
+
+
+def _samples(
+    name: str, values: Samples | None, shapes: Sequence[tuple[int, ...]], like: Sequence[Tensor]
+) -> list[Tensor]:
+    """The B tensors of an argument in either form, with the dtype and device of `like`; zeros for None."""
+    if values is None:
+        return [z.new_zeros(shape) for z, shape in zip(like, shapes, strict=True)]
+    if len(values) != len(shapes):
+        raise WaltError(f"{name}: {len(values)} samples given for {len(shapes)} latents")
+    for i, (value, shape) in enumerate(zip(values, shapes, strict=True)):
+        if tuple(value.shape) != tuple(shape):
+            raise WaltError(f"{name}: sample {i} has shape {tuple(value.shape)}, {tuple(shape)} needed")
+    return [value.to(z) for value, z in zip(values, like, strict=True)]
+
+
+def _per_sample(name: str, value: Tensor, batch: int, device: torch.device) -> Tensor:
+    value = torch.as_tensor(value, device=device)
+    if value.ndim == 0:
+        value = value.expand(batch)
+    if tuple(value.shape) != (batch,):
+        raise WaltError(f"{name}: shape {tuple(value.shape)} given, ({batch},) needed, one per sample")
+    return value

@@ -1,0 +1,108 @@
+"""Makes walt known to diffusers. The only file that touches diffusers' private surfaces (diffusers.md 1.12, section 6).
+
+After `import walt`, `DiffusionPipeline.from_pretrained(folder)` finds walt's classes without `trust_remote_code`, saved
+folders name them `["walt", Class]`, and the step caches and guiders know walt's blocks. Importing diffusers takes seconds, so
+`install` only leaves hooks: each part is registered right after the module it concerns is imported, or at once if it
+already is.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+_LOADING = "diffusers.pipelines.pipeline_loading_utils"
+_TRANSFORMER = "walt.models.transformer_walt"
+_METHODS = ["save_pretrained", "from_pretrained"]
+
+
+def install() -> None:
+    """Registers walt now where diffusers is already imported, and otherwise when it is. Safe to call again."""
+    _after_import(_LOADING, _register_classes)
+    _after_import(_TRANSFORMER, _register_blocks)
+
+
+def diffusers_cli() -> None:
+    """diffusers' own command line with walt's classes known to it (console script `walt-cli`)."""
+    import walt  # noqa: F401 - registers
+    from diffusers.commands.diffusers_cli import main
+
+    main()
+
+
+def _register_classes(loading: ModuleType) -> None:
+    """(a) walt is a library that components may come from; (b) walt's class names resolve on the diffusers module.
+
+    The loader picks load methods by `issubclass(Class, getattr(walt, "ModelMixin"))`; `walt.__getattr__` supplies the bases.
+    """
+    import diffusers
+
+    import walt
+
+    bases: dict[str, list[str]] = {name: _METHODS for name in walt.LOADABLE_BASES}
+    loading.LOADABLE_CLASSES["walt"] = bases
+    loading.ALL_IMPORTABLE_CLASSES.update(bases)
+
+    previous: Callable[[str], Any] | None = vars(diffusers).get("__getattr__")
+    if getattr(previous, "walt", False):
+        return
+
+    def lookup(name: str) -> Any:
+        """Module `__getattr__` (PEP 562): lazy, since setting the classes here would import all of walt."""
+        if name in walt.__all__:
+            return getattr(walt, name)
+        if previous is not None:
+            return previous(name)
+        raise AttributeError(f"module diffusers has no attribute {name}")
+
+    lookup.walt = True  # type: ignore[attr-defined]
+    vars(diffusers)["__getattr__"] = lookup
+
+
+def _register_blocks(transformer: ModuleType) -> None:
+    """Tells diffusers' step caches (FirstBlockCache, MagCache, ...) which value walt's blocks return and take."""
+    from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+
+    for name in transformer.WaltTransformer3DModel._repeated_blocks or ():
+        TransformerBlockRegistry.register(
+            model_class=getattr(transformer, name),
+            metadata=TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=None),
+        )
+
+
+def _after_import(name: str, action: Callable[[ModuleType], None]) -> None:
+    if name in sys.modules:
+        action(sys.modules[name])
+    elif not any(isinstance(finder, _Hook) and finder.name == name for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Hook(name, action))
+
+
+class _Hook(importlib.abc.MetaPathFinder):
+    """Calls `action` with module `name` right after its code has run, once, then steps aside."""
+
+    def __init__(self, name: str, action: Callable[[ModuleType], None]) -> None:
+        self.name = name
+        self.action = action
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != self.name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is None or spec.loader is None:
+            return spec
+        run = spec.loader.exec_module
+
+        def run_then_act(module: ModuleType) -> None:
+            run(module)
+            self.action(module)
+
+        setattr(spec.loader, "exec_module", run_then_act)  # noqa: B010 - a method of this one loader object
+        return spec

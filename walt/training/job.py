@@ -1,0 +1,191 @@
+"""Recipes: a training job is one complete, typed, frozen value. `configs/` holds functions that return them.
+
+A job is pydantic, so that `field=value` on the command line is parsed and checked like the recipe itself, and a wrong
+name is answered with the nearest right one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import pkgutil
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from walt.errors import WaltError, suggest
+
+
+class Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class Shape(Frozen):
+    """One size of training sample: pixels before the tokenizer, and how often it is drawn."""
+
+    frames: int
+    height: int
+    width: int
+    weight: float = Field(default=1.0, gt=0)
+    start: int = Field(default=0, ge=0, description="first frame of the window inside its scene (12: a second chunk)")
+    cut: int = Field(default=0, ge=0, description="side in pixels of a square cut out of the frame; 0: the whole frame")
+
+
+class DataJob(Frozen):
+    """The emoji theatre: sprites from `source` (walt data emoji), composed by seed."""
+
+    source: str = "cache/emoji"
+    world: Literal["embedded", "full"] = "embedded"
+    subjects: tuple[str, ...] = Field(default=(), description="only these; (): the world's")
+    seed: int = 0
+    scenes: int = Field(default=1_000_000, gt=0, description="distinct scene seeds, cycled")
+    latents: str | None = Field(
+        default=None, description="folder of precomputed latents (walt encode); None: on the fly"
+    )
+
+
+class OptimizerJob(Frozen):
+    lr: float = Field(gt=0)
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = Field(default=0.0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
+    schedule: Literal["cosine", "constant"] = "cosine"
+    final_lr_ratio: float = Field(default=0.02, ge=0)
+    clip_norm: float = Field(default=1.0, gt=0)
+
+
+class RunJob(Frozen):
+    """Everything a run needs beside model and data."""
+
+    output: str
+    steps: int = Field(gt=0)
+    seed: int = 0
+    accumulate: int = Field(default=1, gt=0)
+    precision: Literal["no", "bf16"] = "no"
+    ema_decay: float = Field(default=0.999, ge=0, lt=1)
+    checkpoint_every: int = Field(default=500, gt=0)
+    keep_checkpoints: int = Field(default=2, gt=0)
+    log_every: int = Field(default=10, gt=0)
+    sheet_every: int = Field(default=0, ge=0, description="sample sheets every this many steps; 0: only at the end")
+    workers: int = Field(default=0, ge=0)
+    wandb: bool = True
+    gradient_checkpointing: bool = False
+
+
+class TokenizerLoss(Frozen):
+    reconstruction: float = 1.0
+    perceptual: float = 0.1
+    perceptual_weights: str | None = Field(default=None, description="LPIPS-VGG safetensors (walt data lpips)")
+    perceptual_frames: int = Field(default=4, gt=0, description="random frames per step that the VGG sees")
+    latent_penalty: float = Field(default=1e-4, ge=0, description="weight of mean z^2: keeps the latent's scale")
+    latent_noise: float = Field(default=0.0, ge=0, description="std of the noise the decoder learns to ignore")
+
+
+class TokenizerJob(Frozen):
+    kind: Literal["tokenizer"] = "tokenizer"
+    model: dict[str, Any]
+    init: str | None = Field(default=None, description="folder of a trained tokenizer to go on from")
+    freeze_encoder: bool = Field(default=False, description="train the decoder alone: latents of denoisers stay valid")
+    data: DataJob
+    shapes: tuple[Shape, ...]
+    batch_pixels: int = Field(gt=0, description="video pixels (frames x height x width) per step and rank")
+    loss: TokenizerLoss = TokenizerLoss()
+    optimizer: OptimizerJob
+    run: RunJob
+
+
+class DiffusionJob(Frozen):
+    """Every switch of W.A.L.T.'s training that is not the network's own (papers: sections 3-4, Table 3)."""
+
+    zero_snr: bool = True
+    latent_normalization: bool = True
+    self_conditioning_probability: float = Field(default=0.9, ge=0, le=1)
+    condition_dropout: float = Field(default=0.1, ge=0, le=1)
+    frame_prediction_probability: float = Field(default=0.2, ge=0, le=1)
+    max_noise_level: int = Field(default=300, ge=0, lt=1000, description="t_max of the low-resolution augmentation")
+    loss_weighting: Literal["token", "sample"] = "token"
+
+
+class DenoiserJob(Frozen):
+    kind: Literal["denoiser"] = "denoiser"
+    model: dict[str, Any]
+    tokenizer: str = Field(description="folder of the trained tokenizer")
+    text_encoder: str | None = None
+    text_tokenizer: str | None = None
+    data: DataJob
+    shapes: tuple[Shape, ...]
+    batch_tokens: int = Field(gt=0, description="tokens per step and rank")
+    diffusion: DiffusionJob = DiffusionJob()
+    optimizer: OptimizerJob
+    run: RunJob
+
+
+Job = TokenizerJob | DenoiserJob
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Finding and overriding recipes
+
+
+def recipes() -> dict[str, Callable[[], Job]]:
+    """All recipes as {"family.name": function}, read from the RECIPES table of every module of walt.configs."""
+    import walt.configs
+
+    table: dict[str, Callable[[], Job]] = {}
+    for module in sorted(found.name for found in pkgutil.iter_modules(walt.configs.__path__)):
+        family = importlib.import_module(f"walt.configs.{module}")
+        table.update({f"{module}.{name}": recipe for name, recipe in getattr(family, "RECIPES", {}).items()})
+    return table
+
+
+def load_job(name: str, overrides: Sequence[str] = ()) -> Job:
+    """The recipe `name` with `field=value` overrides (dotted fields, YAML values) applied and checked."""
+    table = recipes()
+    if name not in table:
+        raise WaltError(f"unknown recipe {name!r}{suggest(name, table)}; known: {', '.join(sorted(table))}")
+    job = table[name]()
+    values = job.model_dump()
+    for override in overrides:
+        field, found, text = override.partition("=")
+        if not found:
+            raise WaltError(f"an override is field=value, got {override!r}")
+        _set(values, field, text)
+    try:
+        return type(job).model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise WaltError(f"{name}: {where}: {first['msg'].lower()}, got {first['input']!r}") from None
+
+
+def _set(values: dict[str, Any], field: str, text: str) -> None:
+    """Sets values["a"]["b"] for field "a.b"; only free-form tables (model) take names that the recipe did not set."""
+    *path, last = field.split(".")
+    here: Any = values
+    for part in path:
+        if not isinstance(here, dict) or part not in here:
+            known = here if isinstance(here, dict) else ()
+            raise WaltError(f"unknown field {field!r}: no {part!r}{suggest(part, known)}; known: {_names(known)}")
+        here = here[part]
+    free = path == ["model"]
+    if not isinstance(here, dict) or (last not in here and not free):
+        known = here if isinstance(here, dict) else ()
+        raise WaltError(f"unknown field {field!r}{suggest(last, known)}; known: {_names(known)}")
+    try:
+        here[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise WaltError(f"the value of {field} is not valid YAML: {text!r}") from None
+    if isinstance(here[last], str):
+        # YAML 1.1 reads 1e-4 as a string
+        with contextlib.suppress(ValueError):
+            here[last] = float(text)
+
+
+def _names(known: Any) -> str:
+    return ", ".join(sorted(known)) or "nothing below it"
+
+
+def job_kinds() -> tuple[type[BaseModel], ...]:
+    return get_args(Job)

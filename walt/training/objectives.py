@@ -1,0 +1,341 @@
+"""What each kind of job adds to the loop: its model, its batches and its loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from walt.conditioning import draw_given_frames, drop, frame_mask
+from walt.data.latents import LatentShards
+from walt.data.packing import fill_budget
+from walt.data.scenes import Scenes
+from walt.diffusion import add_noise, make_scheduler, velocity, x0_from_velocity
+from walt.errors import WaltError, suggest
+from walt.latents import normalize
+from walt.training.job import DenoiserJob, TokenizerJob
+
+
+def build_model(cls: type[Any], config: dict[str, Any]) -> Any:
+    """`cls(**config)` with unknown names answered by the nearest known one."""
+    import inspect
+
+    known = [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
+    for name in config:
+        if name not in known:
+            raise WaltError(f"model: {cls.__name__} has no {name!r}{suggest(name, known)}; known: {', '.join(known)}")
+    return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in config.items()})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizer
+
+
+class TokenizerObjective:
+    """Reconstruction + VGG perceptual loss on mixed image and clip cuts; records latent statistics at the end.
+
+    The adversarial part of MAGVIT-v2 is not built. `latent_penalty` and `latent_noise` stand in for a KL term: they
+    keep the latents' scale and make the decoder tolerant of a denoiser's errors.
+    """
+
+    model: Any
+
+    def __init__(self, job: TokenizerJob, autoencoder: type[Any], perceptual: nn.Module | None) -> None:
+        self.job = job
+        self.scenes = Scenes(job.data)
+        torch.manual_seed(job.run.seed)
+        self.model = build_model(autoencoder, job.model)
+        if job.init is not None:
+            trained = load_folder(autoencoder, job.init, "init")
+            try:
+                self.model.load_state_dict(trained.state_dict())
+            except RuntimeError as error:
+                raise WaltError(f"init: {job.init!r} has another shape than the recipe's model") from error
+            self.model.register_to_config(
+                latents_mean=trained.config.latents_mean, latents_std=trained.config.latents_std
+            )
+        if job.freeze_encoder:
+            if job.init is None:
+                raise WaltError("freeze_encoder: an untrained encoder cannot be frozen; give init=FOLDER")
+            self.model.encoder.requires_grad_(False)
+        self.perceptual = perceptual
+        self.device = torch.device("cpu")
+
+    def to(self, device: torch.device) -> None:
+        self.device = device
+        if self.perceptual is not None:
+            self.perceptual.to(device)
+
+    def batch(self, step: int, rank: int) -> list[Tensor]:
+        """Groups of equal shape, each `(N, 3, T, H, W)` in [-1, 1]; about `batch_pixels` video pixels in all."""
+        shapes = self.job.shapes
+        rng = np.random.default_rng((self.job.run.seed, step, rank))
+        sides = [(s.cut or s.height, s.cut or s.width) for s in shapes]
+        pixels = [s.frames * h * w for s, (h, w) in zip(shapes, sides, strict=True)]
+        chosen = fill_budget(self.job.batch_pixels, pixels, [s.weight for s in shapes], rng)
+        groups: dict[tuple[int, ...], list[Tensor]] = {}
+        for index in chosen:
+            video = self.scenes.clip(int(rng.integers(self.job.data.scenes)), shapes[index]).video
+            groups.setdefault(tuple(video.shape), []).append(video)
+        return [torch.stack(videos) for _, videos in sorted(groups.items())]
+
+    def loss(
+        self, model: nn.Module, batch: list[Tensor], generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, float | Tensor]]:
+        weights = self.job.loss
+        total = sum(video.numel() for video in batch)
+        loss = torch.zeros((), device=self.device)
+        seen: dict[str, float | Tensor] = {"pixels": total / 3, "samples": sum(len(video) for video in batch)}
+        error = torch.zeros((), device=self.device)
+        distances: list[Tensor] = []
+        outputs: list[tuple[Tensor, Tensor]] = []
+        for video in batch:
+            video = video.to(self.device, non_blocking=True)
+            share = video.numel() / total
+            output, latent = model(video, noise=self._noise(video, generator), return_dict=False)
+            difference = output.float() - video
+            error = error + share * difference.detach().square().mean()
+            loss = loss + share * weights.reconstruction * difference.abs().mean()
+            loss = loss + share * weights.latent_penalty * latent.float().square().mean()
+            outputs.append((output, video))
+        if self.perceptual is not None:
+            for _ in range(weights.perceptual_frames):
+                # A random frame of a random group: the VGG costs more than the tokenizer.
+                output, video = outputs[int(torch.randint(len(outputs), (), generator=generator))]
+                row, frame = (int(torch.randint(video.shape[dim], (), generator=generator)) for dim in (0, 2))
+                distances.append(self.perceptual(output[row : row + 1, :, frame], video[row : row + 1, :, frame]))
+        if distances:
+            distance = torch.cat(distances).float().mean()
+            loss = loss + weights.perceptual * distance
+            seen["lpips"] = distance.detach()
+        seen["psnr"] = -10.0 * torch.log10(error / 4.0)
+        return loss, seen
+
+    def _noise(self, video: Tensor, generator: torch.Generator) -> Tensor | None:
+        if not self.job.loss.latent_noise:
+            return None
+        b, _, t, h, w = video.shape
+        s, r = self.model.spatial_compression_ratio, self.model.temporal_compression_ratio
+        shape = (b, self.model.config.latent_channels, 1 + (t - 1) // r, h // s, w // s)
+        # A random strength per sample, up to latent_noise: clean latents must decode sharply too.
+        strength = torch.rand((b, 1, 1, 1, 1), generator=generator) * self.job.loss.latent_noise
+        return (torch.randn(shape, generator=generator) * strength).to(self.device)
+
+    def export(self, model: nn.Module, folder: Path) -> None:
+        if not self.job.freeze_encoder:
+            mean, std = self.statistics(model)
+            model.register_to_config(latents_mean=mean, latents_std=std)  # type: ignore[operator]
+        model.save_pretrained(folder)  # type: ignore[operator]
+
+    @torch.no_grad()
+    def statistics(self, model: Any, batches: int = 24) -> tuple[list[float], list[float]]:
+        """Per-channel mean and std of the latents of training batches (the same ones every time)."""
+        count = torch.zeros(())
+        total = torch.zeros(model.config.latent_channels, dtype=torch.float64)
+        square = torch.zeros_like(total)
+        for step in range(batches):
+            for video in self.batch(step, 0):
+                z = model.encode(video.to(self.device)).latent_dist.mode().double().cpu()
+                count = count + z[:, 0].numel()
+                total = total + z.sum(dim=(0, 2, 3, 4))
+                square = square + z.square().sum(dim=(0, 2, 3, 4))
+        mean = total / count
+        std = (square / count - mean.square()).clamp_min(1e-12).sqrt()
+        return [round(float(v), 6) for v in mean], [round(float(v), 6) for v in std]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Denoiser: base and super-resolution stages
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One clip or image of a pack. Pixels `(3, T, H, W)` or raw latents `(8, t, h, w)`, whichever the data gives."""
+
+    video: Tensor | None
+    low_res_video: Tensor | None
+    latent: Tensor | None
+    low_res: Tensor | None
+    caption: str
+    start: int
+
+
+class DenoiserObjective:
+    """v-prediction on packs of images and clips (W.A.L.T. sections 3.2-3.4, 4.1).
+
+    Each sample has its own timestep, noise, text dropout, given frames and (super-resolution) noise level; all are
+    drawn from the step's generator. With the recipe's probability the pack is predicted twice, the second time with the first
+    estimate of the clean latents (self-conditioning).
+    """
+
+    model: Any
+
+    def __init__(self, job: DenoiserJob, transformer: type[Any], vae: Any, words: TextStates | None) -> None:
+        self.job = job
+        torch.manual_seed(job.run.seed)
+        self.model = build_model(transformer, job.model)
+        config = self.model.config
+        self.shards = LatentShards(Path(job.data.latents), job) if job.data.latents else None
+        self.scenes = None if self.shards else Scenes(job.data)
+        self.vae = vae.eval().requires_grad_(False)
+        if job.diffusion.latent_normalization and self.vae.config.latents_mean is None:
+            raise WaltError(f"{job.tokenizer}: the tokenizer has no latents_mean; export it with `walt train`")
+        self.scheduler = make_scheduler(job.diffusion.zero_snr)
+        self.words = words
+        if (words is None) != (config.text_dim is None):
+            raise WaltError(
+                "text_encoder: a model with text_dim needs text_encoder and text_tokenizer, others take none"
+            )
+        self.super_resolution = config.low_res_channels is not None
+        space = self.vae.spatial_compression_ratio * config.patch_size
+        for shape in job.shapes:
+            height, width = (shape.cut or shape.height), (shape.cut or shape.width)
+            if height % space or width % space:
+                raise WaltError(f"shapes: {height}x{width} is not a multiple of {space} (tokenizer x patch_size)")
+        self.tokens = [
+            (1 + (s.frames - 1) // self.vae.temporal_compression_ratio)
+            * ((s.cut or s.height) // space)
+            * ((s.cut or s.width) // space)
+            for s in job.shapes
+        ]
+        self.device = torch.device("cpu")
+
+    def to(self, device: torch.device) -> None:
+        self.device = device
+        self.vae.to(device)
+        if self.words is not None:
+            self.words.to(device)
+
+    def batch(self, step: int, rank: int) -> list[Sample]:
+        """A pack: samples of mixed shape that fill `batch_tokens`, a pure function of (recipe, step, rank)."""
+        rng = np.random.default_rng((self.job.run.seed, step, rank))
+        weights = [shape.weight for shape in self.job.shapes]
+        pack: list[Sample] = []
+        for index in fill_budget(self.job.batch_tokens, self.tokens, weights, rng):
+            number = int(rng.integers(self.job.data.scenes))
+            shape = self.job.shapes[index]
+            if self.shards is not None:
+                latent, low_res, caption = self.shards.get(index, number)
+                pack.append(Sample(None, None, latent, low_res, caption, shape.start))
+            else:
+                assert self.scenes is not None
+                clip = self.scenes.clip(number, shape, self.super_resolution)
+                pack.append(Sample(clip.video, clip.low_res, None, None, clip.caption, shape.start))
+        return pack
+
+    @torch.no_grad()
+    def _latent(self, video: Tensor | None, latent: Tensor | None) -> Tensor:
+        """The normalised latent `(8, t, h, w)` of a sample, encoded now unless precomputed."""
+        if latent is None:
+            assert video is not None
+            latent = self.vae.encode(video[None].to(self.device)).latent_dist.mode()[0]
+        latent = latent.to(self.device, non_blocking=True)
+        if not self.job.diffusion.latent_normalization:
+            return latent
+        return normalize(latent, self.vae.config.latents_mean, self.vae.config.latents_std)
+
+    def loss(
+        self, model: nn.Module, batch: list[Sample], generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, float | Tensor]]:
+        knobs = self.job.diffusion
+        clean = [self._latent(sample.video, sample.latent) for sample in batch]
+        count = len(batch)
+        steps = torch.randint(len(self.scheduler), (count,), generator=generator)
+        noise = [torch.randn(z.shape, generator=generator).to(self.device) for z in clean]
+        given = draw_given_frames(
+            [z.shape[1] for z in clean],
+            [sample.start for sample in batch],
+            knobs.frame_prediction_probability if self.model.config.frame_conditioning else 0.0,
+            knobs.condition_dropout if self.model.config.frame_conditioning else 1.0,
+            generator,
+        )
+        masks = [frame_mask(z, k) for z, k in zip(clean, given, strict=True)]
+        noisy = [add_noise(self.scheduler, z, e, int(t)) for z, e, t in zip(clean, noise, steps, strict=True)]
+        target = [velocity(self.scheduler, z, e, int(t)) for z, e, t in zip(clean, noise, steps, strict=True)]
+        told: dict[str, Any] = {}
+        if self.model.config.frame_conditioning:
+            told |= {"frame_latents": clean, "frame_mask": masks}
+        if self.words is not None:
+            lost = drop(count, knobs.condition_dropout, generator)
+            captions = ["" if gone else sample.caption for gone, sample in zip(lost, batch, strict=True)]
+            told["encoder_hidden_states"] = self.words(captions)
+        if self.super_resolution:
+            levels = torch.randint(knobs.max_noise_level + 1, (count,), generator=generator)
+            low = [self._latent(sample.low_res_video, sample.low_res) for sample in batch]
+            told["low_res_hidden_states"] = [
+                add_noise(self.scheduler, z, torch.randn(z.shape, generator=generator).to(self.device), int(t))
+                for z, t in zip(low, levels, strict=True)
+            ]
+            told["low_res_noise_level"] = levels.to(self.device)
+        timestep = steps.to(self.device)
+        if self.model.config.self_conditioning:
+            chance = float(torch.rand((), generator=generator))
+            if chance < knobs.self_conditioning_probability:
+                with torch.no_grad():
+                    first = model(noisy, timestep, **told).sample
+                told["self_conditioning"] = [
+                    x0_from_velocity(self.scheduler, v.float(), x, int(t))
+                    for v, x, t in zip(first, noisy, steps, strict=True)
+                ]
+        predicted = model(noisy, timestep, **told).sample
+        # Given frames are known: they carry no loss.
+        errors = [
+            ((v.float() - y).square() * (1.0 - m)).sum() / v.shape[0]
+            for v, y, m in zip(predicted, target, masks, strict=True)
+        ]
+        sizes = [(1.0 - m).sum() for m in masks]
+        if knobs.loss_weighting == "token":
+            loss = torch.stack(errors).sum() / torch.stack(sizes).sum()
+        else:
+            loss = torch.stack([e / s for e, s in zip(errors, sizes, strict=True)]).mean()
+        tokens = sum(z[0].numel() for z in clean) // self.model.config.patch_size**2
+        videos = sum(z.shape[1] > 1 for z in clean)
+        return loss, {"tokens": tokens, "samples": count, "clips": videos}
+
+    def export(self, model: nn.Module, folder: Path) -> None:
+        model.save_pretrained(folder)  # type: ignore[operator]
+
+
+class TextStates:
+    """Prompt -> text states `(S, text_dim)` of a frozen transformers encoder, cached by prompt.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        encoder: a model whose call gives `last_hidden_state`.
+        max_length: tokens kept of a prompt.
+    """
+
+    def __init__(self, tokenizer: Any, encoder: Any, max_length: int = 64) -> None:
+        self.tokenizer, self.encoder = tokenizer, encoder.eval().requires_grad_(False)
+        self.max_length = max_length
+        self.cache: dict[str, Tensor] = {}
+
+    def to(self, device: torch.device) -> None:
+        self.encoder.to(device)
+
+    @torch.no_grad()
+    def __call__(self, prompts: list[str]) -> list[Tensor]:
+        fresh = sorted({prompt for prompt in prompts if prompt not in self.cache})
+        if fresh:
+            ids = self.tokenizer(
+                fresh, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
+            ).to(self.encoder.device)
+            states = self.encoder(input_ids=ids.input_ids, attention_mask=ids.attention_mask).last_hidden_state
+            for prompt, row, mask in zip(fresh, states, ids.attention_mask, strict=True):
+                self.cache[prompt] = row[: int(mask.sum())].float().clone()
+        return [self.cache[prompt] for prompt in prompts]
+
+
+def load_folder(cls: type[Any], folder: str, what: str) -> Any:
+    """`cls.from_pretrained(folder)` with a one-line error when the folder is missing or damaged."""
+    if not (Path(folder) / "config.json").is_file():
+        raise WaltError(f"{what}: no model in {folder!r} (config.json is missing)")
+    try:
+        return cls.from_pretrained(folder)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise WaltError(f"{what}: {folder!r} cannot be loaded: {str(error).splitlines()[0]}") from error
