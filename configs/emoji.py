@@ -143,7 +143,7 @@ def super_resolution_1() -> DenoiserJob:
 
 def super_resolution_2() -> DenoiserJob:
     """256x448 -> 512x896: the same network with patches of 4, as Table 8 has it."""
-    return _super_resolution("runs/emoji-sr2", patch=4, height=512, cut=256, steps=800)
+    return _super_resolution("runs/emoji-sr2", patch=4, height=512, cut=192, steps=800)
 
 
 RECIPES = {

@@ -34,8 +34,8 @@ class WaltPipeline(SamplingPipeline):
             conditioned on classes alone, or to work from `prompt_embeds`.
         vae: the causal tokenizer.
         transformer: the denoiser.
-        scheduler: a v-prediction scheduler with zero terminal SNR (`walt.diffusion.make_scheduler`, or DPM-Solver, UniPC,
-            Euler from its config).
+        scheduler: a v-prediction scheduler with zero terminal SNR (`walt.diffusion.make_scheduler`, or DPM-Solver,
+            UniPC, Euler from its config).
     """
 
     _optional_components = ["tokenizer", "text_encoder"]
@@ -79,7 +79,7 @@ class WaltPipeline(SamplingPipeline):
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 - diffusers' signature; never changed
         max_sequence_length: int = 128,
-    ) -> WaltPipelineOutput | tuple[Any]:
+    ) -> WaltPipelineOutput | Any:
         """Generates videos.
 
         Args:
@@ -99,7 +99,8 @@ class WaltPipeline(SamplingPipeline):
             output_type: "pil", "np", "pt" or "latent".
             return_dict: whether to return a WaltPipelineOutput or a tuple.
             attention_kwargs: passed on to the transformer.
-            callback_on_step_end: called as (pipe, step, timestep, tensors) after every step; what it returns is taken over.
+            callback_on_step_end: called as (pipe, step, timestep, tensors) after every step; what it returns is taken
+                over.
             callback_on_step_end_tensor_inputs: which of latents, prompt_embeds, negative_prompt_embeds it gets.
             max_sequence_length: longer prompts are cut.
 
@@ -220,8 +221,10 @@ class WaltPipeline(SamplingPipeline):
         if classes is None:
             return None
         labels = torch.as_tensor(classes if class_labels is None else class_labels, device=device).reshape(-1)
-        if labels.is_floating_point() or labels.numel() not in (1, count) or not bool(
-            ((labels >= 0) & (labels <= classes)).all()
+        if (
+            labels.is_floating_point()
+            or labels.numel() not in (1, count)
+            or not bool(((labels >= 0) & (labels <= classes)).all())
         ):
             raise WaltError(f"class_labels must be 1 or {count} integers from 0 to {classes - 1}, got {class_labels!r}")
         return labels.long().expand(count)

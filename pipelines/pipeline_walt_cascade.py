@@ -152,12 +152,13 @@ class WaltCascadePipeline(SamplingPipeline):
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 - diffusers' signature; never changed
         max_sequence_length: int = 128,
-    ) -> WaltPipelineOutput | tuple[Any]:
+    ) -> WaltPipelineOutput | Any:
         """Generates videos with the first `stages` stages.
 
         Args:
             height, width: pixels of the last stage that runs; its base size times 2 per further stage by default.
-            num_inference_steps, guidance_scale: one number for every stage, or one per stage; from the config by default.
+            num_inference_steps, guidance_scale: one number for every stage, or one per stage; from the config by
+                default.
             noise_level: one number, or one per super-resolution stage.
             stages: how many stages to run, all by default.
             latents: start noise of the base stage.
@@ -255,7 +256,7 @@ class WaltCascadePipeline(SamplingPipeline):
         return WaltPipelineOutput(frames=frames) if return_dict else (frames,)
 
     def _early_output(self, frames: Tensor, output_type: str) -> Any:
-        """Frames `(B, T, 3, H, W)` in [0, 1] of a stage in whose middle the call was interrupted, as `output_type` says."""
+        """The frames `(B, T, 3, H, W)` in [0, 1] of the stage that was interrupted, as `output_type` says."""
         video = frames.transpose(1, 2) * 2 - 1
         if output_type != "latent":
             return self._output(video, output_type)
@@ -283,5 +284,7 @@ def _per_stage(name: str, value: Any, default: list[Any]) -> list[Any]:
     if not isinstance(value, list | tuple):
         return [value] * len(default)
     if len(value) != len(default):
-        raise WaltError(f"{name} has {len(value)} values, expected one or {len(default)} (one per stage), got {value!r}")
+        raise WaltError(
+            f"{name} has {len(value)} values, expected one or {len(default)} (one per stage), got {value!r}"
+        )
     return list(value)

@@ -77,15 +77,16 @@ class WaltSuperResolutionPipeline(SamplingPipeline):
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 - diffusers' signature; never changed
         max_sequence_length: int = 128,
-    ) -> WaltPipelineOutput | tuple[Any]:
+    ) -> WaltPipelineOutput | Any:
         """Doubles the size of videos.
 
         Args:
-            video: as diffusers' VideoProcessor takes it: a tensor `(B, T, 3, H, W)` or `(T, 3, H, W)` in [0, 1], an array
-                `(B, T, H, W, 3)` or `(T, H, W, 3)` (float in [0, 1] or uint8), a list of PIL images, or a list of
+            video: as diffusers' VideoProcessor takes it: a tensor `(B, T, 3, H, W)` or `(T, 3, H, W)` in [0, 1], an
+                array `(B, T, H, W, 3)` or `(T, H, W, 3)` (float in [0, 1] or uint8), a list of PIL images, or a list of
                 videos. T as `num_frames` of WaltPipeline; H and W multiples of 8. With one prompt per video.
             noise_level: 0 to 999, the timestep to which the low-resolution latents are noised: more trusts them less.
-            prompt, and all the rest: as for WaltPipeline; `num_videos_per_prompt` makes that many versions of each video.
+            prompt, and all the rest: as for WaltPipeline; `num_videos_per_prompt` makes that many versions of each
+                video.
 
         Returns:
             WaltPipelineOutput, or `(frames,)`; frames of twice the height and width.
@@ -152,7 +153,9 @@ class WaltSuperResolutionPipeline(SamplingPipeline):
         """The video as `(B, 3, T, H, W)` float32 in [-1, 1]; a WaltError when it or the prompts do not fit."""
         config = self.transformer.config
         if config.low_res_channels is None:
-            raise WaltError("this transformer is no super-resolution stage (low_res_channels is None): use WaltPipeline")
+            raise WaltError(
+                "this transformer is no super-resolution stage (low_res_channels is None): use WaltPipeline"
+            )
         if config.num_classes is not None:
             raise WaltError("WaltSuperResolutionPipeline does not take class-conditional transformers")
         if video is None:
@@ -163,7 +166,7 @@ class WaltSuperResolutionPipeline(SamplingPipeline):
             small: Tensor = self.video_processor.preprocess_video(video).float()
         except (ValueError, TypeError, IndexError, AttributeError, RuntimeError) as error:
             raise WaltError(
-                "video must be (B, T, 3, H, W) or (T, 3, H, W) as a tensor, (B, T, H, W, 3) or (T, H, W, 3) as an array, "
+                "video must be a tensor (B, T, 3, H, W) or (T, 3, H, W), an array (B, T, H, W, 3) or (T, H, W, 3), "
                 f"or a list of PIL images or of videos of one size: {error}"
             ) from error
         if small.ndim != 5 or small.shape[1] != 3:

@@ -1,8 +1,9 @@
-"""What walt's pipelines share: text encoding, guided prediction, the denoising loop, chunks, and diffusers' conventions.
+"""What walt's pipelines share: text encoding, guided prediction, the denoising loop, chunks, and diffusers'
+conventions.
 
 Letters: B samples (prompts times videos per prompt), C channels, t h w latent grid, T H W frames and pixels.
-Each sample is its own entry of a packed forward with its text at its true length, and draws its noise from its own seed, so
-a sample never depends on the rest of its batch.
+Each sample is its own entry of a packed forward with its text at its true length, and draws its noise from its own
+seed, so a sample never depends on the rest of its batch.
 """
 
 from __future__ import annotations
@@ -63,23 +64,26 @@ class Conditions:
     frame_latents: Tensor | None = None  # (B, C, t, h, w), given where frame_mask is 1
     frame_mask: Tensor | None = None  # (B, 1, t, h, w)
     low_res: Tensor | None = None  # (B, C, t, h/2, w/2), noised
-    noise_level: int | None = None  # timestep of that noise
+    noise_level: int = 0  # timestep of that noise
 
 
-# -- randomness ----------------------------------------------------------------------------------------------------------
+# -- randomness --------------------------------------------------------------------------------------------------------
 
 
 def sample_seeds(generator: Generators, batch: int) -> list[int]:
-    """One seed per sample, drawn from its generator (a list), from the one generator in turn, or from torch's global one."""
+    """One seed per sample: from its own generator (a list), from the one in turn, or from torch's global one."""
     if isinstance(generator, list) and len(generator) != batch:
         raise WaltError(f"generator is a list of {len(generator)}, but {batch} samples are made: give one per sample")
     sources = generator if isinstance(generator, list) else [generator] * batch
     return [
-        int(torch.randint(2**63 - 1, (), generator=source, device=source.device if source else "cpu")) for source in sources
+        int(torch.randint(2**63 - 1, (), generator=source, device=source.device if source else "cpu"))
+        for source in sources
     ]
 
 
-def seeded_noise(seeds: Sequence[int], chunk: int, purpose: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
+def seeded_noise(
+    seeds: Sequence[int], chunk: int, purpose: int, shape: tuple[int, ...], device: torch.device
+) -> Tensor:
     """Float32 noise `(B, *shape)`: row i depends on seeds[i], the chunk and the purpose alone, not on what ran before.
 
     So the first 17 frames of a long video start from the noise of the short one, on every device.
@@ -92,7 +96,7 @@ def seeded_noise(seeds: Sequence[int], chunk: int, purpose: int, shape: tuple[in
     return torch.stack(rows).to(device)
 
 
-# -- pixels and latents --------------------------------------------------------------------------------------------------
+# -- pixels and latents ------------------------------------------------------------------------------------------------
 
 
 def encode_video(vae: Any, video: Tensor) -> Tensor:
@@ -112,7 +116,7 @@ def _statistics(vae: Any, channels: int) -> tuple[list[float], list[float]]:
     return list(mean or [0.0] * channels), list(std or [1.0] * channels)
 
 
-# -- one prediction, one chunk, all chunks -------------------------------------------------------------------------------
+# -- one prediction, one chunk, all chunks -----------------------------------------------------------------------------
 
 
 def predict(
@@ -177,7 +181,8 @@ def denoise(
 ) -> tuple[Tensor, Prompt]:
     """One chunk from noise to clean latents with the pipeline's scheduler.
 
-    Given frames enter every step exactly as in training (the clean latents at that step's noise), and are returned as given.
+    Given frames enter every step exactly as in training (the clean latents at that step's noise), and are returned as
+    given.
 
     Args:
         noise: standard normal `(B, C, t, h, w)`.
@@ -273,11 +278,11 @@ def denoise_chunks(
     return join_chunks(videos) if decode else torch.cat(results, dim=2)
 
 
-# -- checks --------------------------------------------------------------------------------------------------------------
+# -- checks ------------------------------------------------------------------------------------------------------------
 
 
 def check_frames(num_frames: int, transformer: Any) -> None:
-    """Raises a WaltError when `num_frames` does not fit chunks, or needs several and the denoiser takes no given frames."""
+    """Raises a WaltError when `num_frames` fits no chunks, or needs several and the denoiser takes no given frames."""
     if len(chunk_starts(num_frames)) > 1 and not transformer.config.frame_conditioning:
         raise WaltError(f"num_frames={num_frames} needs a transformer with frame_conditioning; this one makes up to 17")
 
@@ -299,7 +304,7 @@ def check_range(name: str, value: float, low: float, high: float = float("inf"),
         raise WaltError(f"{name} must be {kind} {bounds}, got {value!r}")
 
 
-# -- diffusers' conventions ----------------------------------------------------------------------------------------------
+# -- diffusers' conventions --------------------------------------------------------------------------------------------
 
 
 class SamplingPipeline(DiffusionPipeline):
@@ -455,7 +460,8 @@ class SamplingPipeline(DiffusionPipeline):
         if prompt_embeds is not None:
             if negative_prompt_embeds is not None and len(negative_prompt_embeds) != len(prompt_embeds):
                 raise WaltError(
-                    f"negative_prompt_embeds hold {len(negative_prompt_embeds)} prompts, prompt_embeds {len(prompt_embeds)}"
+                    f"negative_prompt_embeds hold {len(negative_prompt_embeds)} prompts, "
+                    f"prompt_embeds {len(prompt_embeds)}"
                 )
             return len(prompt_embeds)
         if prompt is None:
@@ -508,9 +514,7 @@ class SamplingPipeline(DiffusionPipeline):
             given = {name: values[name] for name in self._callback_inputs}
             changed = {**values, **(self._callback(self, self._step_index, t, given) or {})}
             latents = changed["latents"]
-            prompt = replace(
-                prompt, embeds=changed["prompt_embeds"], negative_embeds=changed["negative_prompt_embeds"]
-            )
+            prompt = replace(prompt, embeds=changed["prompt_embeds"], negative_embeds=changed["negative_prompt_embeds"])
         self._step_index += 1
         self._bar.update()
         return latents, prompt

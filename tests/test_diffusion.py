@@ -64,7 +64,9 @@ def test_agrees_with_diffusers_and_takes_one_timestep_for_any_shape(pair: tuple[
     x0, noise = (value.float() for value in pair)
     scheduler, t = make_scheduler(), torch.tensor([3, 250, 600, 998])
     torch.testing.assert_close(add_noise(scheduler, x0, noise, t), scheduler.add_noise(x0, noise, t), atol=1e-5, rtol=0)
-    torch.testing.assert_close(velocity(scheduler, x0, noise, t), scheduler.get_velocity(x0, noise, t), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        velocity(scheduler, x0, noise, t), scheduler.get_velocity(x0, noise, t), atol=1e-5, rtol=0
+    )
     one = velocity(scheduler, x0[1], noise[1], 250)
     torch.testing.assert_close(one, velocity(scheduler, x0, noise, t)[1])
 

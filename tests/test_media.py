@@ -44,7 +44,7 @@ def test_image_round_trip(tmp_path: Path, frames: np.ndarray) -> None:
     assert os.listdir(tmp_path) == ["x.png"]
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
 def test_nothing_stays_when_writing_breaks_off(
     tmp_path: Path, frames: np.ndarray, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
@@ -55,7 +55,7 @@ def test_nothing_stays_when_writing_breaks_off(
         raise error
 
     monkeypatch.setattr(os, "replace", fail)
-    expected = KeyboardInterrupt if error is KeyboardInterrupt else WaltError
+    expected = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else WaltError
     with pytest.raises(expected) as caught:
         write_video(frames, path)
     if expected is WaltError:
@@ -88,8 +88,9 @@ import numpy as np
 from walt.errors import WaltError
 from walt.media import write_image, write_video
 noise = np.random.default_rng(0).integers(0, 255, (9, 64, 64, 3), dtype=np.uint8)
+path = {str(tmp_path / name)!r}
 try:
-    write_video(noise, {str(tmp_path / name)!r}) if {name!r}.endswith("mp4") else write_image(noise[0], {str(tmp_path / name)!r})
+    write_video(noise, path) if path.endswith("mp4") else write_image(noise[0], path)
 except WaltError as error:
     print("WaltError:", error)
 """
@@ -98,7 +99,7 @@ except WaltError as error:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
     env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, preexec_fn=restrict, env=env)  # noqa: PLW1509
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, preexec_fn=restrict, env=env)
     assert done.stdout.startswith("WaltError: cannot write") and name in done.stdout, done.stdout + done.stderr
     assert os.listdir(tmp_path) == []
 
@@ -114,7 +115,7 @@ def test_bad_targets_and_frames(tmp_path: Path, frames: np.ndarray) -> None:
     with pytest.raises(WaltError, match="even height and width, got 47x64"):
         write_video(frames[:, :47], tmp_path / "x.mp4")
     with pytest.raises(WaltError, match=r"uint8 \(T, H, W, 3\), got float64"):
-        write_video(frames / 255.0, tmp_path / "x.mp4")
+        write_video(frames / 255.0, tmp_path / "x.mp4")  # type: ignore[arg-type]
     with pytest.raises(WaltError, match="fps must be positive"):
         write_video(frames, tmp_path / "x.mp4", fps=0)
 

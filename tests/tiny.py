@@ -17,7 +17,28 @@ from walt.pipelines.pipeline_walt_cascade import WaltCascadePipeline
 from walt.pipelines.pipeline_walt_super_resolution import WaltSuperResolutionPipeline
 from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt
 
-WORDS = "a the on in rocket cat dog flies jumps up down left right purple red green blue background very long".split()
+WORDS = [
+    "a",
+    "the",
+    "on",
+    "in",
+    "rocket",
+    "cat",
+    "dog",
+    "flies",
+    "jumps",
+    "up",
+    "down",
+    "left",
+    "right",
+    "purple",
+    "red",
+    "green",
+    "blue",
+    "background",
+    "very",
+    "long",
+]
 TEXT_DIM = 16
 BASE_LATENT = (5, 2, 2)  # frames of 16 x 16 pixels
 

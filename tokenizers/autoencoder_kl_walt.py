@@ -35,11 +35,13 @@ START: tuple[()] = ()
 
 def haar_matrix(size: int) -> Tensor:
     """Orthonormal Haar basis of 1, 2 or 4 samples, float64 `(size, size)`, one basis vector a row, coarsest first."""
+    # Explicitly on the CPU: a model may be built under the meta device.
     if size == 1:
-        return torch.ones(1, 1, dtype=torch.float64)
+        return torch.ones(1, 1, dtype=torch.float64, device="cpu")
     half = haar_matrix(size // 2)
-    coarse = torch.kron(half, torch.tensor([[1.0, 1.0]], dtype=torch.float64))
-    fine = torch.kron(torch.eye(size // 2, dtype=torch.float64), torch.tensor([[1.0, -1.0]], dtype=torch.float64))
+    pair = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64, device="cpu")
+    coarse = torch.kron(half, pair[:1])
+    fine = torch.kron(torch.eye(size // 2, dtype=torch.float64, device="cpu"), pair[1:])
     return torch.cat([coarse, fine]) / math.sqrt(2.0)
 
 
@@ -54,7 +56,9 @@ class Patcher(nn.Module):
     def __init__(self, patch: int, transform: str) -> None:
         super().__init__()
         self.patch = patch
-        basis = haar_matrix(patch) if transform == "haar" else torch.eye(patch, dtype=torch.float64)
+        basis = haar_matrix(patch)
+        if transform == "space_to_depth":
+            basis = torch.eye(patch, dtype=torch.float64, device="cpu")
         matrix = torch.kron(torch.kron(basis, basis), basis)
         scale = 1.0 / patch if transform == "haar" else 1.0
         # Kept as a python list: a buffer would follow .to(dtype) down to bf16 and lose the exact inverse.

@@ -64,6 +64,8 @@ class _Int8Weight(nn.Module):
 class Int8Linear(_Int8Weight):
     """`nn.Linear` with int8 weights: `(..., D_in)` to `(..., D_out)`."""
 
+    bias: Tensor | None
+
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
         super().__init__(out_features, in_features)
         self.in_features, self.out_features = in_features, out_features
@@ -107,7 +109,7 @@ class CompactTextEncoder(ModelMixin, ConfigMixin):
     @property
     def hidden_size(self) -> int:
         """The width D of the states."""
-        return int(self.model.config.hidden_size)
+        return int(self.config.encoder.get("hidden_size") or self.config.encoder["d_model"])  # T5 calls it d_model
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         """Returns the encoder's output; `last_hidden_state` is `(B, S, D)`.
@@ -240,7 +242,7 @@ def prune_tokenizer(
     for entry in described["post_processor"].get("special_tokens", {}).values():
         entry["ids"] = [renumbered[old] for old in entry["ids"]]
     described["truncation"] = described["padding"] = None  # the caller asks for them
-    names = {name: token for name in _SPECIAL if (token := getattr(original, name, None)) is not None}
+    names: dict[str, Any] = {name: mark for name in _SPECIAL if (mark := getattr(original, name, None)) is not None}
     with _replacing(Path(target_folder)) as folder:
         (folder / "tokenizer.json").write_text(json.dumps(described, ensure_ascii=False), encoding="utf-8")
         PreTrainedTokenizerFast(
@@ -300,7 +302,7 @@ def build_text_encoder(
     return target / "text_encoder", target / "tokenizer"
 
 
-def _build(encoder: dict[str, Any]) -> nn.Module:
+def _build(encoder: dict[str, Any]) -> Any:
     """Builds the encoder from its configuration, without weights and without a pooler."""
     if "model_type" not in encoder:
         raise WaltError(f"encoder: expected a transformers configuration with model_type, got keys {sorted(encoder)}")
@@ -322,7 +324,7 @@ def _quantize_modules(module: nn.Module) -> None:
             _quantize_modules(child)
 
 
-def _prune_embedding(model: nn.Module, keep_tokens: Sequence[int]) -> None:
+def _prune_embedding(model: Any, keep_tokens: Sequence[int]) -> None:
     """Keeps only these rows of the input embedding, in this order."""
     old = model.get_input_embeddings()
     rows = old.weight.shape[0]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from walt.tokenizers.text import CompactTextEncoder
 
 __all__ = [
+    "embedded_model",
     "AutoencoderKLWalt",
     "CompactTextEncoder",
     "WaltCascadePipeline",
@@ -49,6 +50,13 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module walt has no attribute {name}")
     return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def embedded_model() -> str:
+    """The folder of the embedded model, for `from_pretrained`; a WaltError when this installation has none."""
+    from walt.cli import model_folder
+
+    return str(model_folder(None))
 
 
 def __dir__() -> list[str]:

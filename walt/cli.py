@@ -1,8 +1,8 @@
-"""The command line: `walt sample | info | train | encode | data | export`, one entry of COMMANDS each.
+"""The command line: `walt sample | info | train | encode | data | evaluate | export`, one entry of COMMANDS each.
 
-A command has three parts: its arguments, `prepare` (checks them: what it raises is a usage error, exit code 2) and `run` (what
-it raises happens at run time, exit code 1). Every error is one line, "walt: error: ..."; Ctrl-C exits with 130. Heavy imports
-happen inside the functions, so that `walt --help` answers at once.
+A command has three parts: its arguments, `prepare` (checks them: what it raises is a usage error, exit code 2) and
+`run` (what it raises happens at run time, exit code 1). Every error is one line, "walt: error: ..."; Ctrl-C exits with
+130. Heavy imports happen inside the functions, so that `walt --help` answers at once.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-# -- models and devices --------------------------------------------------------------------------------------------------
+# -- models and devices ------------------------------------------------------------------------------------------------
 
 
 def model_folder(given: str | None) -> Path:
@@ -103,7 +103,7 @@ def model_folder(given: str | None) -> Path:
 
 
 def choose_device(name: str) -> torch.device:
-    """"auto" is CUDA where there is one, else the CPU."""
+    """For "auto" CUDA where there is one, else the CPU."""
     import torch
 
     if name == "auto":
@@ -117,7 +117,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """"auto" is bfloat16 where the hardware computes in it (CUDA, AVX512-BF16, AMX), else float32."""
+    """For "auto" bfloat16 where the hardware computes in it (CUDA, AVX512-BF16, AMX), else float32."""
     import torch
 
     if name != "auto":
@@ -160,14 +160,20 @@ def _quiet() -> None:
         logging.set_verbosity_error()
 
 
-# -- walt sample ---------------------------------------------------------------------------------------------------------
+# -- walt sample -------------------------------------------------------------------------------------------------------
 
 
 def _sample_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("prompts", nargs="*", metavar="PROMPT", help="what to show; several make several files")
     add("--prompts-file", metavar="FILE", help="a text file with one prompt per line")
-    add("-o", "--output", required=True, metavar="FILE", help="x.mp4 for a video, x.png for a still; numbered if several")
+    add(
+        "-o",
+        "--output",
+        required=True,
+        metavar="FILE",
+        help="x.mp4 for a video, x.png for a still; numbered if several",
+    )
     add("--model", metavar="FOLDER", help="a model folder (default: the embedded model)")
     add("--negative-prompt", metavar="TEXT", help="what to steer away from")
     add("--stages", type=int, choices=(1, 2, 3), help="stages to run (default: all of the model)")
@@ -204,7 +210,9 @@ def _sample_prepare(args: argparse.Namespace) -> None:
     args.frames = (1 if still else 29) if args.frames is None else args.frames
     chunk_starts(args.frames)
     if still and args.frames != 1:
-        raise WaltError(f'--frames {args.frames} does not go with the still "{args.output}": leave it out or write an .mp4')
+        raise WaltError(
+            f'--frames {args.frames} does not go with the still "{args.output}": leave it out or write an .mp4'
+        )
     if not args.fps > 0:
         raise WaltError(f"--fps must be positive, got {args.fps}")
     if not 0 <= args.guidance_rescale <= 1:
@@ -302,7 +310,7 @@ class _Progress:
         return tensors
 
 
-# -- walt info -----------------------------------------------------------------------------------------------------------
+# -- walt info ---------------------------------------------------------------------------------------------------------
 
 
 def _info_arguments(parser: argparse.ArgumentParser) -> None:
@@ -372,7 +380,10 @@ COMMANDS: dict[str, Command] = {
     "train": Command("Run a training recipe.", commands.add_train, commands.load_recipe, commands.train),
     "encode": Command("Precompute a recipe's latents.", commands.add_encode, commands.encode_prepare, commands.encode),
     "data": Command("Fetch and build what training needs.", commands.add_data, commands.nothing, commands.data),
-    "export": Command("Join trained parts into a model folder.", commands.add_export, commands.nothing, commands.export),
+    "evaluate": Command("Measure a model.", commands.add_evaluate, commands.evaluate_prepare, commands.evaluate),
+    "export": Command(
+        "Join trained parts into a model folder.", commands.add_export, commands.nothing, commands.export
+    ),
 }
 
 

@@ -1,4 +1,4 @@
-"""What `walt train`, `encode`, `data` and `export` do: they join recipes, models and data.
+"""What `walt train`, `encode`, `data`, `evaluate` and `export` do: they join recipes, models and data.
 
 Like cli.py this file may import anything.
 """
@@ -350,3 +350,177 @@ def export(args: argparse.Namespace) -> None:
     temporary.replace(output)
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     Console().print(f"wrote {output}, {size / 1e6:.1f} MB")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# evaluate
+
+
+def add_evaluate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", choices=("super-resolution", "tokenizer", "sheet"))
+    parser.add_argument("--model", help="cascade folder (default: the embedded model)")
+    parser.add_argument("--source", default="cache/emoji", help="sprites (walt data emoji)")
+    parser.add_argument("--weights", default="cache/lpips_vgg.safetensors", help="LPIPS weights (walt data lpips)")
+    parser.add_argument("-n", "--count", type=int, default=6, help="clips per source, or results on the sheet")
+    parser.add_argument("--frames", type=int, default=5, help="frames per clip")
+    parser.add_argument("--stages", type=int, choices=(1, 2, 3), default=1, help="sheet: stages to run")
+    parser.add_argument("--steps", type=int, default=20, help="sampling steps of every stage")
+    parser.add_argument("-o", "--output", default="sheet.png", help="sheet: the PNG to write")
+
+
+def evaluate_prepare(args: argparse.Namespace) -> None:
+    """Arguments that need no weights."""
+    from walt.chunking import chunk_starts
+    from walt.cli import model_folder
+    from walt.media import check_output
+
+    if args.count < 1 or args.steps < 1:
+        raise WaltError(f"--count and --steps must be at least 1, got {args.count} and {args.steps}")
+    chunk_starts(args.frames)
+    args.model = model_folder(args.model)
+    if args.what == "sheet":
+        args.output = check_output(args.output)
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Prints a table, or draws the sheet of seeds 0, 1, 2, ..."""
+    import torch
+
+    from walt.cli import choose_device, choose_dtype, load_cascade
+
+    device = choose_device("auto")
+    pipe = load_cascade(args.model, choose_dtype("auto", device), device)
+    with torch.no_grad():
+        table = {"super-resolution": _evaluate_stages, "tokenizer": _evaluate_tokenizer, "sheet": _seed_sheet}
+        table[args.what](args, pipe)
+
+
+def _held_out(args: argparse.Namespace) -> Any:
+    from walt.data.emoji import EMBEDDED_WORLD, EmojiTheatre
+
+    return EmojiTheatre(args.source, split="heldout", world=EMBEDDED_WORLD)
+
+
+def _evaluate_stages(args: argparse.Namespace, pipe: Any) -> None:
+    """Each super-resolution stage against bicubic upsampling of its own input, on held-out scenes."""
+    import torch
+
+    from walt.data.scenes import to_video
+    from walt.evaluation.super_resolution import compare_sources, table
+    from walt.pipelines.pipeline_walt_super_resolution import WaltSuperResolutionPipeline
+    from walt.tokenizers.losses import PerceptualLoss
+
+    theatre, perceptual, console = _held_out(args), PerceptualLoss(args.weights), Console()
+    scenes = [theatre.scene(seed) for seed in range(args.count)]
+
+    def real(scene: Any, height: int) -> Tensor:
+        video, _ = theatre.render(scene, height, height * 7 // 4, frames=args.frames)
+        return to_video(video)[None]
+
+    def stage(transformer: Any) -> Callable[[Tensor], Tensor]:
+        upscale = WaltSuperResolutionPipeline(vae=pipe.vae, transformer=transformer, scheduler=pipe.scheduler)
+        upscale.set_progress_bar_config(disable=True)
+
+        def run(low: Tensor) -> Tensor:
+            frames = upscale(
+                video=(low.transpose(1, 2) + 1.0) / 2.0,
+                noise_level=pipe.config.noise_level,
+                num_inference_steps=args.steps,
+                generator=torch.Generator().manual_seed(0),
+                output_type="pt",
+            ).frames
+            return frames.transpose(1, 2) * 2.0 - 1.0
+
+        return run
+
+    for number, transformer in enumerate(pipe.transformers[1:], start=1):
+        height = pipe.default_size(number)[0]
+
+        def made(scene: Any, number: int = number) -> Tensor:
+            frames = pipe(
+                prompt=scene.caption,
+                num_frames=args.frames,
+                num_inference_steps=[args.steps] * number,
+                stages=number,
+                generator=torch.Generator().manual_seed(scene.seed),
+                output_type="pt",
+            ).frames
+            return frames.transpose(1, 2) * 2.0 - 1.0
+
+        pairs = [(real(scene, height), real(scene, 2 * height)) for scene in scenes]
+        sources = {
+            "real": pairs,
+            "real, as the stage sees it": [(pipe.vae(low).sample.clamp(-1, 1), high) for low, high in pairs],
+            "generated": [(made(scene), high) for scene, (_, high) in zip(scenes, pairs, strict=True)],
+        }
+        console.print(f"super-resolution {number}, {height} -> {2 * height} lines")
+        console.print(table(compare_sources(stage(transformer), sources, perceptual)), soft_wrap=True)
+
+
+def _evaluate_tokenizer(args: argparse.Namespace, pipe: Any) -> None:
+    """PSNR of reconstructed held-out clips: over the whole frame, and inside the subject's alpha."""
+    import torch
+
+    from walt.data.scenes import to_video
+    from walt.evaluation.metrics import masked_psnr, psnr
+
+    theatre, console = _held_out(args), Console()
+    for stage in (1, 2, 3):
+        height, width = pipe.default_size(stage)
+        rows = []
+        for seed in range(args.count):
+            video, alpha = theatre.render(theatre.scene(seed), height, width, frames=args.frames)
+            x = to_video(video)[None]
+            y = pipe.vae(x).sample.float().clamp(-1, 1)
+            mask = torch.from_numpy(alpha)[None, None] > 0
+            rows.append((float(psnr(y, x).mean()), float(masked_psnr(y, x, mask).mean())))
+        whole, inside = (sum(column) / len(rows) for column in zip(*rows, strict=True))
+        console.print(f"{height}x{width}: PSNR {whole:.2f} dB, inside the subject {inside:.2f} dB ({len(rows)} clips)")
+
+
+def seed_prompt(seed: int) -> str:
+    """The prompt of a seed on the sheet: subject, motion and background drawn from the embedded world."""
+    import random
+
+    from walt.data.emoji import EMBEDDED_WORLD, describe
+
+    rng = random.Random(f"walt-sheet-{seed}")
+    world = EMBEDDED_WORLD
+    subject, motion, background = (
+        names[int(rng.random() * len(names))] for names in (world.subjects, world.motions, world.backgrounds)
+    )
+    return describe((subject,), motion, background, "", "", False, (0, 0))
+
+
+def _seed_sheet(args: argparse.Namespace, pipe: Any) -> None:
+    """One row of frames per seed, with its prompt, nothing selected."""
+    import numpy as np
+    import torch
+    from PIL import Image, ImageDraw
+
+    from walt.media import write_image
+
+    rows = []
+    for seed in range(args.count):
+        prompt = seed_prompt(seed)
+        frames = pipe(
+            prompt=prompt,
+            num_frames=args.frames,
+            num_inference_steps=[args.steps] * args.stages,
+            stages=args.stages,
+            generator=torch.Generator().manual_seed(seed),
+            output_type="pt",
+        ).frames[0]
+        small = torch.nn.functional.interpolate(frames.float(), size=(96, 168), mode="area").transpose(0, 1)
+        strip = (_strip(small).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+        row = Image.new("RGB", (strip.shape[1], strip.shape[0] + 16), "white")
+        row.paste(Image.fromarray(strip), (0, 16))
+        ImageDraw.Draw(row).text((4, 2), f"seed {seed}: {prompt}", fill="black")
+        rows.append(row)
+        Console().print(f"seed {seed}: {prompt}")
+    columns = 2 if len(rows) > 1 else 1
+    lines = -(-len(rows) // columns)
+    sheet = Image.new("RGB", (columns * rows[0].width + 8 * (columns - 1), lines * (rows[0].height + 4)), "white")
+    for i, row in enumerate(rows):
+        sheet.paste(row, (i // lines * (rows[0].width + 8), i % lines * (row.height + 4)))
+    write_image(np.asarray(sheet), args.output)

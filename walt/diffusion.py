@@ -1,11 +1,12 @@
 """The diffusion process as pure functions over diffusers' schedulers: schedule, noising, velocity targets, guidance.
 
-W.A.L.T. (papers.md 1.4; arXiv 2312.06662 section 4.1): x_t = signal x0 + sigma eps with signal^2 + sigma^2 = 1, 1000 steps
-of a linear beta schedule rescaled to zero terminal SNR (Lin et al., arXiv 2305.08891), velocity prediction (Salimans and Ho,
-arXiv 2202.00512): v = signal eps - sigma x0, hence x0 = signal x_t - sigma v and eps = sigma x_t + signal v.
+W.A.L.T. (papers.md 1.4; arXiv 2312.06662 section 4.1): x_t = signal x0 + sigma eps with signal^2 + sigma^2 = 1, 1000
+steps of a linear beta schedule rescaled to zero terminal SNR (Lin et al., arXiv 2305.08891), velocity prediction
+(Salimans and Ho, arXiv 2202.00512): v = signal eps - sigma x0, hence x0 = signal x_t - sigma v and
+eps = sigma x_t + signal v.
 
-Every function takes `timestep` as integers 0..999, either `(B,)` for tensors `(B, ...)` or a single one for a tensor of any
-shape, and works in the dtype of its tensors.
+Every function takes `timestep` as integers 0..999, either `(B,)` for tensors `(B, ...)` or a single one for a tensor of
+any shape, and works in the dtype of its tensors.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ class Schedule(Protocol):
 def make_scheduler(zero_snr: bool = True) -> DDIMScheduler:
     """The sampler and schedule of every W.A.L.T. stage (Table 8).
 
-    Trailing spacing makes sampling start at the last timestep, where x_t is pure noise when `zero_snr` is on; clipping is
-    off because latents are not bounded.
+    Trailing spacing makes sampling start at the last timestep, where x_t is pure noise when `zero_snr` is on; clipping
+    is off because latents are not bounded.
     """
     return DDIMScheduler(
         num_train_timesteps=1000,
@@ -42,7 +43,7 @@ def make_scheduler(zero_snr: bool = True) -> DDIMScheduler:
 
 
 def coefficients(scheduler: Schedule, timestep: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """(signal, sigma) = (sqrt(abar_t), sqrt(1 - abar_t)) in the dtype and on the device of `like`, shaped to broadcast."""
+    """(signal, sigma) = (sqrt(abar_t), sqrt(1 - abar_t)), in the dtype of `like` and shaped to broadcast with it."""
     index = torch.as_tensor(timestep, device=scheduler.alphas_cumprod.device).long()
     alpha_bar = scheduler.alphas_cumprod[index].double()
     if alpha_bar.ndim:

@@ -1,7 +1,7 @@
 """Reading and writing video and image files (PyAV, Pillow).
 
-A file is written under a temporary name in its own folder and put in place by one `os.replace`; whatever goes wrong (a full
-disk, Ctrl-C), nothing half-written stays behind. Pixels are uint8 RGB, `(T, H, W, 3)` or `(H, W, 3)`.
+A file is written under a temporary name in its own folder and put in place by one `os.replace`; whatever goes wrong (a
+full disk, Ctrl-C), nothing half-written stays behind. Pixels are uint8 RGB, `(T, H, W, 3)` or `(H, W, 3)`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Makes walt known to diffusers. The only file that touches diffusers' private surfaces (diffusers.md 1.12, section 6).
 
 After `import walt`, `DiffusionPipeline.from_pretrained(folder)` finds walt's classes without `trust_remote_code`, saved
-folders name them `["walt", Class]`, and the step caches and guiders know walt's blocks. Importing diffusers takes seconds, so
-`install` only leaves hooks: each part is registered right after the module it concerns is imported, or at once if it
-already is.
+folders name them `["walt", Class]`, and the step caches and guiders know walt's blocks. Importing diffusers takes
+seconds, so `install` only leaves hooks: each part is registered right after the module it concerns is imported, or at
+once if it already is.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ def install() -> None:
 
 def diffusers_cli() -> None:
     """diffusers' own command line with walt's classes known to it (console script `walt-cli`)."""
-    import walt  # noqa: F401 - registers
     from diffusers.commands.diffusers_cli import main
+
+    import walt  # noqa: F401 - registers
 
     main()
 
@@ -38,7 +39,8 @@ def diffusers_cli() -> None:
 def _register_classes(loading: ModuleType) -> None:
     """(a) walt is a library that components may come from; (b) walt's class names resolve on the diffusers module.
 
-    The loader picks load methods by `issubclass(Class, getattr(walt, "ModelMixin"))`; `walt.__getattr__` supplies the bases.
+    The loader picks load methods by `issubclass(Class, getattr(walt, "ModelMixin"))`; `walt.__getattr__` supplies the
+    bases.
     """
     import diffusers
 

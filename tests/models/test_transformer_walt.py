@@ -322,6 +322,7 @@ def test_fused_projections_and_lora() -> None:
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(off, before, strict=True))
 
 
+@pytest.mark.slow
 def test_blocks_compile_without_graph_breaks() -> None:
     model = make(num_layers=2, text_dim=10, relative_positions="rope")
     arguments = inputs(model, ((3, 4, 6), (1, 4, 6)))

@@ -142,7 +142,7 @@ def test_paper_size_on_meta() -> None:
     with torch.device("meta"):
         model = AutoencoderKLWalt()
     millions = sum(p.numel() for p in model.parameters()) / 1e6
-    assert 100 < millions < 250  # 4 blocks per level, both halves, widths 128 to 512
+    assert 250 < millions < 310  # 4 blocks per level, both halves, widths 128 to 512
     assert (model.spatial_compression_ratio, model.temporal_compression_ratio) == (8, 4)
 
 
@@ -184,7 +184,7 @@ def test_learns_to_reconstruct() -> None:
         optimizer.zero_grad()
         error.backward()
         optimizer.step()
-        errors.append(float(error))
+        errors.append(error.item())
     assert errors[-1] < 0.05 * errors[0]
 
 

@@ -1,7 +1,8 @@
 """Precomputed latents: encoded once by `walt encode`, read back by training in any order.
 
 A folder holds `index.json` and one safetensors file per shard: `latents` `(N, 8, t, h, w)` float16, raw (not
-normalised) as the tokenizer gives them, `low_res` `(N, 8, t, h/2, w/2)` for a super-resolution stage; captions stand in the index.
+normalised) as the tokenizer gives them, and for a super-resolution stage `low_res` `(N, 8, t, h/2, w/2)`. Captions
+stand in each file's metadata.
 """
 
 from __future__ import annotations

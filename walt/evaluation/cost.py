@@ -1,7 +1,7 @@
 """What a model costs: parameters, counted floating-point operations, and estimates of time and memory on this machine.
 
-Operations are counted by running each stage once on the meta device, which computes shapes alone; time is that count over the
-speed of a short timed matrix product. Estimates are for planning: within about 2x.
+Operations are counted by running each stage once on the meta device, which computes shapes alone; time is that count
+over the speed of a short timed matrix product. Estimates are for planning: within about 2x.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def _count_decode(vae: Any, latent: tuple[int, int, int, int]) -> tuple[float, i
 
 
 def _on_meta(model: Any) -> Any:
-    """A model of the same config and dtype without data. (Not under `torch.device("meta")`: constructors may read values.)"""
+    """A model of the same config and dtype without data; only parameters, as constructors may read buffers."""
     with init_empty_weights():
         twin = type(model).from_config(dict(model.config))
     return twin.to("meta", model.dtype).eval()

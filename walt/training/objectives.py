@@ -169,8 +169,8 @@ class DenoiserObjective:
     """v-prediction on packs of images and clips (W.A.L.T. sections 3.2-3.4, 4.1).
 
     Each sample has its own timestep, noise, text dropout, given frames and (super-resolution) noise level; all are
-    drawn from the step's generator. With the recipe's probability the pack is predicted twice, the second time with the first
-    estimate of the clean latents (self-conditioning).
+    drawn from the step's generator. With the recipe's probability the pack is predicted twice, the second time with
+    the first estimate of the clean latents (self-conditioning).
     """
 
     model: Any
