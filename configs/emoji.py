@@ -77,6 +77,8 @@ BASE = {
     "sample_size": (5, 16, 28),
     "relative_positions": "rope",
     "spatiotemporal_window": None,
+    "pooled_text": True,
+    "input_skip": True,
 }
 
 SUPER_RESOLUTION = {
@@ -90,6 +92,7 @@ SUPER_RESOLUTION = {
     "spatiotemporal_window": (4, 4),
     "self_conditioning": False,
     "low_res_channels": 8,
+    "input_skip": True,
 }
 
 
@@ -102,16 +105,17 @@ def base() -> DenoiserJob:
         text_tokenizer="cache/tokenizer",
         data=DataJob(seed=2),
         shapes=(
-            Shape(frames=17, height=128, width=224, weight=2),
-            Shape(frames=17, height=128, width=224, start=12, weight=1),
-            Shape(frames=1, height=128, width=224, weight=4),
+            Shape(frames=17, height=128, width=224, weight=1),
+            Shape(frames=17, height=128, width=224, start=12, weight=0.4),
+            Shape(frames=1, height=128, width=224, weight=5),
             Shape(frames=1, height=128, width=128, weight=1),
-            Shape(frames=9, height=128, width=128, weight=0.5),
+            Shape(frames=9, height=128, width=128, weight=0.2),
+            Shape(frames=1, height=64, width=64, weight=0.2),  # 16 tokens: fills a pack to the last token
         ),
-        batch_tokens=2240,
-        diffusion=DiffusionJob(self_conditioning_probability=0.5, frame_prediction_probability=0.15),
-        optimizer=OptimizerJob(lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01, warmup_steps=50),
-        run=RunJob(output="runs/emoji-base", steps=2000, ema_decay=0.998, checkpoint_every=100),
+        batch_tokens=1120,
+        diffusion=DiffusionJob(self_conditioning_probability=0.4, frame_prediction_probability=0.15),
+        optimizer=OptimizerJob(lr=6e-4, betas=(0.9, 0.99), weight_decay=0.01, warmup_steps=30),
+        run=RunJob(output="runs/emoji-base", steps=4000, ema_decay=0.998, checkpoint_every=100),
     )
 
 
@@ -138,12 +142,12 @@ def _super_resolution(output: str, patch: int, height: int, cut: int, steps: int
 
 def super_resolution_1() -> DenoiserJob:
     """128x224 -> 256x448: small windows and rotary positions, so that training on cuts carries over to whole frames."""
-    return _super_resolution("runs/emoji-sr1", patch=2, height=256, cut=128, steps=800)
+    return _super_resolution("runs/emoji-sr1", patch=2, height=256, cut=128, steps=500)
 
 
 def super_resolution_2() -> DenoiserJob:
     """256x448 -> 512x896: the same network with patches of 4, as Table 8 has it."""
-    return _super_resolution("runs/emoji-sr2", patch=4, height=512, cut=192, steps=800)
+    return _super_resolution("runs/emoji-sr2", patch=4, height=512, cut=192, steps=500)
 
 
 RECIPES = {

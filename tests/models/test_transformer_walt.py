@@ -80,6 +80,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rope": {"relative_positions": "rope", "spatial_window": (3, 3)},
     "small windows": {"spatial_window": (3, 2), "spatiotemporal_window": (2, 3, 4), "cross_attention_window": "same"},
     "whole windows, patch 2": {"patch_size": 2, "spatiotemporal_window": None},
+    "pooled text, input skip": {"pooled_text": True, "input_skip": True},
     "no positions, full AdaLN": {"relative_positions": None, "absolute_positions": False, "adaln_rank": None},
 }
 

@@ -59,7 +59,8 @@ def write_latents(
     twins = job.model.get("low_res_channels") is not None
     output.mkdir(parents=True, exist_ok=True)
     index = output / "index.json"
-    known = {"tokenizer": fingerprint(Path(job.tokenizer)), "data": job.data.model_dump(exclude={"latents", "source"})}
+    recipe = job.data.model_dump(mode="json", exclude={"latents", "source"})
+    known = {"tokenizer": fingerprint(Path(job.tokenizer)), "data": recipe}
     if index.exists():
         old = _read_index(index)
         if {key: old.get(key) for key in known} != known:

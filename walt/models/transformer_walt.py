@@ -268,6 +268,10 @@ class WaltTransformer3DModel(
         low_res_scale: how much smaller their h and w are.
         image_identity: one-frame samples pass spatiotemporal attention by the identity rule. False (an image-only
             model) gives them the spatial part of the window instead.
+        pooled_text: the mean text state joins c + t as well (not in the paper). Without it a narrow model carries what
+            all tokens share, such as a background, in the residual stream, where it drowns what tokens differ in.
+        input_skip: the prediction also reads the patch embedding directly, scaled by c + t (not in the paper): the
+            noise of v at low noise levels need not pass all layers.
     """
 
     _supports_gradient_checkpointing = True
@@ -309,6 +313,8 @@ class WaltTransformer3DModel(
         low_res_channels: int | None = None,
         low_res_scale: int = 2,
         image_identity: bool = True,
+        pooled_text: bool = False,
+        input_skip: bool = False,
     ) -> None:
         super().__init__()
         _one_of("relative_positions", relative_positions, ("bias", "rope", None))
@@ -342,6 +348,8 @@ class WaltTransformer3DModel(
         self.time_embedder = TimestepEmbedding(256, width)
         self.class_embedder = nn.Embedding(num_classes + 1, width) if num_classes is not None else None
         self.text_embedder = nn.Linear(text_dim, width) if text_dim is not None else None
+        if pooled_text and text_dim is None:
+            raise WaltError("pooled_text: True given, but text_dim is None")
         self.text_norm = nn.LayerNorm(width, eps=1e-6) if text_dim is not None else None
         self.adaln = nn.Linear(width, 6 * width) if adaln_rank is not None else None
 
@@ -370,6 +378,8 @@ class WaltTransformer3DModel(
         self.norm_out = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.adaln_out = nn.Linear(width, 2 * width)
         self.proj_out = nn.Linear(width, out_channels * patch_size**2)
+        self.adaln_skip = nn.Linear(width, width) if input_skip else None
+        self.proj_skip = nn.Linear(width, out_channels * patch_size**2) if input_skip else None
         self.gradient_checkpointing = False
         self.initialize_weights()
 
@@ -378,6 +388,8 @@ class WaltTransformer3DModel(
 
         Linear layers are Xavier uniform with zero bias; tables and small embeddings normal 0.02; and zero wherever a
         residual branch ends (gates, cross-attention output, prediction), so that a new model is the identity.
+        Not DiT's normal 0.02 for the timestep embedders: an embedding of order 0.02 makes the modulation learn the
+        noise level some ten times slower, and v-prediction needs gains of 1 / sigma at low noise.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -387,13 +399,11 @@ class WaltTransformer3DModel(
         if self.pos_embed is not None:
             nn.init.normal_(self.pos_embed.space, std=0.02)
             nn.init.normal_(self.pos_embed.time, std=0.02)
-        for embedder in (self.time_embedder, self.noise_level_embedder):
-            if embedder is not None:
-                nn.init.normal_(embedder.linear_1.weight, std=0.02)
-                nn.init.normal_(embedder.linear_2.weight, std=0.02)
         if self.class_embedder is not None:
             nn.init.normal_(self.class_embedder.weight, std=0.02)
-        zero: list[nn.Module | None] = [self.adaln, self.adaln_out, self.proj_out]
+        # Unit variance from the noisy latents alone: the other input channels are mostly zeros.
+        nn.init.normal_(self.patch_embed.weight, std=(self.config.in_channels * self.config.patch_size**2) ** -0.5)
+        zero: list[nn.Module | None] = [self.adaln, self.adaln_out, self.proj_out, self.adaln_skip, self.proj_skip]
         for block in self.transformer_blocks:
             assert isinstance(block, _WaltBlock)
             zero += [block.adaln, block.adaln_up]
@@ -456,12 +466,15 @@ class WaltTransformer3DModel(
         pieces += self._conditions(noisy, frame_latents, frame_mask, self_conditioning)
         pieces += self._low_resolution(noisy, low_res_hidden_states)
         tokens, grids = pack([torch.cat(parts) for parts in zip(*pieces, strict=True)], self.config.patch_size)
-        x = self.patch_embed(tokens)
+        x = patches = self.patch_embed(tokens)
         if self.pos_embed is not None:
             x = x + self.pos_embed(grids)
 
         embedding = self._embedding(batch, dtype, device, timestep, class_labels, low_res_noise_level)
         text, text_lengths = self._text(batch, dtype, encoder_hidden_states, encoder_attention_mask)
+        if self.config.pooled_text and text is not None and text_lengths is not None:
+            pooled = [part.sum(dim=0) / max(1, len(part)) for part in text.split(text_lengths)]
+            embedding = embedding + torch.stack(pooled)
         modulation = self.adaln(F.silu(embedding)) if self.adaln is not None else None
 
         layouts: dict[tuple[int, int], Layout] = {}
@@ -476,7 +489,11 @@ class WaltTransformer3DModel(
 
         scale, shift = self.adaln_out(F.silu(embedding)).chunk(2, dim=-1)
         x = _modulate(self.norm_out(x), scale, shift, tuple(token_counts(grids)))
-        out = unpack(self.proj_out(x).to(dtype), grids, self.config.patch_size)
+        y = self.proj_out(x)
+        if self.adaln_skip is not None and self.proj_skip is not None:
+            skip = self.adaln_skip(F.silu(embedding))
+            y = y + self.proj_skip(_modulate(patches, skip, torch.zeros_like(skip), tuple(token_counts(grids))))
+        out = unpack(y.to(dtype), grids, self.config.patch_size)
         sample: Samples = torch.stack(out) if isinstance(hidden_states, Tensor) else out
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 

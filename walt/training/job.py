@@ -111,6 +111,7 @@ class DiffusionJob(Frozen):
 class DenoiserJob(Frozen):
     kind: Literal["denoiser"] = "denoiser"
     model: dict[str, Any]
+    init: str | None = Field(default=None, description="folder of a trained denoiser of the same shape to go on from")
     tokenizer: str = Field(description="folder of the trained tokenizer")
     text_encoder: str | None = None
     text_tokenizer: str | None = None

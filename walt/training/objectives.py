@@ -51,11 +51,7 @@ class TokenizerObjective:
         torch.manual_seed(job.run.seed)
         self.model = build_model(autoencoder, job.model)
         if job.init is not None:
-            trained = load_folder(autoencoder, job.init, "init")
-            try:
-                self.model.load_state_dict(trained.state_dict())
-            except RuntimeError as error:
-                raise WaltError(f"init: {job.init!r} has another shape than the recipe's model") from error
+            trained = start_from(self.model, job.init)
             self.model.register_to_config(
                 latents_mean=trained.config.latents_mean, latents_std=trained.config.latents_std
             )
@@ -179,6 +175,8 @@ class DenoiserObjective:
         self.job = job
         torch.manual_seed(job.run.seed)
         self.model = build_model(transformer, job.model)
+        if job.init is not None:
+            start_from(self.model, job.init)
         config = self.model.config
         self.shards = LatentShards(Path(job.data.latents), job) if job.data.latents else None
         self.scenes = None if self.shards else Scenes(job.data)
@@ -329,6 +327,16 @@ class TextStates:
             for prompt, row, mask in zip(fresh, states, ids.attention_mask, strict=True):
                 self.cache[prompt] = row[: int(mask.sum())].float().clone()
         return [self.cache[prompt] for prompt in prompts]
+
+
+def start_from(model: Any, folder: str) -> Any:
+    """Copies the weights of a trained model of the same shape into `model`; returns the trained one."""
+    trained = load_folder(type(model), folder, "init")
+    try:
+        model.load_state_dict(trained.state_dict())
+    except RuntimeError as error:
+        raise WaltError(f"init: {folder!r} has another shape than the recipe's model") from error
+    return trained
 
 
 def load_folder(cls: type[Any], folder: str, what: str) -> Any:
