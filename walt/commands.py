@@ -370,7 +370,7 @@ def export(args: argparse.Namespace) -> None:
 
 
 def add_evaluate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=("super-resolution", "tokenizer", "sheet"))
+    parser.add_argument("what", choices=("super-resolution", "tokenizer", "joins", "sheet"))
     parser.add_argument("--model", help="cascade folder (default: the embedded model)")
     parser.add_argument("--source", default="cache/emoji", help="sprites (walt data emoji)")
     parser.add_argument("--weights", default="cache/lpips_vgg.safetensors", help="LPIPS weights (walt data lpips)")
@@ -404,7 +404,12 @@ def evaluate(args: argparse.Namespace) -> None:
     device = choose_device("auto")
     pipe = load_cascade(args.model, choose_dtype("auto", device), device)
     with torch.no_grad():
-        table = {"super-resolution": _evaluate_stages, "tokenizer": _evaluate_tokenizer, "sheet": _seed_sheet}
+        table = {
+            "super-resolution": _evaluate_stages,
+            "tokenizer": _evaluate_tokenizer,
+            "joins": _evaluate_joins,
+            "sheet": _seed_sheet,
+        }
         table[args.what](args, pipe)
 
 
@@ -489,6 +494,28 @@ def _evaluate_tokenizer(args: argparse.Namespace, pipe: Any) -> None:
             rows.append((float(psnr(y, x).mean()), float(masked_psnr(y, x, mask).mean())))
         whole, inside = (sum(column) / len(rows) for column in zip(*rows, strict=True))
         console.print(f"{height}x{width}: PSNR {whole:.2f} dB, inside the subject {inside:.2f} dB ({len(rows)} clips)")
+
+
+def _evaluate_joins(args: argparse.Namespace, pipe: Any) -> None:
+    """Frame difference across the join of 29-frame videos over the median of its neighbours, per stage."""
+    import torch
+
+    from walt.evaluation.metrics import join_ratio
+
+    for stage in range(1, args.stages + 1):
+        ratios = []
+        for seed in range(args.count):
+            frames = pipe(
+                prompt=seed_prompt(seed),
+                num_frames=29,
+                num_inference_steps=[args.steps] * stage,
+                stages=stage,
+                generator=torch.Generator().manual_seed(seed),
+                output_type="pt",
+            ).frames
+            ratios.append(float(join_ratio(frames.transpose(1, 2), 17)))
+        shown = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+        Console().print(f"stage {stage}: difference across the join / median of its neighbours: {shown}")
 
 
 def seed_prompt(seed: int) -> str:

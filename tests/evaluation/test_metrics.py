@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from walt.errors import WaltError
-from walt.evaluation.metrics import high_frequency_energy, lpips, masked_psnr, psnr
+from walt.evaluation.metrics import high_frequency_energy, join_ratio, lpips, masked_psnr, psnr
 from walt.evaluation.super_resolution import bicubic, compare_with_bicubic, table
 
 
@@ -87,3 +87,13 @@ def test_bad_input_is_named() -> None:
         compare_with_bicubic(lambda x: x, [], distance)
     with pytest.raises(WaltError, match="stage: expected output"):
         compare_with_bicubic(lambda x: x, [(video, torch.zeros(1, 3, 2, 16, 16))], distance)
+
+
+def test_join_ratio_is_one_for_steady_motion_and_grows_with_a_jump() -> None:
+    steady = torch.arange(29.0).view(1, 1, 29, 1, 1).expand(1, 3, 29, 4, 4) / 100
+    assert join_ratio(steady, 17).item() == pytest.approx(1.0, rel=1e-4)
+    jump = steady.clone()
+    jump[:, :, 17:] += 0.02
+    assert join_ratio(jump, 17).item() == pytest.approx(3.0, rel=1e-3)
+    with pytest.raises(WaltError, match="join must be from 2 to 27"):
+        join_ratio(steady, 28)

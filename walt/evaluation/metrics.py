@@ -114,3 +114,29 @@ def _check_pair(video: Tensor, target: Tensor) -> None:
     _check_video(video, "video")
     if video.shape != target.shape:
         raise WaltError(f"target: expected the video's shape {tuple(video.shape)}, got {tuple(target.shape)}")
+
+
+def join_ratio(video: Tensor, join: int, neighbours: int = 4) -> Tensor:
+    """How much a chunk join shows: the frame difference across it over the median of its neighbours' differences.
+
+    Args:
+        video: `(B, C, T, H, W)`.
+        join: first frame of the later chunk's own frames (17 in a 29-frame video).
+        neighbours: differences on each side that the median is taken of.
+
+    Returns:
+        `(B,)`; 1 is a join like any other pair of frames.
+
+    Raises:
+        WaltError: not a video, or no difference on one side of the join.
+    """
+    _check_video(video, "video")
+    if not 1 < join < video.shape[2] - 1:
+        raise WaltError(
+            f"join must be from 2 to {video.shape[2] - 2} in a video of {video.shape[2]} frames, got {join}"
+        )
+    differences = _wide(video).diff(dim=2).abs().mean(dim=(1, 3, 4))
+    around = torch.cat(
+        [differences[:, max(0, join - 1 - neighbours) : join - 1], differences[:, join : join + neighbours]], dim=1
+    )
+    return differences[:, join - 1] / around.median(dim=1).values.clamp_min(1e-12)
