@@ -28,7 +28,7 @@ TOKENIZER = {
 
 
 def tokenizer() -> TokenizerJob:
-    """One tokenizer for all three resolutions, on cuts around the subject. About 25 minutes on 2 CPU cores."""
+    """One tokenizer for all three resolutions, on cuts around the subject. About 28 minutes on 2 CPU cores."""
     return TokenizerJob(
         model=TOKENIZER,
         data=DataJob(seed=1),
