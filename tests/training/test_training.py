@@ -99,7 +99,7 @@ def test_pack_loss_is_the_token_weighted_mean_of_its_samples_alone(tmp_path: Pat
         objective.model.zero_grad()
         loss, _ = objective.loss(model, batch, torch.Generator().manual_seed(3))
         loss.backward()
-        values.append(float(loss))
+        values.append(loss.item())
         grads.append(torch.cat([p.grad.flatten() for p in objective.model.parameters() if p.grad is not None]))
     assert values[0] == pytest.approx(values[1], rel=1e-5)
     assert (grads[0] - grads[1]).abs().max() < 1e-5
