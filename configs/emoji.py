@@ -24,6 +24,7 @@ TOKENIZER = {
     "layers_per_block": 2,
     "patch_size": 4,
     "front_end": "haar",
+    "block_shortcut": True,
 }
 
 
@@ -78,7 +79,8 @@ BASE = {
     "relative_positions": "rope",
     "spatiotemporal_window": None,
     "pooled_text": True,
-    "input_skip": True,
+    "local_mixing": True,
+    "sigma_data": 0.1,
 }
 
 SUPER_RESOLUTION = {
@@ -92,12 +94,16 @@ SUPER_RESOLUTION = {
     "spatiotemporal_window": (4, 4),
     "self_conditioning": False,
     "low_res_channels": 8,
-    "input_skip": True,
+    "local_mixing": True,
+    "sigma_data": 0.1,
 }
 
 
-def base() -> DenoiserJob:
-    """Text to 128x224 video and images: joint packs of clips, second chunks and stills of three shapes."""
+def base_images() -> DenoiserJob:
+    """What things look like and where they stand, from stills and short cuts alone: tokens of clips repeat themselves.
+
+    Cuts of 64x64 hold little but the subject: 16 tokens instead of 112.
+    """
     return DenoiserJob(
         model=BASE,
         tokenizer="runs/emoji-tokenizer/final",
@@ -105,17 +111,35 @@ def base() -> DenoiserJob:
         text_tokenizer="cache/tokenizer",
         data=DataJob(seed=2),
         shapes=(
-            Shape(frames=17, height=128, width=224, weight=1),
-            Shape(frames=17, height=128, width=224, start=12, weight=0.4),
             Shape(frames=1, height=128, width=224, weight=5),
+            Shape(frames=1, height=128, width=224, cut=64, weight=8),
             Shape(frames=1, height=128, width=128, weight=1),
-            Shape(frames=9, height=128, width=128, weight=0.2),
-            Shape(frames=1, height=64, width=64, weight=0.2),  # 16 tokens: fills a pack to the last token
+            Shape(frames=9, height=128, width=224, cut=64, weight=1),
         ),
         batch_tokens=1120,
-        diffusion=DiffusionJob(self_conditioning_probability=0.4, frame_prediction_probability=0.15),
-        optimizer=OptimizerJob(lr=6e-4, betas=(0.9, 0.99), weight_decay=0.01, warmup_steps=30),
-        run=RunJob(output="runs/emoji-base", steps=4000, ema_decay=0.998, checkpoint_every=100),
+        diffusion=DiffusionJob(self_conditioning_probability=0.2, frame_prediction_probability=0.15),
+        optimizer=OptimizerJob(lr=6e-4, betas=(0.9, 0.99), weight_decay=0.01, warmup_steps=50, final_lr_ratio=0.5),
+        run=RunJob(output="runs/emoji-base-images", steps=1600, ema_decay=0.995, checkpoint_every=200),
+    )
+
+
+def base() -> DenoiserJob:
+    """Text to 128x224 video and images: joint packs of clips, second chunks and stills, after `base_images`."""
+    images = base_images()
+    return images.model_copy(
+        update={
+            "init": "runs/emoji-base-images/final",
+            "shapes": (
+                Shape(frames=17, height=128, width=224, weight=1),
+                Shape(frames=17, height=128, width=224, start=12, weight=0.4),
+                Shape(frames=17, height=128, width=224, cut=64, weight=1),
+                *images.shapes[:3],
+            ),
+            "optimizer": images.optimizer.model_copy(update={"lr": 5e-4, "final_lr_ratio": 0.02}),
+            "run": images.run.model_copy(
+                update={"output": "runs/emoji-base", "steps": 3500, "ema_decay": 0.998, "seed": 1}
+            ),
+        }
     )
 
 
@@ -133,26 +157,27 @@ def _super_resolution(output: str, patch: int, height: int, cut: int, steps: int
         ),
         batch_tokens=2240,
         diffusion=DiffusionJob(
-            self_conditioning_probability=0.0, frame_prediction_probability=0.15, max_noise_level=300
+            self_conditioning_probability=0.0, frame_prediction_probability=0.15, max_noise_level=80
         ),
-        optimizer=OptimizerJob(lr=2e-3, betas=(0.9, 0.99), weight_decay=0.01, warmup_steps=50),
+        optimizer=OptimizerJob(lr=1.5e-3, betas=(0.9, 0.99), weight_decay=0.01, warmup_steps=50),
         run=RunJob(output=output, steps=steps, ema_decay=0.995, checkpoint_every=100),
     )
 
 
 def super_resolution_1() -> DenoiserJob:
     """128x224 -> 256x448: small windows and rotary positions, so that training on cuts carries over to whole frames."""
-    return _super_resolution("runs/emoji-sr1", patch=2, height=256, cut=128, steps=500)
+    return _super_resolution("runs/emoji-sr1", patch=2, height=256, cut=128, steps=2000)
 
 
 def super_resolution_2() -> DenoiserJob:
     """256x448 -> 512x896: the same network with patches of 4, as Table 8 has it."""
-    return _super_resolution("runs/emoji-sr2", patch=4, height=512, cut=192, steps=500)
+    return _super_resolution("runs/emoji-sr2", patch=4, height=512, cut=192, steps=1500)
 
 
 RECIPES = {
     "tokenizer": tokenizer,
     "decoder": decoder,
+    "base_images": base_images,
     "base": base,
     "super_resolution_1": super_resolution_1,
     "super_resolution_2": super_resolution_2,

@@ -10,7 +10,7 @@ layer returned for the chunk before. Nothing is stored on a module.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -214,6 +214,45 @@ class Adaptation(nn.Module):
         return y * (1.0 + scale) + shift
 
 
+class BlockProjection(nn.Module):
+    """One linear map per latent position: a block of `time` x `space` x `space` positions <-> `features` channels.
+
+    The clip's first position in time stands alone and has its own map. Used as a shortcut around encoder and decoder
+    (config `block_shortcut`): with a principal component analysis in it (`fit_block_shortcut`) training starts from the
+    best linear tokenizer, and the networks learn what is left. No block sees another, so streaming stays exact.
+    """
+
+    def __init__(self, channels: int, features: int, time: int, space: int, expand: bool) -> None:
+        super().__init__()
+        self.time, self.space, self.expand = time, space, expand
+        first, later = channels * space**2, channels * time * space**2
+        self.first = nn.Linear(features, first) if expand else nn.Linear(first, features)
+        self.later = nn.Linear(features, later) if expand else nn.Linear(later, features)
+
+    def pack(self, x: Tensor, time: int) -> Tensor:
+        """`(B, C, T, H, W)` -> `(B, T/time, H/space, W/space, C*time*space^2)`."""
+        b, c, t, h, w = x.shape
+        s = self.space
+        x = x.reshape(b, c, t // time, time, h // s, s, w // s, s)
+        return x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)
+
+    def _unpack(self, x: Tensor, time: int) -> Tensor:
+        b, t, h, w, c = x.shape
+        s = self.space
+        x = x.reshape(b, t, h, w, c // (time * s * s), time, s, s)
+        return x.permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(b, -1, t * time, h * s, w * s)
+
+    def forward(self, x: Tensor, first: bool) -> Tensor:
+        parts = []
+        for layer, time, part in ((self.first, 1, x[:, :, : int(first)]), (self.later, self.time, x[:, :, int(first) :])):
+            if part.shape[2]:
+                if self.expand:
+                    parts.append(self._unpack(layer(part.permute(0, 2, 3, 4, 1)), time))
+                else:
+                    parts.append(layer(self.pack(part, time)).permute(0, 4, 1, 2, 3))
+        return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
+
+
 class _Stack(nn.Module):
     """Shared running of a list of layers that pass a `past`, with gradient checkpointing on request."""
 
@@ -229,7 +268,14 @@ class Encoder3d(_Stack):
     """`(B, in_channels, T, H, W)` blocks of the front end -> `(B, out_channels, t, h, w)`."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, widths: Sequence[int], times: Sequence[int], depth: int, norm: str
+        self,
+        in_channels: int,
+        out_channels: int,
+        widths: Sequence[int],
+        times: Sequence[int],
+        depth: int,
+        norm: str,
+        shortcut: bool,
     ) -> None:
         super().__init__()
         self.conv_in = CausalConv3d(in_channels, widths[0])
@@ -245,14 +291,16 @@ class Encoder3d(_Stack):
         self.layers = nn.ModuleList(layers)
         self.norm_out = make_norm(norm, width)
         self.conv_out = CausalConv3d(width, out_channels, kernel=1)
+        self.shortcut = _shortcut(in_channels, out_channels, widths, times, expand=False) if shortcut else None
 
     def forward(self, x: Tensor, past: Past = None) -> tuple[Tensor, Past]:
         pasts = list(past) if past else [past] * (len(self.layers) + 2)
+        straight = None if self.shortcut is None else self.shortcut(x, first=not past)
         x, pasts[0] = self.conv_in(x, pasts[0])
         for i, layer in enumerate(self.layers):
             x, pasts[i + 1] = self._run(layer, x, pasts[i + 1])
         x, pasts[-1] = self.conv_out(F.silu(self.norm_out(x)), pasts[-1])
-        return x, None if past is None else tuple(pasts)
+        return x if straight is None else x + straight, None if past is None else tuple(pasts)
 
 
 class Decoder3d(_Stack):
@@ -267,6 +315,7 @@ class Decoder3d(_Stack):
         depth: int,
         norm: str,
         adaptation: str,
+        shortcut: bool,
     ) -> None:
         super().__init__()
         width = widths[-1]
@@ -285,6 +334,7 @@ class Decoder3d(_Stack):
         self.layers = nn.ModuleList(layers)
         self.norm_out = make_norm(norm, width)
         self.conv_out = CausalConv3d(width, out_channels)
+        self.shortcut = _shortcut(out_channels, in_channels, widths, times, expand=True) if shortcut else None
 
     def forward(self, z: Tensor, past: Past = None) -> tuple[Tensor, Past]:
         first = not past
@@ -296,7 +346,79 @@ class Decoder3d(_Stack):
             else:
                 x, pasts[i + 1] = self._run(layer, x, pasts[i + 1])
         x, pasts[-1] = self.conv_out(F.silu(self.norm_out(x)), pasts[-1])
+        if self.shortcut is not None:
+            x = x + self.shortcut(z, first)
         return x, None if past is None else tuple(pasts)
+
+
+def _shortcut(
+    blocks: int, latent: int, widths: Sequence[int], times: Sequence[int], expand: bool
+) -> BlockProjection:
+    return BlockProjection(blocks, latent, math.prod(times), 2 ** (len(widths) - 1), expand)
+
+
+@torch.no_grad()
+def fit_block_shortcut(model: AutoencoderKLWalt, videos: Iterable[Tensor]) -> None:
+    """Puts the principal components of `videos` into the block shortcut and silences the networks around it.
+
+    Afterwards the model is the best linear block tokenizer of these videos: c components per block, scaled so that
+    every channel of a first frame has unit variance. The components of later frames are turned towards those of first
+    frames (orthogonal Procrustes), so that a still picture has nearly the same latent at every time.
+
+    Args:
+        model: built with `block_shortcut=True`.
+        videos: batches `(B, 3, T, H, W)` in [-1, 1]; clips must be among them.
+    """
+    encode, decode = model.encoder.shortcut, model.decoder.shortcut
+    if encode is None or decode is None:
+        raise WaltError("fit_block_shortcut needs a model with block_shortcut=True")
+    features, time = int(model.config["latent_channels"]), encode.time
+    sums: list[list[Any]] = [[0, 0.0, 0.0], [0, 0.0, 0.0]]
+    for video in videos:
+        blocks = model.patcher.split(video, first=True).double()
+        # The first frame as a still block, so that both kinds live in one space.
+        still = blocks[:, :, :1].repeat_interleave(time, dim=2)
+        for total, part in zip(sums, (still, blocks[:, :, 1:]), strict=True):
+            if part.shape[2]:
+                rows = encode.pack(part, time).flatten(0, 3)
+                total[0] += len(rows)
+                total[1] += rows.sum(dim=0)
+                total[2] += rows.T @ rows
+    if not sums[1][0]:
+        raise WaltError("fit_block_shortcut needs clips: every video has one frame")
+    if features > min(encode.first.in_features, encode.later.in_features):
+        raise WaltError("fit_block_shortcut: more latent_channels than values in a block")
+
+    def principal(total: list[Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        mean = total[1] / total[0]
+        covariance = total[2] / total[0] - torch.outer(mean, mean)
+        values, vectors = torch.linalg.eigh(covariance)
+        return mean, covariance, vectors[:, -features:].flip(1), values[-features:].flip(0).clamp_min(1e-12)
+
+    mean, covariance, basis, variance = principal(sums[0])
+    later_mean, _, later_basis, _ = principal(sums[1])
+    scale = variance.sqrt()
+    u, _, v = torch.linalg.svd(later_basis.T @ covariance @ basis)
+    later_basis = later_basis @ (u @ v)
+    # Rows of a still block hold each value `time` times: fold them for the map of the lone first frame.
+    channels = encode.first.in_features // encode.space**2
+
+    def fold(rows: Tensor) -> Tensor:
+        return rows.reshape(-1, channels, time, encode.space**2).sum(dim=2).flatten(1)
+
+    down, up = (basis / scale).T, basis * scale
+    later_down, later_up = (later_basis / scale).T, later_basis * scale
+    encode.first.weight.copy_(fold(down))
+    encode.first.bias.copy_(-down @ mean)
+    encode.later.weight.copy_(later_down)
+    encode.later.bias.copy_(-later_down @ mean)
+    decode.first.weight.copy_(fold(up.T).T / time)
+    decode.first.bias.copy_(fold(mean[None])[0] / time)
+    decode.later.weight.copy_(later_up)
+    decode.later.bias.copy_(later_mean - later_basis @ (later_basis.T @ (later_mean - mean)))
+    for layer in (model.encoder.conv_out, model.decoder.conv_out):
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(cast(Tensor, layer.bias))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -322,6 +444,7 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin):
         front_end: "haar" or "space_to_depth".
         norm: "channel" (per position) or "group" (the paper's; refuses streaming).
         adaptation: "local" (1x1 map of the latent) or "global" (the paper's; refuses streaming).
+        block_shortcut: a linear map per block beside the networks (`fit_block_shortcut`); not the paper's.
         latents_mean, latents_std: per-channel statistics of encoded training data; consumers normalise by them.
     """
 
@@ -343,6 +466,7 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin):
         front_end: str = "haar",
         norm: str = "channel",
         adaptation: str = "local",
+        block_shortcut: bool = False,
         latents_mean: tuple[float, ...] | None = None,
         latents_std: tuple[float, ...] | None = None,
         scaling_factor: float = 1.0,
@@ -357,8 +481,10 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin):
         self.spatial_compression_ratio = patch_size * 2 ** (len(encoder_widths) - 1)
         self.temporal_compression_ratio = patch_size * math.prod(times)
         self.patcher = Patcher(patch_size, front_end)
-        self.encoder = Encoder3d(blocks, latent_channels, encoder_widths, times, layers_per_block, norm)
-        self.decoder = Decoder3d(latent_channels, blocks, decoder_widths, times, layers_per_block, norm, adaptation)
+        self.encoder = Encoder3d(blocks, latent_channels, encoder_widths, times, layers_per_block, norm, block_shortcut)
+        self.decoder = Decoder3d(
+            latent_channels, blocks, decoder_widths, times, layers_per_block, norm, adaptation, block_shortcut
+        )
         self.use_slicing = False
         self.use_tiling = False
 

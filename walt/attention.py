@@ -254,12 +254,13 @@ def window_attention(
     Returns:
         `(L, N, d)` in window order.
     """
-    out = [value[: plan.singles]] if plan.singles else []
+    # Split, not sliced: the gradient of a split is one concatenation, that of slices a sum of padded copies.
+    rows = [group.windows * group.length for group in plan.groups]
+    queries, keys = query.split(rows), key.split(rows)
+    values = value.split([plan.singles, *rows])
+    out = [values[0]] if plan.singles else []
     for i, group in enumerate(plan.groups):
-        rows = group.windows * group.length
-        q = query[group.start - plan.singles :][:rows].unflatten(0, (group.windows, group.length))
-        k = key[group.start - plan.singles :][:rows].unflatten(0, (group.windows, group.length))
-        v = value[group.start :][:rows].unflatten(0, (group.windows, group.length))
+        q, k, v = (x.unflatten(0, (group.windows, group.length)) for x in (queries[i], keys[i], values[i + 1]))
         if group.context_length:
             assert plan.context_index is not None and context_key is not None and context_value is not None
             size = (group.windows, group.context_length)

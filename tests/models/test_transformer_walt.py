@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from walt.configs.walt import MODELS, PAPER_PARAMETERS
+from walt.diffusion import make_scheduler
 from walt.errors import WaltError
 from walt.models.transformer_walt import (
     WaltAttention,
@@ -80,7 +81,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rope": {"relative_positions": "rope", "spatial_window": (3, 3)},
     "small windows": {"spatial_window": (3, 2), "spatiotemporal_window": (2, 3, 4), "cross_attention_window": "same"},
     "whole windows, patch 2": {"patch_size": 2, "spatiotemporal_window": None},
-    "pooled text, input skip": {"pooled_text": True, "input_skip": True},
+    "pooled text, preconditioned": {"pooled_text": True, "sigma_data": 0.5},
+    "local mixing": {"local_mixing": True},
     "no positions, full AdaLN": {"relative_positions": None, "absolute_positions": False, "adaln_rank": None},
 }
 
@@ -396,3 +398,26 @@ def test_conditions_the_model_cannot_use_are_refused() -> None:
     }.items():
         with pytest.raises(WaltError, match=f"{name}: given, but the model was built with"):
             model(**arguments, **{name: value})
+
+
+def test_preconditioning_is_the_gaussian_posterior() -> None:
+    """A silent network estimates zero (or the enlarged low resolution): v is then known in closed form."""
+    spread = 0.4
+    model = WaltTransformer3DModel(**TINY, low_res_channels=4, sigma_data=spread)
+    arguments = inputs(model)
+    told = arguments["timestep"] = torch.tensor([0.0, 100.0, 400.0, 800.0, 999.0])
+    alphas = make_scheduler().alphas_cumprod.double()
+    for i, v in enumerate(model(**arguments).sample):
+        signal, sigma = alphas[int(told[i])].sqrt(), (1 - alphas[int(told[i])]).sqrt()
+        mean = F.interpolate(arguments["low_res_hidden_states"][i], scale_factor=2, mode="nearest").double()
+        x = arguments["hidden_states"][i].double()
+        # Kalman's gain, then v = signal eps - sigma x0 with eps from x
+        clean = mean + spread**2 * signal / (sigma**2 + spread**2 * signal**2) * (x - signal * mean)
+        expected = signal * (x - signal * clean) / sigma - sigma * clean
+        assert torch.allclose(v.double(), expected, atol=0.02)
+
+
+@pytest.mark.parametrize("fields", [{"sigma_data": 0.0}, {"sigma_data": 0.5, "out_channels": 8}])
+def test_preconditioning_refuses(fields: dict[str, Any]) -> None:
+    with pytest.raises(WaltError, match="sigma_data"):
+        WaltTransformer3DModel(**{**TINY, **fields})

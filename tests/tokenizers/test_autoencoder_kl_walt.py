@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from walt.errors import WaltError
-from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt, Patcher
+from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt, Patcher, fit_block_shortcut
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "paper": {"encoder_widths": (4, 4, 8, 8), "decoder_widths": (4, 4, 8, 8)},
@@ -21,6 +21,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "front_end": "space_to_depth",
     },
     "patch4": {"encoder_widths": (8, 8), "decoder_widths": (4, 8), "temporal_downsample": (False,), "patch_size": 4},
+    "shortcut": {"encoder_widths": (4, 4, 8, 8), "decoder_widths": (4, 4, 8, 8), "block_shortcut": True},
 }
 
 
@@ -217,3 +218,41 @@ def test_bad_latents_and_configs() -> None:
             make("patch4", **change)
     with pytest.raises(WaltError, match="tiling is not available"):
         make("patch4").enable_tiling()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["paper", "patch2", "patch4"])
+def test_fitted_shortcut_is_the_best_linear_block_code(name: str) -> None:
+    # Smooth motion, so that the few components of a block mean something.
+    g = torch.Generator().manual_seed(0)
+    rough = torch.randn(24, 3, 4, 4, 5, generator=g).double()
+    videos = torch.nn.functional.interpolate(rough, size=(9, 16, 24), mode="trilinear").clamp(-1, 1)
+    model = make(name, block_shortcut=True)
+    fit_block_shortcut(model, videos.split(6))
+    z = model.encode(videos).latent_dist.mode()
+    y = model.decode(z).sample
+
+    def blocks(x: Tensor, time: int) -> Tensor:
+        b, c, t, h, w = x.shape
+        x = x.reshape(b, c, t // time, time, h // 8, 8, w // 8, 8).permute(0, 2, 4, 6, 1, 3, 5, 7)
+        return x.reshape(-1, c * time * 64)
+
+    def best(rows: Tensor) -> Tensor:
+        centred = rows - rows.mean(dim=0)
+        u, s, v = torch.linalg.svd(centred, full_matrices=False)
+        return centred - (u[:, :8] * s[:8]) @ v[:8]
+
+    for part, time in ((slice(0, 1), 1), (slice(1, None), 4)):
+        error = blocks(y[:, :, part] - videos[:, :, part], time).square().mean()
+        assert torch.isclose(error, best(blocks(videos[:, :, part], time)).square().mean(), rtol=1e-6)
+    assert torch.allclose(z[:, :, 0].transpose(0, 1).flatten(1).std(dim=1, correction=0), torch.ones(8).double())
+    # A still picture keeps (nearly) its latent over time.
+    still = model.encode(videos[:, :, :1].expand(-1, -1, 9, -1, -1)).latent_dist.mode()
+    assert (still[:, :, 1:] - still[:, :, :1]).abs().mean() < 0.3
+
+
+def test_shortcut_fit_refuses_what_it_cannot_do() -> None:
+    with pytest.raises(WaltError, match="block_shortcut=True"):
+        fit_block_shortcut(make("patch4"), [clip()])
+    with pytest.raises(WaltError, match="needs clips"):
+        fit_block_shortcut(make("patch4", block_shortcut=True), [clip(1)])

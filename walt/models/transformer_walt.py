@@ -23,6 +23,7 @@ from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
 from walt.attention import RelativeBias, Window, WindowPlan, plan_windows, rotate, rotation, window_attention
+from walt.diffusion import signal_level
 from walt.errors import WaltError, suggest
 from walt.latents import Grid, pack, token_counts, unpack
 
@@ -35,6 +36,7 @@ class Layout:
     """What a layer must know of the pack, all of it known on the host: token counts per sample, and window plans."""
 
     lengths: tuple[int, ...]
+    grids: tuple[Grid, ...]
     plan: WindowPlan
     cross_plan: WindowPlan | None
     rotation: tuple[Tensor, Tensor] | None  # cosines and sines in the order of `plan`
@@ -56,11 +58,12 @@ class WaltAttnProcessor:
     ) -> Tensor:
         x = plan.gather(hidden_states)
         first = plan.singles  # tokens alone in their window need no query and no key
+        rest = x[first:] if first else x
         if not attn.fused_projections:
-            query, key, value = attn.to_q(x[first:]), attn.to_k(x[first:]), attn.to_v(x)
+            query, key, value = attn.to_q(rest), attn.to_k(rest), attn.to_v(x)
         elif attn.is_cross_attention:
             key, value = attn.to_kv(x).chunk(2, dim=-1)
-            query, key = attn.to_q(x[first:]), key[first:]
+            query, key = attn.to_q(rest), key[first:]
         else:
             query, key, value = attn.to_qkv(x).chunk(3, dim=-1)
             query, key = query[first:], key[first:]
@@ -139,6 +142,32 @@ class WaltAttention(nn.Module, AttentionModuleMixin):
         return self.processor(self, hidden_states, encoder_hidden_states, plan, rotary)
 
 
+class LocalMixing(nn.Module):
+    """Adds to every token a learned sum, channel by channel, of its neighbours: 3x3 in space, 3 in time.
+
+    No token sees another sample. It starts as the identity.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.space = nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False)
+        self.time = nn.Parameter(torch.zeros(2, width))  # from the frame before, from the frame after
+
+    def forward(self, x: Tensor, grids: tuple[Grid, ...]) -> Tensor:
+        """`(L, D)` of a pack of `grids` to `(L, D)`."""
+        parts: list[Tensor] = list(x.split(list(token_counts(grids))))
+        for grid in dict.fromkeys(grids):
+            places = [i for i, other in enumerate(grids) if other == grid]
+            y = torch.stack([parts[i] for i in places]).unflatten(1, grid)
+            mixed = self.space(y.flatten(0, 1).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).unflatten(0, y.shape[:2])
+            if grid[0] > 1:
+                mixed = mixed + F.pad(y[:, :-1] * self.time[0], (0, 0, 0, 0, 0, 0, 1, 0))
+                mixed = mixed + F.pad(y[:, 1:] * self.time[1], (0, 0, 0, 0, 0, 0, 0, 1))
+            for i, part in zip(places, (y + mixed).flatten(1, 3).unbind(), strict=True):
+                parts[i] = part
+        return torch.cat(parts)
+
+
 class _WaltBlock(nn.Module):
     """Windowed self-attention, cross-attention to text, MLP; the two kinds differ in the windows of their layout.
 
@@ -156,6 +185,7 @@ class _WaltBlock(nn.Module):
         relative_bias: RelativeBias | None,
         adaln: str,
         rank: int,
+        local_mixing: bool,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
@@ -163,6 +193,7 @@ class _WaltBlock(nn.Module):
         self.norm_cross = nn.LayerNorm(width, eps=1e-6) if cross_attention else None
         self.cross_attn = WaltAttention(width, heads, qk_norm, True, None) if cross_attention else None
         self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.local = LocalMixing(width) if local_mixing else None
         self.ff = FeedForward(width, inner_dim=ffn_dim, activation_fn="gelu-approximate")
         self.adaln = nn.Linear(width, 6 * width) if adaln == "full" else None
         self.adaln_down = nn.Linear(width, rank, bias=False) if adaln == "lora" else None
@@ -197,6 +228,8 @@ class _WaltBlock(nn.Module):
         if self.cross_attn is not None and self.norm_cross is not None:
             x = x + self.cross_attn(self.norm_cross(x), encoder_hidden_states, layout.cross_plan)
         y = _modulate(self.norm2(x), scale2, shift2, layout.lengths)
+        if self.local is not None:
+            y = self.local(y, layout.grids)
         return x + _gate(self.ff(y), gate2, layout.lengths)
 
 
@@ -270,8 +303,12 @@ class WaltTransformer3DModel(
             model) gives them the spatial part of the window instead.
         pooled_text: the mean text state joins c + t as well (not in the paper). Without it a narrow model carries what
             all tokens share, such as a background, in the residual stream, where it drowns what tokens differ in.
-        input_skip: the prediction also reads the patch embedding directly, scaled by c + t (not in the paper): the
-            noise of v at low noise levels need not pass all layers.
+        local_mixing: the MLP reads its token and a learned sum of the neighbours (not in the paper): what lies side by
+            side agrees long before attention has learnt where things are.
+        sigma_data: preconditioning (not in the paper; EDM, arXiv 2206.00364 section 5, written for v): the network
+            estimates clean latents as if they spread `sigma_data` around its estimate, and v follows from that and the
+            noisy latents, so that noise need not pass the layers. With low-resolution latents, their upsampled form is
+            added to the estimate. None: the network gives v itself.
     """
 
     _supports_gradient_checkpointing = True
@@ -314,7 +351,8 @@ class WaltTransformer3DModel(
         low_res_scale: int = 2,
         image_identity: bool = True,
         pooled_text: bool = False,
-        input_skip: bool = False,
+        local_mixing: bool = False,
+        sigma_data: float | None = None,
     ) -> None:
         super().__init__()
         _one_of("relative_positions", relative_positions, ("bias", "rope", None))
@@ -348,6 +386,13 @@ class WaltTransformer3DModel(
         self.time_embedder = TimestepEmbedding(256, width)
         self.class_embedder = nn.Embedding(num_classes + 1, width) if num_classes is not None else None
         self.text_embedder = nn.Linear(text_dim, width) if text_dim is not None else None
+        if sigma_data is not None and (sigma_data <= 0 or out_channels != in_channels):
+            raise WaltError(
+                f"sigma_data: {sigma_data} given with {in_channels} channels in and {out_channels} out, a positive number "
+                "and equal channels needed, or None"
+            )
+        if sigma_data is not None and low_res_channels not in (None, out_channels):
+            raise WaltError(f"sigma_data: low_res_channels must be out_channels ({out_channels}), got {low_res_channels}")
         if pooled_text and text_dim is None:
             raise WaltError("pooled_text: True given, but text_dim is None")
         self.text_norm = nn.LayerNorm(width, eps=1e-6) if text_dim is not None else None
@@ -372,14 +417,13 @@ class WaltTransformer3DModel(
                     bias,
                     adaln,
                     adaln_rank or 0,
+                    local_mixing,
                 )
             )
         self.transformer_blocks = nn.ModuleList(blocks)
         self.norm_out = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.adaln_out = nn.Linear(width, 2 * width)
         self.proj_out = nn.Linear(width, out_channels * patch_size**2)
-        self.adaln_skip = nn.Linear(width, width) if input_skip else None
-        self.proj_skip = nn.Linear(width, out_channels * patch_size**2) if input_skip else None
         self.gradient_checkpointing = False
         self.initialize_weights()
 
@@ -403,7 +447,15 @@ class WaltTransformer3DModel(
             nn.init.normal_(self.class_embedder.weight, std=0.02)
         # Unit variance from the noisy latents alone: the other input channels are mostly zeros.
         nn.init.normal_(self.patch_embed.weight, std=(self.config.in_channels * self.config.patch_size**2) ** -0.5)
-        zero: list[nn.Module | None] = [self.adaln, self.adaln_out, self.proj_out, self.adaln_skip, self.proj_skip]
+        if self.config.sigma_data is not None and self.low_res_embed is not None:
+            # Nearest-neighbour upsampling to begin with: the estimate starts from the low-resolution latents.
+            nn.init.zeros_(self.low_res_embed.weight)
+            with torch.no_grad():
+                for i, row in enumerate(self.low_res_embed.weight[:, :, 1, 1]):
+                    row[i // self.config.low_res_scale**2] = 1.0
+            assert self.low_res_embed.bias is not None
+            nn.init.zeros_(self.low_res_embed.bias)
+        zero: list[nn.Module | None] = [self.adaln, self.adaln_out, self.proj_out]
         for block in self.transformer_blocks:
             assert isinstance(block, _WaltBlock)
             zero += [block.adaln, block.adaln_up]
@@ -411,6 +463,9 @@ class WaltTransformer3DModel(
                 nn.init.normal_(block.adaln_down.weight, std=0.02)
             if block.cross_attn is not None:
                 zero.append(block.cross_attn.to_out[0])
+            if block.local is not None:
+                nn.init.zeros_(block.local.space.weight)
+                nn.init.zeros_(block.local.time)
             if block.attn.relative_bias is not None:
                 nn.init.normal_(block.attn.relative_bias.table, std=0.02)
         for linear in zero:
@@ -464,9 +519,10 @@ class WaltTransformer3DModel(
 
         pieces = [noisy]
         pieces += self._conditions(noisy, frame_latents, frame_mask, self_conditioning)
-        pieces += self._low_resolution(noisy, low_res_hidden_states)
+        large = self._low_resolution(noisy, low_res_hidden_states)
+        pieces += large
         tokens, grids = pack([torch.cat(parts) for parts in zip(*pieces, strict=True)], self.config.patch_size)
-        x = patches = self.patch_embed(tokens)
+        x = self.patch_embed(tokens)
         if self.pos_embed is not None:
             x = x + self.pos_embed(grids)
 
@@ -489,11 +545,9 @@ class WaltTransformer3DModel(
 
         scale, shift = self.adaln_out(F.silu(embedding)).chunk(2, dim=-1)
         x = _modulate(self.norm_out(x), scale, shift, tuple(token_counts(grids)))
-        y = self.proj_out(x)
-        if self.adaln_skip is not None and self.proj_skip is not None:
-            skip = self.adaln_skip(F.silu(embedding))
-            y = y + self.proj_skip(_modulate(patches, skip, torch.zeros_like(skip), tuple(token_counts(grids))))
-        out = unpack(y.to(dtype), grids, self.config.patch_size)
+        out = unpack(self.proj_out(x).to(dtype), grids, self.config.patch_size)
+        if self.config.sigma_data is not None:
+            out = self._precondition(out, noisy, large, _per_sample("timestep", timestep, batch, device))
         sample: Samples = torch.stack(out) if isinstance(hidden_states, Tensor) else out
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
@@ -521,7 +575,7 @@ class WaltTransformer3DModel(
         if config.relative_positions == "rope":
             cos, sin = rotation(grids, config.attention_head_dim, device)
             rotary = (plan.gather(cos), plan.gather(sin))
-        return Layout(tuple(token_counts(grids)), plan, cross_plan, rotary)
+        return Layout(tuple(token_counts(grids)), grids, plan, cross_plan, rotary)
 
     def _check_latents(self, noisy: list[Tensor]) -> None:
         channels, p = self.config.in_channels, self.config.patch_size
@@ -586,6 +640,23 @@ class WaltTransformer3DModel(
             large = F.pixel_shuffle(self.low_res_embed(frames), scale).unflatten(0, (len(small), -1))
             return [[z.transpose(0, 1) for z in large]]
         return [[F.pixel_shuffle(self.low_res_embed(z.transpose(0, 1)), scale).transpose(0, 1) for z in small]]
+
+    def _precondition(
+        self, out: list[Tensor], noisy: list[Tensor], large: list[list[Tensor]], timestep: Tensor
+    ) -> list[Tensor]:
+        """v of the Gaussian posterior of clean latents with mean m and spread s, given x = signal z + sigma noise.
+
+        v = (signal sigma (1 - s^2) x - sigma m) / (sigma^2 + s^2 signal^2); at sigma = 1 it is -m.
+        """
+        signal = signal_level(timestep.float())
+        sigma = (1 - signal.square()).sqrt()
+        spread = float(self.config.sigma_data) ** 2
+        scale = 1 / (sigma.square() + spread * signal.square())
+        dtype = noisy[0].dtype
+        for_noisy = (signal * sigma * (1 - spread) * scale).to(dtype)
+        for_mean = (sigma * scale).to(dtype)
+        means = [m + up for m, up in zip(out, large[0], strict=True)] if large else out
+        return [a * x - b * m for a, b, x, m in zip(for_noisy, for_mean, noisy, means, strict=True)]
 
     def _embedding(
         self,

@@ -90,6 +90,7 @@ class TokenizerJob(Frozen):
     freeze_encoder: bool = Field(default=False, description="train the decoder alone: latents of denoisers stay valid")
     data: DataJob
     shapes: tuple[Shape, ...]
+    shortcut_batches: int = Field(default=60, gt=0, description="batches that a block_shortcut is fitted to")
     batch_pixels: int = Field(gt=0, description="video pixels (frames x height x width) per step and rank")
     loss: TokenizerLoss = TokenizerLoss()
     optimizer: OptimizerJob
