@@ -62,6 +62,11 @@ def decoder() -> TokenizerJob:
             "init": "runs/emoji-tokenizer/final",
             "freeze_encoder": True,
             "data": DataJob(seed=4),
+            "shapes": (
+                *(shape.model_copy(update={"weight": 1.5}) for shape in first.shapes[:3]),
+                *(shape.model_copy(update={"cut": 128, "weight": 1.5}) for shape in first.shapes[3:]),
+            ),
+            "loss": first.loss.model_copy(update={"latent_noise": 0.03, "perceptual": 0.15}),
             "optimizer": first.optimizer.model_copy(update={"lr": 1e-3}),
             "run": first.run.model_copy(update={"output": "runs/emoji-decoder", "steps": 1200}),
         }

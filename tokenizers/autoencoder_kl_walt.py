@@ -244,7 +244,10 @@ class BlockProjection(nn.Module):
 
     def forward(self, x: Tensor, first: bool) -> Tensor:
         parts = []
-        for layer, time, part in ((self.first, 1, x[:, :, : int(first)]), (self.later, self.time, x[:, :, int(first) :])):
+        for layer, time, part in (
+            (self.first, 1, x[:, :, : int(first)]),
+            (self.later, self.time, x[:, :, int(first) :]),
+        ):
             if part.shape[2]:
                 if self.expand:
                     parts.append(self._unpack(layer(part.permute(0, 2, 3, 4, 1)), time))
@@ -351,9 +354,7 @@ class Decoder3d(_Stack):
         return x, None if past is None else tuple(pasts)
 
 
-def _shortcut(
-    blocks: int, latent: int, widths: Sequence[int], times: Sequence[int], expand: bool
-) -> BlockProjection:
+def _shortcut(blocks: int, latent: int, widths: Sequence[int], times: Sequence[int], expand: bool) -> BlockProjection:
     return BlockProjection(blocks, latent, math.prod(times), 2 ** (len(widths) - 1), expand)
 
 

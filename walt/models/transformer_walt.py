@@ -392,7 +392,9 @@ class WaltTransformer3DModel(
                 "and equal channels needed, or None"
             )
         if sigma_data is not None and low_res_channels not in (None, out_channels):
-            raise WaltError(f"sigma_data: low_res_channels must be out_channels ({out_channels}), got {low_res_channels}")
+            raise WaltError(
+                f"sigma_data: low_res_channels must be out_channels ({out_channels}), got {low_res_channels}"
+            )
         if pooled_text and text_dim is None:
             raise WaltError("pooled_text: True given, but text_dim is None")
         self.text_norm = nn.LayerNorm(width, eps=1e-6) if text_dim is not None else None
