@@ -12,6 +12,7 @@ from walt.diffusion import (
     guide,
     make_scheduler,
     noise_from_velocity,
+    signal_level,
     velocity,
     x0_from_velocity,
 )
@@ -98,3 +99,11 @@ def test_guidance_formula_in_float64(pair: tuple[torch.Tensor, torch.Tensor]) ->
     torch.testing.assert_close(single.double(), out, atol=1e-5, rtol=0)
     full = guide(cond, uncond, 6.0, 1.0)
     torch.testing.assert_close(full[2].std(), cond[2].std())
+
+
+def test_closed_form_signal_level_follows_the_schedule() -> None:
+    steps = torch.arange(1000)
+    level = signal_level(steps.float())
+    assert (level - make_scheduler().alphas_cumprod.sqrt()).abs().max() < 1e-3
+    assert level[-1] == 0
+    assert (level.diff() < 0).all()

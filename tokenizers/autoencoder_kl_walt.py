@@ -358,70 +358,6 @@ def _shortcut(blocks: int, latent: int, widths: Sequence[int], times: Sequence[i
     return BlockProjection(blocks, latent, math.prod(times), 2 ** (len(widths) - 1), expand)
 
 
-@torch.no_grad()
-def fit_block_shortcut(model: AutoencoderKLWalt, videos: Iterable[Tensor]) -> None:
-    """Puts the principal components of `videos` into the block shortcut and silences the networks around it.
-
-    Afterwards the model is the best linear block tokenizer of these videos: c components per block, scaled so that
-    every channel of a first frame has unit variance. The components of later frames are turned towards those of first
-    frames (orthogonal Procrustes), so that a still picture has nearly the same latent at every time.
-
-    Args:
-        model: built with `block_shortcut=True`.
-        videos: batches `(B, 3, T, H, W)` in [-1, 1]; clips must be among them.
-    """
-    encode, decode = model.encoder.shortcut, model.decoder.shortcut
-    if encode is None or decode is None:
-        raise WaltError("fit_block_shortcut needs a model with block_shortcut=True")
-    features, time = int(model.config["latent_channels"]), encode.time
-    sums: list[list[Any]] = [[0, 0.0, 0.0], [0, 0.0, 0.0]]
-    for video in videos:
-        blocks = model.patcher.split(video, first=True).double()
-        # The first frame as a still block, so that both kinds live in one space.
-        still = blocks[:, :, :1].repeat_interleave(time, dim=2)
-        for total, part in zip(sums, (still, blocks[:, :, 1:]), strict=True):
-            if part.shape[2]:
-                rows = encode.pack(part, time).flatten(0, 3)
-                total[0] += len(rows)
-                total[1] += rows.sum(dim=0)
-                total[2] += rows.T @ rows
-    if not sums[1][0]:
-        raise WaltError("fit_block_shortcut needs clips: every video has one frame")
-    if features > min(encode.first.in_features, encode.later.in_features):
-        raise WaltError("fit_block_shortcut: more latent_channels than values in a block")
-
-    def principal(total: list[Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        mean = total[1] / total[0]
-        covariance = total[2] / total[0] - torch.outer(mean, mean)
-        values, vectors = torch.linalg.eigh(covariance)
-        return mean, covariance, vectors[:, -features:].flip(1), values[-features:].flip(0).clamp_min(1e-12)
-
-    mean, covariance, basis, variance = principal(sums[0])
-    later_mean, _, later_basis, _ = principal(sums[1])
-    scale = variance.sqrt()
-    u, _, v = torch.linalg.svd(later_basis.T @ covariance @ basis)
-    later_basis = later_basis @ (u @ v)
-    # Rows of a still block hold each value `time` times: fold them for the map of the lone first frame.
-    channels = encode.first.in_features // encode.space**2
-
-    def fold(rows: Tensor) -> Tensor:
-        return rows.reshape(-1, channels, time, encode.space**2).sum(dim=2).flatten(1)
-
-    down, up = (basis / scale).T, basis * scale
-    later_down, later_up = (later_basis / scale).T, later_basis * scale
-    encode.first.weight.copy_(fold(down))
-    encode.first.bias.copy_(-down @ mean)
-    encode.later.weight.copy_(later_down)
-    encode.later.bias.copy_(-later_down @ mean)
-    decode.first.weight.copy_(fold(up.T).T / time)
-    decode.first.bias.copy_(fold(mean[None])[0] / time)
-    decode.later.weight.copy_(later_up)
-    decode.later.bias.copy_(later_mean - later_basis @ (later_basis.T @ (later_mean - mean)))
-    for layer in (model.encoder.conv_out, model.decoder.conv_out):
-        nn.init.zeros_(layer.weight)
-        nn.init.zeros_(cast(Tensor, layer.bias))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The model
 
@@ -529,6 +465,73 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     def _decode(self, z: Tensor) -> Tensor:
         return self.patcher.join(self.decoder(z)[0], first=True)
+
+    # -- start of training -------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def fit_block_shortcut(self, videos: Iterable[Tensor]) -> None:
+        """Puts the principal components of `videos` into the block shortcut and silences the networks around it.
+
+        Afterwards the model is the best linear block tokenizer of these videos: c components per block, scaled so that
+        every channel of a first frame has unit variance. The components of later frames are turned towards those of first
+        frames (orthogonal Procrustes), so that a still picture has nearly the same latent at every time.
+
+        Args:
+            videos: batches `(B, 3, T, H, W)` in [-1, 1]; clips must be among them.
+
+        Raises:
+            WaltError: the model has no block shortcut, or there are no clips.
+        """
+        encode, decode = self.encoder.shortcut, self.decoder.shortcut
+        if encode is None or decode is None:
+            raise WaltError("fit_block_shortcut needs a model with block_shortcut=True")
+        features, time = int(self.config["latent_channels"]), encode.time
+        sums: list[list[Any]] = [[0, 0.0, 0.0], [0, 0.0, 0.0]]
+        for video in videos:
+            blocks = self.patcher.split(video, first=True).double()
+            # The first frame as a still block, so that both kinds live in one space.
+            still = blocks[:, :, :1].repeat_interleave(time, dim=2)
+            for total, part in zip(sums, (still, blocks[:, :, 1:]), strict=True):
+                if part.shape[2]:
+                    rows = encode.pack(part, time).flatten(0, 3)
+                    total[0] += len(rows)
+                    total[1] += rows.sum(dim=0)
+                    total[2] += rows.T @ rows
+        if not sums[1][0]:
+            raise WaltError("fit_block_shortcut needs clips: every video has one frame")
+        if features > min(encode.first.in_features, encode.later.in_features):
+            raise WaltError("fit_block_shortcut: more latent_channels than values in a block")
+
+        def principal(total: list[Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            mean = total[1] / total[0]
+            covariance = total[2] / total[0] - torch.outer(mean, mean)
+            values, vectors = torch.linalg.eigh(covariance)
+            return mean, covariance, vectors[:, -features:].flip(1), values[-features:].flip(0).clamp_min(1e-12)
+
+        mean, covariance, basis, variance = principal(sums[0])
+        later_mean, _, later_basis, _ = principal(sums[1])
+        scale = variance.sqrt()
+        u, _, v = torch.linalg.svd(later_basis.T @ covariance @ basis)
+        later_basis = later_basis @ (u @ v)
+        # Rows of a still block hold each value `time` times: fold them for the map of the lone first frame.
+        channels = encode.first.in_features // encode.space**2
+
+        def fold(rows: Tensor) -> Tensor:
+            return rows.reshape(-1, channels, time, encode.space**2).sum(dim=2).flatten(1)
+
+        down, up = (basis / scale).T, basis * scale
+        later_down, later_up = (later_basis / scale).T, later_basis * scale
+        encode.first.weight.copy_(fold(down))
+        encode.first.bias.copy_(-down @ mean)
+        encode.later.weight.copy_(later_down)
+        encode.later.bias.copy_(-later_down @ mean)
+        decode.first.weight.copy_(fold(up.T).T / time)
+        decode.first.bias.copy_(fold(mean[None])[0] / time)
+        decode.later.weight.copy_(later_up)
+        decode.later.bias.copy_(later_mean - later_basis @ (later_basis.T @ (later_mean - mean)))
+        for layer in (self.encoder.conv_out, self.decoder.conv_out):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(cast(Tensor, layer.bias))
 
     # -- streams -----------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from walt.errors import WaltError
-from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt, Patcher, fit_block_shortcut
+from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt, Patcher
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "paper": {"encoder_widths": (4, 4, 8, 8), "decoder_widths": (4, 4, 8, 8)},
@@ -228,7 +228,7 @@ def test_fitted_shortcut_is_the_best_linear_block_code(name: str) -> None:
     rough = torch.randn(24, 3, 4, 4, 5, generator=g).double()
     videos = torch.nn.functional.interpolate(rough, size=(9, 16, 24), mode="trilinear").clamp(-1, 1)
     model = make(name, block_shortcut=True)
-    fit_block_shortcut(model, videos.split(6))
+    model.fit_block_shortcut(videos.split(6))
     z = model.encode(videos).latent_dist.mode()
     y = model.decode(z).sample
 
@@ -253,6 +253,6 @@ def test_fitted_shortcut_is_the_best_linear_block_code(name: str) -> None:
 
 def test_shortcut_fit_refuses_what_it_cannot_do() -> None:
     with pytest.raises(WaltError, match="block_shortcut=True"):
-        fit_block_shortcut(make("patch4"), [clip()])
+        make("patch4").fit_block_shortcut([clip()])
     with pytest.raises(WaltError, match="needs clips"):
-        fit_block_shortcut(make("patch4", block_shortcut=True), [clip(1)])
+        make("patch4", block_shortcut=True).fit_block_shortcut([clip(1)])

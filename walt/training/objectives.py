@@ -18,7 +18,6 @@ from walt.data.scenes import Scenes
 from walt.diffusion import add_noise, make_scheduler, velocity, x0_from_velocity
 from walt.errors import WaltError, suggest
 from walt.latents import normalize
-from walt.tokenizers.autoencoder_kl_walt import fit_block_shortcut
 from walt.training.job import DenoiserJob, TokenizerJob
 
 
@@ -57,7 +56,7 @@ class TokenizerObjective:
                 latents_mean=trained.config.latents_mean, latents_std=trained.config.latents_std
             )
         elif self.model.config.block_shortcut:
-            fit_block_shortcut(self.model, (video for i in range(job.shortcut_batches) for video in self.batch(i, 0)))
+            self.model.fit_block_shortcut(video for i in range(job.shortcut_batches) for video in self.batch(i, 0))
         if job.freeze_encoder:
             if job.init is None:
                 raise WaltError("freeze_encoder: an untrained encoder cannot be frozen; give init=FOLDER")
