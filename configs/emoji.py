@@ -67,8 +67,8 @@ def decoder() -> TokenizerJob:
                 *(shape.model_copy(update={"cut": 128, "weight": 1.5}) for shape in first.shapes[3:]),
             ),
             "loss": first.loss.model_copy(update={"latent_noise": 0.03, "perceptual": 0.15}),
-            "optimizer": first.optimizer.model_copy(update={"lr": 1e-3}),
-            "run": first.run.model_copy(update={"output": "runs/emoji-decoder", "steps": 1200}),
+            "optimizer": first.optimizer.model_copy(update={"lr": 3e-4}),
+            "run": first.run.model_copy(update={"output": "runs/emoji-decoder", "steps": 420}),
         }
     )
 
