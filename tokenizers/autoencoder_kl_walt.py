@@ -243,6 +243,10 @@ class BlockProjection(nn.Module):
         return x.permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(b, -1, t * time, h * s, w * s)
 
     def forward(self, x: Tensor, first: bool) -> Tensor:
+        """`(B, channels, 1 + time*k, space*h, space*w)` -> `(B, features, 1 + k, h, w)`, or back with `expand`.
+
+        `first` when x starts with the clip's first position; without it there is no 1.
+        """
         parts = []
         for layer, time, part in (
             (self.first, 1, x[:, :, : int(first)]),
@@ -480,7 +484,7 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin):
             videos: batches `(B, 3, T, H, W)` in [-1, 1]; clips must be among them.
 
         Raises:
-            WaltError: the model has no block shortcut, or there are no clips.
+            WaltError: no block shortcut, no clips, or more latent channels than a block has values.
         """
         encode, decode = self.encoder.shortcut, self.decoder.shortcut
         if encode is None or decode is None:
@@ -498,9 +502,15 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin):
                     total[1] += rows.sum(dim=0)
                     total[2] += rows.T @ rows
         if not sums[1][0]:
-            raise WaltError("fit_block_shortcut needs clips: every video has one frame")
-        if features > min(encode.first.in_features, encode.later.in_features):
-            raise WaltError("fit_block_shortcut: more latent_channels than values in a block")
+            raise WaltError(
+                "block_shortcut is fitted to clips, but every video has one frame: add a shape with more frames, or train "
+                "with model.block_shortcut=false"
+            )
+        values = min(encode.first.in_features, encode.later.in_features)
+        if features > values:
+            raise WaltError(
+                f"latent_channels: {features} given, a block has {values} values, which block_shortcut allows"
+            )
 
         def principal(total: list[Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             mean = total[1] / total[0]

@@ -254,5 +254,5 @@ def test_fitted_shortcut_is_the_best_linear_block_code(name: str) -> None:
 def test_shortcut_fit_refuses_what_it_cannot_do() -> None:
     with pytest.raises(WaltError, match="block_shortcut=True"):
         make("patch4").fit_block_shortcut([clip()])
-    with pytest.raises(WaltError, match="needs clips"):
+    with pytest.raises(WaltError, match="add a shape with more frames"):
         make("patch4", block_shortcut=True).fit_block_shortcut([clip(1)])
