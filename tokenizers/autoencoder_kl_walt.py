@@ -113,7 +113,7 @@ class CausalConv3d(nn.Conv3d):
         kernel, stride = self.kernel_size[0], self.stride[0]
         if past is None and x.shape[2] == 1 and kernel > 1:
             # A lone frame meets zeros in all but the last temporal tap: a 2D convolution, a third of the work.
-            y = F.conv2d(x[:, :, 0], self.weight[:, :, -1], self.bias, self.stride[1:], self.padding[1:])  # type: ignore[arg-type]
+            y = F.conv2d(x[:, :, 0], self.weight[:, :, -1], self.bias, self.stride[1:], self.padding[1:])
             return y.unsqueeze(2), None
         keep = kernel - stride
         if kernel > 1:

@@ -84,7 +84,7 @@ def test_pack_loss_is_the_token_weighted_mean_of_its_samples_alone(tmp_path: Pat
     batch = objective.batch(0, 0)
     forward = objective.model.forward
 
-    def one_by_one(noisy, timestep, frame_latents=None, frame_mask=None):  # type: ignore[no-untyped-def]
+    def one_by_one(noisy, timestep, frame_latents=None, frame_mask=None):
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
         parts = [
