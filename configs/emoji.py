@@ -25,6 +25,7 @@ TOKENIZER = {
     "patch_size": 4,
     "front_end": "haar",
     "block_shortcut": True,
+    "detail_threshold": 0.03,
 }
 
 
@@ -63,12 +64,13 @@ def decoder() -> TokenizerJob:
             "freeze_encoder": True,
             "data": DataJob(seed=4),
             "shapes": (
-                *(shape.model_copy(update={"weight": 1.5}) for shape in first.shapes[:3]),
+                first.shapes[0].model_copy(update={"weight": 1.5}),
+                *(shape.model_copy(update={"cut": 96, "weight": 1}) for shape in first.shapes[1:3]),
                 *(shape.model_copy(update={"cut": 128, "weight": 1.5}) for shape in first.shapes[3:]),
             ),
-            "loss": first.loss.model_copy(update={"latent_noise": 0.03, "perceptual": 0.15}),
+            "loss": first.loss.model_copy(update={"latent_noise": 0.06, "perceptual": 0.15}),
             "optimizer": first.optimizer.model_copy(update={"lr": 3e-4}),
-            "run": first.run.model_copy(update={"output": "runs/emoji-decoder", "steps": 420}),
+            "run": first.run.model_copy(update={"output": "runs/emoji-decoder", "steps": 900}),
         }
     )
 
@@ -107,7 +109,7 @@ SUPER_RESOLUTION = {
 def base_images() -> DenoiserJob:
     """What things look like and where they stand, from stills and short cuts alone: tokens of clips repeat themselves.
 
-    Cuts of 64x64 hold little but the subject: 16 tokens instead of 112.
+    Cuts of 96x96 hold little but the subject: 36 tokens instead of 112.
     """
     return DenoiserJob(
         model=BASE,
@@ -117,12 +119,14 @@ def base_images() -> DenoiserJob:
         data=DataJob(seed=2),
         shapes=(
             Shape(frames=1, height=128, width=224, weight=5),
-            Shape(frames=1, height=128, width=224, cut=64, weight=8),
+            Shape(frames=1, height=128, width=224, cut=96, weight=4),
             Shape(frames=1, height=128, width=128, weight=1),
-            Shape(frames=9, height=128, width=224, cut=64, weight=1),
+            Shape(frames=9, height=128, width=224, cut=96, weight=1),
         ),
         batch_tokens=1120,
-        diffusion=DiffusionJob(self_conditioning_probability=0.2, frame_prediction_probability=0.15),
+        diffusion=DiffusionJob(
+            self_conditioning_probability=0.2, frame_prediction_probability=0.15, timestep_logit_normal=(0.0, 1.0)
+        ),
         optimizer=OptimizerJob(lr=6e-4, betas=(0.9, 0.99), weight_decay=0.01, warmup_steps=50, final_lr_ratio=0.5),
         run=RunJob(output="runs/emoji-base-images", steps=1600, ema_decay=0.995, checkpoint_every=200),
     )
@@ -135,9 +139,9 @@ def base() -> DenoiserJob:
         update={
             "init": "runs/emoji-base-images/final",
             "shapes": (
-                Shape(frames=17, height=128, width=224, weight=1),
-                Shape(frames=17, height=128, width=224, start=12, weight=0.4),
-                Shape(frames=17, height=128, width=224, cut=64, weight=1),
+                Shape(frames=17, height=128, width=224, weight=1.5),
+                Shape(frames=17, height=128, width=224, start=12, weight=0.5),
+                Shape(frames=17, height=128, width=224, cut=96, weight=1),
                 *images.shapes[:3],
             ),
             "optimizer": images.optimizer.model_copy(update={"lr": 5e-4, "final_lr_ratio": 0.02}),
@@ -162,7 +166,10 @@ def _super_resolution(output: str, patch: int, height: int, cut: int, steps: int
         ),
         batch_tokens=2240,
         diffusion=DiffusionJob(
-            self_conditioning_probability=0.0, frame_prediction_probability=0.15, max_noise_level=80
+            self_conditioning_probability=0.0,
+            frame_prediction_probability=0.15,
+            max_noise_level=60,
+            timestep_logit_normal=(-0.8, 1.0),
         ),
         optimizer=OptimizerJob(lr=1.5e-3, betas=(0.9, 0.99), weight_decay=0.01, warmup_steps=50),
         run=RunJob(output=output, steps=steps, ema_decay=0.995, checkpoint_every=100),

@@ -68,6 +68,22 @@ def coefficients(scheduler: Schedule, timestep: Tensor | int, like: Tensor) -> t
     return alpha_bar.sqrt().to(like), (1 - alpha_bar).sqrt().to(like)
 
 
+def draw_timesteps(
+    count: int, length: int, logit_normal: tuple[float, float] | None, generator: torch.Generator
+) -> Tensor:
+    """`(count,)` training timesteps in [0, length): uniform, or with logit(t / length) normal of (mean, std).
+
+    Nine tenths follow the normal; the rest stay uniform, so that both ends are learnt too.
+    """
+    steps = torch.randint(length, (count,), generator=generator)
+    if logit_normal is None:
+        return steps
+    mean, std = logit_normal
+    inner = (torch.sigmoid(mean + std * torch.randn(count, generator=generator)) * length).long()
+    ends = torch.rand(count, generator=generator) < 0.1
+    return torch.where(ends, steps, inner.clamp_(max=length - 1))
+
+
 def add_noise(scheduler: Schedule, x0: Tensor, noise: Tensor, timestep: Tensor | int) -> Tensor:
     """x_t = signal x0 + sigma eps."""
     signal, sigma = coefficients(scheduler, timestep, x0)

@@ -121,7 +121,8 @@ class World:
     """What a theatre may show. An empty `subjects` means every subject of the cache.
 
     `p_two`, `p_gradient`, `p_size` are the shares of scenes with two subjects, with a gradient background and with a
-    size word in the caption.
+    size word in the caption. `size`, `near` and `far` are ranges of a lone subject's longest side over the short side of
+    the frame: as it is when no word says otherwise, and where "comes closer" ends and begins.
     """
 
     subjects: tuple[str, ...] = ()
@@ -130,6 +131,9 @@ class World:
     p_two: float = 0.15
     p_gradient: float = 0.10
     p_size: float = 0.20
+    size: tuple[float, float] = (0.36, 0.44)
+    near: tuple[float, float] = (0.62, 0.74)
+    far: tuple[float, float] = (0.20, 0.26)
 
     def __post_init__(self) -> None:
         _known("backgrounds", self.backgrounds, COLOURS)
@@ -139,6 +143,10 @@ class World:
         for name in ("p_two", "p_gradient", "p_size"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise WaltError(f"World: {name} must be in 0..1, got {getattr(self, name)}")
+        for name in ("size", "near", "far"):
+            low, high = getattr(self, name)
+            if not 0.0 < low <= high <= 1.0:
+                raise WaltError(f"World: {name} must be (low, high) in 0..1, got {getattr(self, name)}")
 
     def words(self) -> dict[str, list[str]]:
         """The known words by kind: subjects, backgrounds, motions (every phrasing), sizes, relations."""
@@ -157,6 +165,9 @@ EMBEDDED_WORLD = World(
     p_two=0.0,
     p_gradient=0.0,
     p_size=0.0,
+    size=(0.56, 0.66),
+    near=(0.74, 0.86),
+    far=(0.30, 0.38),
 )
 
 
@@ -393,11 +404,10 @@ class EmojiTheatre:
         cells = _cells(relation or _pick(rng, ["left of", "right of"]), len(names))
         for place, (name, cell) in enumerate(zip(names, cells, strict=True)):
             acts = "stays" if still or (place == 1 and relation) else motion
-            low, high = SIZES.get(size, (0.36, 0.44) if len(names) == 1 else (0.32, 0.38))
+            low, high = SIZES.get(size, self.world.size if len(names) == 1 else (0.32, 0.38))
             first = last = low + (high - low) * rng.random()
             if acts in ("comes closer", "goes away"):
-                near = (0.62, 0.74) if len(names) == 1 else (0.40, 0.46)
-                far = (0.20, 0.26)
+                near, far = (self.world.near, self.world.far) if len(names) == 1 else ((0.40, 0.46), (0.20, 0.26))
                 first, last = (lo + (hi - lo) * rng.random() for lo, hi in (far, near))
                 if acts == "goes away":
                     first, last = last, first

@@ -6,7 +6,7 @@ Inside, a pack is always `(L, D)`; a `(B, C, t, h, w)` batch is a pack of equal 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -379,6 +379,11 @@ class WaltTransformer3DModel(
         if low_res_channels is not None:
             channels += low_res_channels
             self.low_res_embed = nn.Conv2d(low_res_channels, low_res_channels * low_res_scale**2, 3, padding=1)
+            if sigma_data is not None:
+                # A lone first frame's latent is of another kind than one of four frames.
+                self.low_res_embed_first = nn.Conv2d(
+                    low_res_channels, low_res_channels * low_res_scale**2, 3, padding=1
+                )
             self.noise_level_embedder = TimestepEmbedding(256, width)
         self.patch_embed = nn.Linear(channels * patch_size**2, width)
         self.pos_embed = WaltPositionEmbedding(grid, width) if absolute_positions else None
@@ -451,12 +456,12 @@ class WaltTransformer3DModel(
         nn.init.normal_(self.patch_embed.weight, std=(self.config.in_channels * self.config.patch_size**2) ** -0.5)
         if self.config.sigma_data is not None and self.low_res_embed is not None:
             # Nearest-neighbour upsampling to begin with: the estimate starts from the low-resolution latents.
-            nn.init.zeros_(self.low_res_embed.weight)
-            with torch.no_grad():
-                for i, row in enumerate(self.low_res_embed.weight[:, :, 1, 1]):
-                    row[i // self.config.low_res_scale**2] = 1.0
-            assert self.low_res_embed.bias is not None
-            nn.init.zeros_(self.low_res_embed.bias)
+            for conv in (self.low_res_embed, self.low_res_embed_first):
+                with torch.no_grad():
+                    for i, row in enumerate(conv.weight):
+                        row.zero_()[i // self.config.low_res_scale**2, 1, 1] = 1.0
+                assert conv.bias is not None
+                nn.init.zeros_(conv.bias)
         zero: list[nn.Module | None] = [self.adaln, self.adaln_out, self.proj_out]
         for block in self.transformer_blocks:
             assert isinstance(block, _WaltBlock)
@@ -638,10 +643,52 @@ class WaltTransformer3DModel(
         sizes = [(channels, z.shape[1], z.shape[2] // scale, z.shape[3] // scale) for z in noisy]
         small = _samples("low_res_hidden_states", low_res, sizes, noisy)
         if len(set(sizes)) == 1:  # one convolution for all frames of a uniform batch
-            frames = torch.cat([z.transpose(0, 1) for z in small])
-            large = F.pixel_shuffle(self.low_res_embed(frames), scale).unflatten(0, (len(small), -1))
-            return [[z.transpose(0, 1) for z in large]]
-        return [[F.pixel_shuffle(self.low_res_embed(z.transpose(0, 1)), scale).transpose(0, 1) for z in small]]
+            return [list(self._upsample(torch.stack(list(small))))]
+        return [[self._upsample(z[None])[0] for z in small]]
+
+    def _upsample(self, small: Tensor) -> Tensor:
+        """`(B, C, t, h, w)` -> `(B, C, t, scale*h, scale*w)`."""
+        assert self.low_res_embed is not None
+        frames = small.transpose(1, 2)
+        large = self.low_res_embed(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
+        if self.config.sigma_data is not None:
+            large = torch.cat([self.low_res_embed_first(frames[:, 0])[:, None], large[:, 1:]], dim=1)
+        return F.pixel_shuffle(large, self.config.low_res_scale).transpose(1, 2)
+
+    @torch.no_grad()
+    def fit_low_res_embed(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Puts the least-squares map of low- to high-resolution latents into the depth-to-space convolutions.
+
+        Training of a super-resolution model with `sigma_data` then starts from the best linear upsampler, and the network
+        learns what is left. First frames have a map of their own.
+
+        Args:
+            pairs: normalised latents `(C, t, h, w)` and `(C, t, scale*h, scale*w)` of the same clips.
+
+        Raises:
+            WaltError: the model has no `low_res_channels` or no `sigma_data`.
+        """
+        if self.low_res_embed is None or self.config.sigma_data is None:
+            raise WaltError("fit_low_res_embed needs a model with low_res_channels and sigma_data")
+        sums: list[list[Any]] = [[0, 0.0, 0.0], [0, 0.0, 0.0]]
+        for low, high in pairs:
+            frames = F.pad(low.double().transpose(0, 1), (1, 1, 1, 1))
+            rows = F.unfold(frames, 3).transpose(1, 2)  # (t, h*w, C*9)
+            rows = torch.cat([rows, torch.ones_like(rows[..., :1])], dim=-1)
+            values = F.pixel_unshuffle(high.double().transpose(0, 1), self.config.low_res_scale)
+            values = values.flatten(2).transpose(1, 2)
+            for total, part in zip(sums, (slice(0, 1), slice(1, None)), strict=True):
+                x, y = rows[part].flatten(0, 1), values[part].flatten(0, 1)
+                total[0] += len(x)
+                total[1] += x.T @ x
+                total[2] += x.T @ y
+        for conv, (count, square, cross) in zip((self.low_res_embed_first, self.low_res_embed), sums, strict=True):
+            if count:
+                ridge = 1e-4 * count * torch.eye(len(square), dtype=square.dtype, device=square.device)
+                solution = torch.linalg.solve(square + ridge, cross).T
+                conv.weight.copy_(solution[:, :-1].reshape(conv.weight.shape))
+                assert conv.bias is not None
+                conv.bias.copy_(solution[:, -1])
 
     def _precondition(
         self, out: list[Tensor], noisy: list[Tensor], large: list[list[Tensor]], timestep: Tensor

@@ -102,6 +102,9 @@ class DiffusionJob(Frozen):
 
     zero_snr: bool = True
     latent_normalization: bool = True
+    timestep_logit_normal: tuple[float, float] | None = Field(
+        default=None, description="mean and std of logit(t / T) (Esser et al. 2024, section 3.1); None: uniform t"
+    )
     self_conditioning_probability: float = Field(default=0.9, ge=0, le=1)
     condition_dropout: float = Field(default=0.1, ge=0, le=1)
     frame_prediction_probability: float = Field(default=0.2, ge=0, le=1)
@@ -119,6 +122,7 @@ class DenoiserJob(Frozen):
     data: DataJob
     shapes: tuple[Shape, ...]
     batch_tokens: int = Field(gt=0, description="tokens per step and rank")
+    low_res_batches: int = Field(default=30, gt=0, description="batches that a super-resolution start is fitted to")
     diffusion: DiffusionJob = DiffusionJob()
     optimizer: OptimizerJob
     run: RunJob

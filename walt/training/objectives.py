@@ -15,7 +15,7 @@ from walt.conditioning import draw_given_frames, drop, frame_mask
 from walt.data.latents import LatentShards
 from walt.data.packing import fill_budget
 from walt.data.scenes import Scenes
-from walt.diffusion import add_noise, make_scheduler, velocity, x0_from_velocity
+from walt.diffusion import add_noise, draw_timesteps, make_scheduler, velocity, x0_from_velocity
 from walt.errors import WaltError, suggest
 from walt.latents import normalize
 from walt.training.job import DenoiserJob, TokenizerJob
@@ -204,6 +204,12 @@ class DenoiserObjective:
             for s in job.shapes
         ]
         self.device = torch.device("cpu")
+        if job.init is None and self.super_resolution and config.sigma_data is not None:
+            self.model.fit_low_res_embed(
+                (self._latent(sample.low_res_video, sample.low_res), self._latent(sample.video, sample.latent))
+                for i in range(job.low_res_batches)
+                for sample in self.batch(i, 0)
+            )
 
     def to(self, device: torch.device) -> None:
         self.device = device
@@ -245,7 +251,7 @@ class DenoiserObjective:
         knobs = self.job.diffusion
         clean = [self._latent(sample.video, sample.latent) for sample in batch]
         count = len(batch)
-        steps = torch.randint(len(self.scheduler), (count,), generator=generator)
+        steps = draw_timesteps(count, len(self.scheduler), knobs.timestep_logit_normal, generator)
         noise = [torch.randn(z.shape, generator=generator).to(self.device) for z in clean]
         given = draw_given_frames(
             [z.shape[1] for z in clean],
