@@ -9,6 +9,7 @@ from diffusers import DDIMScheduler
 from walt.diffusion import (
     add_noise,
     coefficients,
+    draw_timesteps,
     guide,
     make_scheduler,
     noise_from_velocity,
@@ -107,3 +108,15 @@ def test_closed_form_signal_level_follows_the_schedule() -> None:
     assert (level - make_scheduler().alphas_cumprod.sqrt()).abs().max() < 1e-3
     assert level[-1] == 0
     assert (level.diff() < 0).all()
+
+
+def test_timesteps_are_uniform_or_mostly_logit_normal() -> None:
+    uniform = draw_timesteps(20_000, 1000, None, torch.Generator().manual_seed(0))
+    assert (int(uniform.min()), int(uniform.max())) == (0, 999)
+    assert abs(float(uniform.float().mean()) - 499.5) < 6
+    normal = draw_timesteps(20_000, 1000, (-0.8, 0.5), torch.Generator().manual_seed(0))
+    assert 0 <= int(normal.min()) and int(normal.max()) <= 999
+    # sigmoid of the 16 % and 84 % points of the normal, mixed with a tenth of uniform
+    inside = ((normal >= 214) & (normal < 426)).float().mean()
+    assert abs(float(inside) - (0.9 * 0.683 + 0.1 * 0.212)) < 0.02
+    assert 0.02 < float((normal >= 700).float().mean()) < 0.05

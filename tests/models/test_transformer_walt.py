@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from walt.configs.walt import MODELS, PAPER_PARAMETERS
 from walt.diffusion import make_scheduler
@@ -415,6 +415,28 @@ def test_preconditioning_is_the_gaussian_posterior() -> None:
         clean = mean + spread**2 * signal / (sigma**2 + spread**2 * signal**2) * (x - signal * mean)
         expected = signal * (x - signal * clean) / sigma - sigma * clean
         assert torch.allclose(v.double(), expected, atol=0.02)
+
+
+def test_low_res_start_is_the_least_squares_upsampler() -> None:
+    """Pairs made by a known map per kind of frame: the fit finds both, and the silent network predicts the pair."""
+    g = torch.Generator().manual_seed(0)
+    truth = [nn.Conv2d(4, 16, 3, padding=1).double() for _ in range(2)]
+    pairs = []
+    for _ in range(8):
+        low = torch.randn(4, 3, 4, 6, generator=g).double()
+        frames = [truth[int(i > 0)](low[:, i]).detach() for i in range(3)]
+        pairs.append((low, torch.stack([F.pixel_shuffle(frame, 2) for frame in frames], dim=1)))
+    model = WaltTransformer3DModel(**TINY, low_res_channels=4, sigma_data=0.5).double()
+    model.fit_low_res_embed(pairs)
+    low, high = pairs[0]
+    arguments = inputs(model, ((3, 8, 12),))
+    arguments |= {"low_res_hidden_states": [low], "timestep": torch.tensor([999])}
+    arguments = {k: [x.double() for x in v] if isinstance(v, list) else v for k, v in arguments.items()}
+    estimate = -model(**arguments).sample[0]  # at the last step of a zero-SNR schedule v is -x0
+    assert (estimate - high).abs().max() < 0.02
+    for fields in ({"sigma_data": 0.5}, {"low_res_channels": 4}):
+        with pytest.raises(WaltError, match="low_res_channels and sigma_data"):
+            WaltTransformer3DModel(**TINY, **fields).fit_low_res_embed(pairs)
 
 
 @pytest.mark.parametrize("fields", [{"sigma_data": 0.0}, {"sigma_data": 0.5, "out_channels": 8}])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from walt.errors import WaltError
-from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt, Patcher
+from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt, DetailShrinkage, Patcher
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "paper": {"encoder_widths": (4, 4, 8, 8), "decoder_widths": (4, 4, 8, 8)},
@@ -22,6 +22,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "patch4": {"encoder_widths": (8, 8), "decoder_widths": (4, 8), "temporal_downsample": (False,), "patch_size": 4},
     "shortcut": {"encoder_widths": (4, 4, 8, 8), "decoder_widths": (4, 4, 8, 8), "block_shortcut": True},
+    "shrinkage": {
+        "encoder_widths": (8, 8),
+        "decoder_widths": (4, 8),
+        "temporal_downsample": (False,),
+        "patch_size": 4,
+        "detail_threshold": 0.05,
+    },
 }
 
 
@@ -213,6 +220,8 @@ def test_bad_latents_and_configs() -> None:
         ({"norm": "layer"}, "norm must be one of"),
         ({"temporal_downsample": (True, True)}, "one entry per step"),
         ({"latents_mean": (0.0,) * 4}, "8 channels"),
+        ({"detail_threshold": -0.1}, "detail_threshold must be 0"),
+        ({"detail_threshold": 0.1, "front_end": "space_to_depth"}, "detail_threshold must be 0"),
     ):
         with pytest.raises(WaltError, match=words):
             make("patch4", **change)
@@ -249,6 +258,54 @@ def test_fitted_shortcut_is_the_best_linear_block_code(name: str) -> None:
     # A still picture keeps (nearly) its latent over time.
     still = model.encode(videos[:, :, :1].expand(-1, -1, 9, -1, -1)).latent_dist.mode()
     assert (still[:, :, 1:] - still[:, :, :1]).abs().mean() < 0.3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["paper", "patch4"])
+def test_shrinkage_is_a_wiener_filter_of_haar_details(name: str) -> None:
+    """Against Haar transforms in pixels, written as sums and differences: inside the blocks, then between them."""
+    patch = CONFIGS[name].get("patch_size", 1)
+
+    def haar(x: Tensor, dim: int) -> Tensor:
+        coarse, fine = x, []
+        while coarse.shape[dim] > 1:
+            even, odd = coarse.unflatten(dim, (-1, 2)).unbind(dim + 1)
+            fine.insert(0, (even - odd) / 2**0.5)
+            coarse = (even + odd) / 2**0.5
+        return torch.cat([coarse, *fine], dim=dim)
+
+    def cells(x: Tensor, time: int) -> Tensor:
+        b, c, t, h, w = x.shape
+        inner = (time // patch, patch, h // 8, 8 // patch, patch, w // 8, 8 // patch, patch)
+        x = x.reshape(b, c, t // time, *inner).permute(0, 1, 2, 5, 8, 3, 6, 9, 4, 7, 10)
+        for dim in range(5, 11):
+            x = haar(x, dim)
+        return x
+
+    plain, model = make(name, front_end="haar"), make(name, front_end="haar", detail_threshold=0.05)
+    z = torch.randn(1, 8, 3, 2, 3, generator=torch.Generator().manual_seed(0)).double()
+    before, after = plain.decode(z).sample[:, :, 1:], model.decode(z).sample[:, :, 1:]
+    y = cells(before, 4)
+    threshold = 0.05 * plain.config.patch_size
+    expected = y**3 / (y**2 + threshold**2)
+    expected[..., 0, 0, 0, 0, 0, 0] = y[..., 0, 0, 0, 0, 0, 0]
+    assert torch.allclose(cells(after, 4), expected, atol=1e-10)
+    assert (after - before).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_shrinkage_flattens_a_faint_pattern_and_leaves_edges() -> None:
+    shrink = DetailShrinkage(colours=3, patch=4, time=1, space=2, threshold=0.03)
+    patcher = Patcher(4, "haar")
+    pattern = torch.randn(1, 3, 1, 8, 8, generator=torch.Generator().manual_seed(0)).double() * 0.005
+    flat = 0.7 + pattern.repeat(1, 1, 5, 2, 3)
+    edges = flat.clone()
+    edges[..., 3:13, 5:20] = -0.8
+    for x, tolerance in ((flat, 5e-4), (edges, 0.05)):
+        y = patcher.join(shrink(patcher.split(x, first=True), first=True), first=True)
+        clean = torch.where(x < 0, -0.8, 0.7)
+        assert (y - clean).abs().max() < tolerance + 0.005 * 0.5
+        assert (y - clean).std() < (0.2 if x is flat else 1.5) * (x - clean).std()
 
 
 def test_shortcut_fit_refuses_what_it_cannot_do() -> None:
