@@ -102,7 +102,7 @@ SUPER_RESOLUTION = {
     "self_conditioning": False,
     "low_res_channels": 8,
     "local_mixing": True,
-    "sigma_data": 0.1,
+    "sigma_data": 0.4,
 }
 
 
@@ -168,7 +168,7 @@ def _super_resolution(output: str, patch: int, height: int, cut: int, steps: int
         diffusion=DiffusionJob(
             self_conditioning_probability=0.0,
             frame_prediction_probability=0.15,
-            max_noise_level=60,
+            max_noise_level=20,
             timestep_logit_normal=(-0.8, 1.0),
         ),
         optimizer=OptimizerJob(lr=1.5e-3, betas=(0.9, 0.99), weight_decay=0.01, warmup_steps=50),

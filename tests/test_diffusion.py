@@ -115,7 +115,7 @@ def test_timesteps_are_uniform_or_mostly_logit_normal() -> None:
     assert (int(uniform.min()), int(uniform.max())) == (0, 999)
     assert abs(float(uniform.float().mean()) - 499.5) < 6
     normal = draw_timesteps(20_000, 1000, (-0.8, 0.5), torch.Generator().manual_seed(0))
-    assert 0 <= int(normal.min()) and int(normal.max()) <= 999
+    assert int(normal.min()) >= 0 and int(normal.max()) <= 999
     # sigmoid of the 16 % and 84 % points of the normal, mixed with a tenth of uniform
     inside = ((normal >= 214) & (normal < 426)).float().mean()
     assert abs(float(inside) - (0.9 * 0.683 + 0.1 * 0.212)) < 0.02

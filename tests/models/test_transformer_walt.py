@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from walt.configs.walt import MODELS, PAPER_PARAMETERS
-from walt.diffusion import make_scheduler
+from walt.diffusion import make_scheduler, x0_from_velocity
 from walt.errors import WaltError
 from walt.models.transformer_walt import (
     WaltAttention,
@@ -401,26 +401,67 @@ def test_conditions_the_model_cannot_use_are_refused() -> None:
 
 
 def test_preconditioning_is_the_gaussian_posterior() -> None:
-    """A silent network estimates zero (or the enlarged low resolution): v is then known in closed form."""
+    """A silent network estimates zero: v is then known in closed form."""
     spread = 0.4
-    model = WaltTransformer3DModel(**TINY, low_res_channels=4, sigma_data=spread)
+    model = WaltTransformer3DModel(**TINY, sigma_data=spread)
     arguments = inputs(model)
     told = arguments["timestep"] = torch.tensor([0.0, 100.0, 400.0, 800.0, 999.0])
-    alphas = make_scheduler().alphas_cumprod.double()
+    for v, x, t in zip(model(**arguments).sample, arguments["hidden_states"], told, strict=True):
+        assert torch.allclose(v.double(), _silent(x, torch.zeros(()), torch.tensor(spread), t), atol=0.02)
+
+
+def _silent(x: Tensor, mean: Tensor, spread: Tensor, timestep: Tensor) -> Tensor:
+    """v of a Gaussian prior: Kalman's gain, then v = signal eps - sigma x0 with eps from x."""
+    alpha = make_scheduler().alphas_cumprod.double()[int(timestep)]
+    signal, sigma = alpha.sqrt(), (1 - alpha).sqrt()
+    x = x.double()
+    clean = mean + spread**2 * signal / (sigma**2 + spread**2 * signal**2) * (x - signal * mean)
+    return signal * (x - signal * clean) / sigma - sigma * clean
+
+
+def test_super_resolution_spreads_with_the_contrast_of_its_input() -> None:
+    """A silent network estimates the enlarged low resolution; the trust in it falls with the contrast around a cell."""
+    model = WaltTransformer3DModel(**TINY, low_res_channels=4, sigma_data=0.4)
+    arguments = inputs(model)
+    told = arguments["timestep"] = torch.tensor([0.0, 100.0, 400.0, 800.0, 999.0])
+    flat = arguments["low_res_hidden_states"][0][:, 1] = 0.3
     for i, v in enumerate(model(**arguments).sample):
-        signal, sigma = alphas[int(told[i])].sqrt(), (1 - alphas[int(told[i])]).sqrt()
-        mean = F.interpolate(arguments["low_res_hidden_states"][i], scale_factor=2, mode="nearest").double()
-        x = arguments["hidden_states"][i].double()
-        # Kalman's gain, then v = signal eps - sigma x0 with eps from x
-        clean = mean + spread**2 * signal / (sigma**2 + spread**2 * signal**2) * (x - signal * mean)
-        expected = signal * (x - signal * clean) / sigma - sigma * clean
+        low = arguments["low_res_hidden_states"][i].double()
+        contrast = torch.zeros(1, *low.shape[1:]).double()
+        height, width = low.shape[2:]
+        for y in range(height):
+            for x in range(width):
+                middle = low[:, :, y, x]
+                for dy, dx in ((a, b) for a in (-1, 0, 1) for b in (-1, 0, 1)):
+                    other = low[:, :, min(max(y + dy, 0), height - 1), min(max(x + dx, 0), width - 1)]
+                    contrast[0, :, y, x] += (other - middle).square().mean(dim=0) / 8
+        spread = F.interpolate(0.4 * contrast.sqrt() + 0.01, scale_factor=2, mode="nearest")
+        mean = F.interpolate(low, scale_factor=2, mode="nearest")
+        expected = _silent(arguments["hidden_states"][i], mean, spread, told[i])
         assert torch.allclose(v.double(), expected, atol=0.02)
+    # flat ground passes untouched, whatever the noise and the network say
+    model = make(low_res_channels=4, sigma_data=0.4)
+    fresh = WaltTransformer3DModel(**TINY, low_res_channels=4, sigma_data=0.4)
+    weights = {name: value for name, value in fresh.state_dict().items() if name.startswith("low_res_embed")}
+    model.load_state_dict(weights, strict=False)
+    arguments = inputs(model, ((3, 8, 12),)) | {"low_res_hidden_states": [torch.full((4, 3, 4, 6), flat)]}
+    x = arguments["hidden_states"][0]
+    for t in (300, 999):
+        v = model(**arguments | {"timestep": torch.tensor([t])}).sample[0]
+        clean = x0_from_velocity(make_scheduler(), v, x, t)
+        assert (clean[:, 1:] - flat).abs().max() < 0.1
 
 
 def test_low_res_start_is_the_least_squares_upsampler() -> None:
     """Pairs made by a known map per kind of frame: the fit finds both, and the silent network predicts the pair."""
     g = torch.Generator().manual_seed(0)
-    truth = [nn.Conv2d(4, 16, 3, padding=1).double() for _ in range(2)]
+    truth = []
+    for _ in range(2):  # maps that leave flat latents as they are: their taps sum to the identity
+        conv = nn.Conv2d(4, 16, 3, padding=1, padding_mode="replicate", bias=False).double()
+        with torch.no_grad():
+            conv.weight[:, :, 1, 1] -= conv.weight.sum(dim=(2, 3))
+            conv.weight[:, :, 1, 1] += torch.eye(4).double().repeat_interleave(4, dim=0)
+        truth.append(conv)
     pairs = []
     for _ in range(8):
         low = torch.randn(4, 3, 4, 6, generator=g).double()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -378,12 +378,12 @@ class WaltTransformer3DModel(
         self.noise_level_embedder: TimestepEmbedding | None = None
         if low_res_channels is not None:
             channels += low_res_channels
-            self.low_res_embed = nn.Conv2d(low_res_channels, low_res_channels * low_res_scale**2, 3, padding=1)
+            padding: Literal["zeros", "replicate"] = "zeros" if sigma_data is None else "replicate"
+            large = low_res_channels * low_res_scale**2
+            self.low_res_embed = nn.Conv2d(low_res_channels, large, 3, padding=1, padding_mode=padding)
             if sigma_data is not None:
                 # A lone first frame's latent is of another kind than one of four frames.
-                self.low_res_embed_first = nn.Conv2d(
-                    low_res_channels, low_res_channels * low_res_scale**2, 3, padding=1
-                )
+                self.low_res_embed_first = nn.Conv2d(low_res_channels, large, 3, padding=1, padding_mode=padding)
             self.noise_level_embedder = TimestepEmbedding(256, width)
         self.patch_embed = nn.Linear(channels * patch_size**2, width)
         self.pos_embed = WaltPositionEmbedding(grid, width) if absolute_positions else None
@@ -554,7 +554,8 @@ class WaltTransformer3DModel(
         x = _modulate(self.norm_out(x), scale, shift, tuple(token_counts(grids)))
         out = unpack(self.proj_out(x).to(dtype), grids, self.config.patch_size)
         if self.config.sigma_data is not None:
-            out = self._precondition(out, noisy, large, _per_sample("timestep", timestep, batch, device))
+            levels = _per_sample("timestep", timestep, batch, device)
+            out = self._precondition(out, noisy, large, low_res_hidden_states, levels)
         sample: Samples = torch.stack(out) if isinstance(hidden_states, Tensor) else out
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
@@ -671,41 +672,70 @@ class WaltTransformer3DModel(
         if self.low_res_embed is None or self.config.sigma_data is None:
             raise WaltError("fit_low_res_embed needs a model with low_res_channels and sigma_data")
         sums: list[list[Any]] = [[0, 0.0, 0.0], [0, 0.0, 0.0]]
+        scale = self.config.low_res_scale
         for low, high in pairs:
-            frames = F.pad(low.double().transpose(0, 1), (1, 1, 1, 1))
-            rows = F.unfold(frames, 3).transpose(1, 2)  # (t, h*w, C*9)
-            rows = torch.cat([rows, torch.ones_like(rows[..., :1])], dim=-1)
-            values = F.pixel_unshuffle(high.double().transpose(0, 1), self.config.low_res_scale)
-            values = values.flatten(2).transpose(1, 2)
+            frames = low.double().transpose(0, 1)
+            rows = F.unfold(F.pad(frames, (1, 1, 1, 1), mode="replicate"), 3).transpose(1, 2).unflatten(2, (-1, 9))
+            middle = rows[..., 4]
+            # Differences from the middle alone, so that flat latents stay as they are.
+            around = (rows[..., [0, 1, 2, 3, 5, 6, 7, 8]] - middle[..., None]).flatten(2)
+            values = F.pixel_unshuffle(high.double().transpose(0, 1), scale).flatten(2).transpose(1, 2)
+            missing = values - middle.repeat_interleave(scale**2, dim=2)
             for total, part in zip(sums, (slice(0, 1), slice(1, None)), strict=True):
-                x, y = rows[part].flatten(0, 1), values[part].flatten(0, 1)
+                x, y = around[part].flatten(0, 1), missing[part].flatten(0, 1)
                 total[0] += len(x)
                 total[1] += x.T @ x
                 total[2] += x.T @ y
         for conv, (count, square, cross) in zip((self.low_res_embed_first, self.low_res_embed), sums, strict=True):
             if count:
                 ridge = 1e-4 * count * torch.eye(len(square), dtype=square.dtype, device=square.device)
-                solution = torch.linalg.solve(square + ridge, cross).T
-                conv.weight.copy_(solution[:, :-1].reshape(conv.weight.shape))
+                taps = torch.linalg.solve(square + ridge, cross).T.unflatten(1, (-1, 8))
+                weight = conv.weight.flatten(2)
+                weight[..., [0, 1, 2, 3, 5, 6, 7, 8]] = taps.to(weight)
+                weight[..., 4] = -taps.sum(dim=2).to(weight)
+                for i, row in enumerate(weight):
+                    row[i // scale**2, 4] += 1.0
+                conv.weight.copy_(weight.reshape(conv.weight.shape))
                 assert conv.bias is not None
-                conv.bias.copy_(solution[:, -1])
+                conv.bias.zero_()
+
+    def _spread(self, small: Tensor) -> Tensor:
+        """Expected distance of the clean latents from `_upsample(small)`, `(C, t, h, w)` -> `(1, t, scale*h, scale*w)`.
+
+        It follows the low-resolution latents' own contrast, the root mean square difference from the eight neighbours:
+        where they are flat nothing is missing, and neither the network nor the noise may disturb them.
+        """
+        frames = small.float().transpose(0, 1)
+        rows = F.unfold(F.pad(frames, (1, 1, 1, 1), mode="replicate"), 3).unflatten(1, (-1, 9))
+        contrast = (rows - rows[:, :, 4:5]).square().sum(dim=2).div(8).mean(dim=1).sqrt()
+        spread = float(self.config.sigma_data) * contrast.unflatten(1, small.shape[-2:]) + 0.01
+        return F.interpolate(spread[None], scale_factor=self.config.low_res_scale, mode="nearest")
 
     def _precondition(
-        self, out: list[Tensor], noisy: list[Tensor], large: list[list[Tensor]], timestep: Tensor
+        self,
+        out: list[Tensor],
+        noisy: list[Tensor],
+        large: list[list[Tensor]],
+        low_res: Samples | None,
+        timestep: Tensor,
     ) -> list[Tensor]:
         """v of the Gaussian posterior of clean latents with mean m and spread s, given x = signal z + sigma noise.
 
-        v = (signal sigma (1 - s^2) x - sigma m) / (sigma^2 + s^2 signal^2); at sigma = 1 it is -m.
+        v = (signal sigma (1 - s^2) x - sigma m) / (sigma^2 + s^2 signal^2); at sigma = 1 it is -m. The network gives m,
+        or with low-resolution latents (m - their upsampling) / s.
         """
         signal = signal_level(timestep.float())
         sigma = (1 - signal.square()).sqrt()
-        spread = float(self.config.sigma_data) ** 2
-        scale = 1 / (sigma.square() + spread * signal.square())
-        dtype = noisy[0].dtype
-        for_noisy = (signal * sigma * (1 - spread) * scale).to(dtype)
-        for_mean = (sigma * scale).to(dtype)
-        means = [m + up for m, up in zip(out, large[0], strict=True)] if large else out
-        return [a * x - b * m for a, b, x, m in zip(for_noisy, for_mean, noisy, means, strict=True)]
+        result = []
+        for i, (m, x, a, b) in enumerate(zip(out, noisy, signal, sigma, strict=True)):
+            if low_res is not None:
+                spread = self._spread(low_res[i])
+                m = large[0][i] + spread.to(m.dtype) * m
+            else:
+                spread = torch.as_tensor(float(self.config.sigma_data), device=x.device)
+            scale = b / (b.square() + spread.square() * a.square())
+            result.append((a * (1 - spread.square()) * scale).to(x.dtype) * x - scale.to(x.dtype) * m)
+        return result
 
     def _embedding(
         self,
