@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from walt.errors import WaltError
-from walt.evaluation.metrics import high_frequency_energy, join_ratio, lpips, masked_psnr, psnr
+from walt.evaluation.metrics import high_frequency_energy, join_ratio, lpips, masked_psnr, psnr, ssim
 from walt.evaluation.super_resolution import bicubic, compare_with_bicubic, table
 
 
@@ -23,6 +23,27 @@ def test_psnr_of_a_constant_error() -> None:
     target[1] += 0.2  # mean square 0.04, peak 2: 10 log10(4 / 0.04) = 20 dB
     result = psnr(video, target)
     assert math.isinf(result[0]) and result[1].item() == pytest.approx(20.0, abs=1e-4)
+
+
+def test_ssim_is_torchmetrics_where_the_window_fits() -> None:
+    functional = pytest.importorskip("torchmetrics.functional.image")
+    video, target = noise(2, 3, 2, 16, 20), noise(2, 3, 2, 16, 20, seed=1)
+    target = (target + video) / 2
+    pictures = [z.transpose(1, 2).flatten(0, 1) for z in (video, target)]
+    # torchmetrics mirrors the borders; without those 5 pixels its map is that of the places where the window fits.
+    _, places = functional.structural_similarity_index_measure(*pictures, data_range=2.0, return_full_image=True)
+    expected = places[..., 5:-5, 5:-5].reshape(2, -1).mean(dim=1)
+    assert torch.allclose(ssim(video, target), expected, rtol=1e-9)
+
+
+def test_ssim_of_equal_and_of_constant_videos() -> None:
+    video = noise(1, 3, 1, 11, 11)
+    assert ssim(video, video).item() == pytest.approx(1.0)
+    # Two constants have no variance: only the luminance term is left, with c1 = (0.01 * 2)^2.
+    flat = torch.zeros(1, 3, 1, 11, 12)
+    assert ssim(flat, flat + 0.5).item() == pytest.approx(4e-4 / (0.25 + 4e-4), rel=1e-4)
+    with pytest.raises(WaltError, match="at least 11"):
+        ssim(video[..., :10], video[..., :10])
 
 
 def test_masked_psnr_sees_only_the_mask() -> None:

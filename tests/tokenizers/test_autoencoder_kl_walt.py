@@ -267,7 +267,8 @@ def test_shrinkage_is_a_wiener_filter_of_haar_details(name: str) -> None:
     patch = CONFIGS[name].get("patch_size", 1)
 
     def haar(x: Tensor, dim: int) -> Tensor:
-        coarse, fine = x, []
+        coarse = x
+        fine: list[Tensor] = []
         while coarse.shape[dim] > 1:
             even, odd = coarse.unflatten(dim, (-1, 2)).unbind(dim + 1)
             fine.insert(0, (even - odd) / 2**0.5)

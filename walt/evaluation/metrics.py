@@ -1,4 +1,4 @@
-"""Frame-by-frame measures of a video against its reference: PSNR, PSNR inside a mask, LPIPS, high-frequency energy.
+"""Frame-by-frame measures of a video against its reference: PSNR (also inside a mask), SSIM, LPIPS, high-frequency energy.
 
 Letters: B batch, C channels, T frames, H W pixels. Videos are `(B, C, T, H, W)` in [-1, 1]; every measure gives one
 float per video, `(B,)`, computed in at least float32.
@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from einops import rearrange, reduce
 from torch import Tensor
+from torch.nn import functional as F
 
 from walt.errors import WaltError
 
@@ -21,6 +22,37 @@ def psnr(video: Tensor, target: Tensor) -> Tensor:
     """Returns the peak signal-to-noise ratio in dB over all pixels of each video, `(B,)`; inf where they are equal."""
     _check_pair(video, target)
     return _decibel(reduce(_wide(video) - _wide(target), "b c t h w -> b", _mean_square))
+
+
+def ssim(video: Tensor, target: Tensor) -> Tensor:
+    """Returns the structural similarity of each video's frames with the target's, `(B,)`; 1 where they are equal.
+
+    Wang et al. 2004: local means, variances and covariance under a Gaussian window of 11 x 11 pixels with a standard
+    deviation of 1.5, at every place where the window fits, averaged over places, colours and frames.
+
+    Raises:
+        WaltError: shapes differ, or a side is under 11 pixels.
+    """
+    _check_pair(video, target)
+    if min(video.shape[-2:]) < 11:
+        raise WaltError(f"video: expected a height and width of at least 11, got {tuple(video.shape[-2:])}")
+    x, y = (rearrange(_wide(z), "b c t h w -> (b c t) 1 h w") for z in (video, target))
+    places = torch.arange(11, dtype=x.dtype, device=x.device) - 5
+    window = torch.exp(-places.square() / (2 * 1.5**2))
+    window = window / window.sum()
+
+    def local_mean(z: Tensor) -> Tensor:
+        return F.conv2d(F.conv2d(z, window.view(1, 1, 11, 1)), window.view(1, 1, 1, 11))
+
+    mean_x, mean_y = local_mean(x), local_mean(y)
+    variance_x = local_mean(x * x) - mean_x.square()
+    variance_y = local_mean(y * y) - mean_y.square()
+    covariance = local_mean(x * y) - mean_x * mean_y
+    c1, c2 = (0.01 * PEAK) ** 2, (0.03 * PEAK) ** 2
+    similarity = ((2 * mean_x * mean_y + c1) * (2 * covariance + c2)) / (
+        (mean_x.square() + mean_y.square() + c1) * (variance_x + variance_y + c2)
+    )
+    return reduce(similarity, "(b n) 1 h w -> b", "mean", b=len(video))
 
 
 def masked_psnr(video: Tensor, target: Tensor, alpha: Tensor) -> Tensor:
