@@ -68,7 +68,7 @@ def test_frechet_distance_is_scipys(n: int, m: int, d: int) -> None:
 
 
 def test_frechet_distance_is_torchmetrics() -> None:
-    image = pytest.importorskip("torchmetrics.image")
+    image = pytest.importorskip("torchmetrics.image.fid")
     x, y = samples(60, 5, 1), samples(40, 5, 2, shift=0.3)
     metric = image.FrechetInceptionDistance(feature=Same(5)).set_dtype(torch.float64)
     metric.update(x, real=True)
@@ -108,7 +108,7 @@ def test_mmd_is_the_double_loop(block: int) -> None:
 
 
 def test_subset_mmd_of_everything_is_torchmetrics() -> None:
-    image = pytest.importorskip("torchmetrics.image")
+    image = pytest.importorskip("torchmetrics.image.kid")
     x, y = samples(20, 6, 7), samples(20, 6, 8, shift=0.5)
     metric = image.KernelInceptionDistance(feature=Same(6), subsets=2, subset_size=20).set_dtype(torch.float64)
     metric.update(x, real=True)
