@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -378,12 +378,11 @@ class WaltTransformer3DModel(
         self.noise_level_embedder: TimestepEmbedding | None = None
         if low_res_channels is not None:
             channels += low_res_channels
-            padding: Literal["zeros", "replicate"] = "zeros" if sigma_data is None else "replicate"
             large = low_res_channels * low_res_scale**2
-            self.low_res_embed = nn.Conv2d(low_res_channels, large, 3, padding=1, padding_mode=padding)
+            self.low_res_embed = nn.Conv2d(low_res_channels, large, 3, padding=1, bias=sigma_data is None)
             if sigma_data is not None:
                 # A lone first frame's latent is of another kind than one of four frames.
-                self.low_res_embed_first = nn.Conv2d(low_res_channels, large, 3, padding=1, padding_mode=padding)
+                self.low_res_embed_first = nn.Conv2d(low_res_channels, large, 3, padding=1, bias=False)
             self.noise_level_embedder = TimestepEmbedding(256, width)
         self.patch_embed = nn.Linear(channels * patch_size**2, width)
         self.pos_embed = WaltPositionEmbedding(grid, width) if absolute_positions else None
@@ -456,12 +455,8 @@ class WaltTransformer3DModel(
         nn.init.normal_(self.patch_embed.weight, std=(self.config.in_channels * self.config.patch_size**2) ** -0.5)
         if self.config.sigma_data is not None and self.low_res_embed is not None:
             # Nearest-neighbour upsampling to begin with: the estimate starts from the low-resolution latents.
-            for conv in (self.low_res_embed, self.low_res_embed_first):
-                with torch.no_grad():
-                    for i, row in enumerate(conv.weight):
-                        row.zero_()[i // self.config.low_res_scale**2, 1, 1] = 1.0
-                assert conv.bias is not None
-                nn.init.zeros_(conv.bias)
+            nn.init.zeros_(self.low_res_embed.weight)
+            nn.init.zeros_(self.low_res_embed_first.weight)
         zero: list[nn.Module | None] = [self.adaln, self.adaln_out, self.proj_out]
         for block in self.transformer_blocks:
             assert isinstance(block, _WaltBlock)
@@ -651,10 +646,20 @@ class WaltTransformer3DModel(
         """`(B, C, t, h, w)` -> `(B, C, t, scale*h, scale*w)`."""
         assert self.low_res_embed is not None
         frames = small.transpose(1, 2)
-        large = self.low_res_embed(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
-        if self.config.sigma_data is not None:
-            large = torch.cat([self.low_res_embed_first(frames[:, 0])[:, None], large[:, 1:]], dim=1)
+        if self.config.sigma_data is None:
+            large = self.low_res_embed(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
+        else:
+            padded = F.pad(frames.flatten(0, 1), (1, 1, 1, 1), mode="replicate").unflatten(0, frames.shape[:2])
+            first = F.conv2d(padded[:, 0], self._upsampler(self.low_res_embed_first))[:, None]
+            later = F.conv2d(padded[:, 1:].flatten(0, 1), self._upsampler(self.low_res_embed))
+            large = torch.cat([first, later.unflatten(0, padded[:, 1:].shape[:2])], dim=1)
         return F.pixel_shuffle(large, self.config.low_res_scale).transpose(1, 2)
+
+    def _upsampler(self, conv: nn.Conv2d) -> Tensor:
+        """Weights of `conv` whose taps sum to nearest-neighbour upsampling, so that flat latents stay as they are."""
+        nearest = torch.eye(conv.in_channels, dtype=conv.weight.dtype, device=conv.weight.device)
+        nearest = nearest.repeat_interleave(self.config.low_res_scale**2, dim=0)
+        return conv.weight + F.pad((nearest - conv.weight.sum(dim=(2, 3)))[:, :, None, None], (1, 1, 1, 1))
 
     @torch.no_grad()
     def fit_low_res_embed(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
@@ -690,14 +695,9 @@ class WaltTransformer3DModel(
             if count:
                 ridge = 1e-4 * count * torch.eye(len(square), dtype=square.dtype, device=square.device)
                 taps = torch.linalg.solve(square + ridge, cross).T.unflatten(1, (-1, 8))
-                weight = conv.weight.flatten(2)
-                weight[..., [0, 1, 2, 3, 5, 6, 7, 8]] = taps.to(weight)
-                weight[..., 4] = -taps.sum(dim=2).to(weight)
-                for i, row in enumerate(weight):
-                    row[i // scale**2, 4] += 1.0
+                weight = torch.zeros(conv.weight.flatten(2).shape, dtype=taps.dtype, device=taps.device)
+                weight[..., [0, 1, 2, 3, 5, 6, 7, 8]] = taps  # what the middle must be follows (`_upsampler`)
                 conv.weight.copy_(weight.reshape(conv.weight.shape))
-                assert conv.bias is not None
-                conv.bias.zero_()
 
     def _spread(self, small: Tensor) -> Tensor:
         """Expected distance of the clean latents from `_upsample(small)`, `(C, t, h, w)` -> `(1, t, scale*h, scale*w)`.
