@@ -177,7 +177,12 @@ def test_full_disk_is_one_line(
 
 def test_ctrl_c_leaves_no_file(model: Path, tmp_path: Path) -> None:
     arguments = ["sample", "a", "-o", str(tmp_path / "x.mp4"), "--model", str(model), "--steps", "1000"]
-    process = subprocess.Popen([sys.executable, "-m", "walt.cli", *arguments], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "walt.cli", *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell job ignores it
+    )
     assert process.stderr is not None
     seen = process.stderr.readline()  # the prompt is printed when sampling begins
     time.sleep(1)
