@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 
 from tests.training.jobs import denoiser_job, save_tokenizer, tokenizer_job
 from walt.commands import build_objective
+from walt.data import latents
 from walt.data.latents import LatentShards, write_latents
 from walt.data.packing import fill_budget
 from walt.errors import WaltError
@@ -236,6 +238,33 @@ def test_precomputed_latents_equal_encoding_on_the_fly(tmp_path: Path) -> None:
     save_tokenizer(tmp_path / "vae")  # other random weights
     with pytest.raises(WaltError, match="another tokenizer"):
         LatentShards(tmp_path / "latents", job)
+
+
+def test_latents_of_another_world_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = denoiser_job(save_tokenizer(tmp_path / "vae"), tmp_path / "run")
+    encode = build_objective(job).vae.encode
+    left = iter(range(2))
+
+    def interrupted(video: torch.Tensor) -> torch.Tensor:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return encode(video).latent_dist.mode().detach()
+
+    with pytest.raises(KeyboardInterrupt):
+        write_latents(job, tmp_path / "latents", [1] * 6, interrupted)
+    assert len(list((tmp_path / "latents").glob("*.safetensors"))) == 2
+    with pytest.raises(WaltError, match="has no latents of shape"):  # not taken for a whole folder
+        LatentShards(tmp_path / "latents", job)
+
+    changed = dataclasses.replace(latents.world(job.data), size=(0.1, 0.2))
+    monkeypatch.setattr(latents, "world", lambda data: changed)
+    with pytest.raises(WaltError, match="another tokenizer, data recipe or world"):
+        write_latents(job, tmp_path / "latents", [1] * 6, interrupted)
+    with pytest.raises(WaltError, match="another world"):
+        LatentShards(tmp_path / "latents", job)
+    monkeypatch.undo()
+    write_latents(job, tmp_path / "latents", [1] * 6, lambda x: encode(x).latent_dist.mode().detach())
+    assert LatentShards(tmp_path / "latents", job).get(0, 0)[2]
 
 
 # -- recipes

@@ -7,6 +7,7 @@ stand in each file's metadata.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -19,9 +20,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from walt.data.scenes import Scenes
+from walt.data.scenes import Scenes, world
 from walt.errors import WaltError
-from walt.training.job import DenoiserJob
+from walt.training.job import DataJob, DenoiserJob
 
 SHARD = 32
 
@@ -60,11 +61,14 @@ def write_latents(
     output.mkdir(parents=True, exist_ok=True)
     index = output / "index.json"
     recipe = job.data.model_dump(mode="json", exclude={"latents", "source"})
-    known = {"tokenizer": fingerprint(Path(job.tokenizer)), "data": recipe}
+    known = {"tokenizer": fingerprint(Path(job.tokenizer)), "data": recipe, "world": _world(job.data)}
     if index.exists():
         old = _read_index(index)
         if {key: old.get(key) for key in known} != known:
-            raise WaltError(f"{output} holds latents of another tokenizer or data recipe; choose another folder")
+            raise WaltError(f"{output} holds latents of another tokenizer, data recipe or world; choose another folder")
+    else:
+        # Before the first shard: what an interrupted run leaves behind must be known by what it was made of.
+        _write_index(index, {**known, "shards": []})
     done, total = 0, sum(counts)
     shards: list[dict[str, Any]] = []
     for place, (shape, count) in enumerate(zip(job.shapes, counts, strict=True)):
@@ -88,9 +92,7 @@ def write_latents(
             done += len(numbers)
             if progress is not None:
                 progress(done, total)
-    temporary = index.with_suffix(".tmp")
-    temporary.write_text(json.dumps({**known, "shards": shards}, indent=1))
-    os.replace(temporary, index)
+    _write_index(index, {**known, "shards": shards})
 
 
 class LatentShards:
@@ -100,6 +102,8 @@ class LatentShards:
         index = _read_index(folder / "index.json")
         if index["tokenizer"] != fingerprint(Path(job.tokenizer)):
             raise WaltError(f"{folder} holds latents of another tokenizer than {job.tokenizer}; encode them again")
+        if index.get("world") != _world(job.data):
+            raise WaltError(f"{folder} holds latents of another world (subjects, sizes, ...); run `walt encode` again")
         self.latents: list[Tensor] = []
         self.low_res: list[Tensor | None] = []
         self.captions: list[list[str]] = []
@@ -123,6 +127,18 @@ class LatentShards:
 
 def _key(shape: dict[str, Any]) -> str:
     return "f{frames}-{height}x{width}-s{start}-c{cut}".format(**shape)
+
+
+def _world(data: DataJob) -> dict[str, Any]:
+    """The world as JSON gives it back: a changed size or subject makes other scenes of the same seed."""
+    values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(world(data))))
+    return values
+
+
+def _write_index(path: Path, index: dict[str, Any]) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(index, indent=1))
+    os.replace(temporary, path)
 
 
 def _read_index(path: Path) -> dict[str, Any]:
