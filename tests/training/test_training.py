@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 
 from tests.training.jobs import denoiser_job, save_tokenizer, tokenizer_job
 from walt.commands import build_objective
-from walt.data import latents
 from walt.data.latents import LatentShards, write_latents
 from walt.data.packing import fill_budget
+from walt.data.scenes import world
 from walt.errors import WaltError
 from walt.training.job import DiffusionJob, Job, OptimizerJob, load_job, recipes
 from walt.training.loop import learning_rate, train
@@ -256,8 +256,8 @@ def test_latents_of_another_world_are_refused(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(WaltError, match="has no latents of shape"):  # not taken for a whole folder
         LatentShards(tmp_path / "latents", job)
 
-    changed = dataclasses.replace(latents.world(job.data), size=(0.1, 0.2))
-    monkeypatch.setattr(latents, "world", lambda data: changed)
+    changed = dataclasses.replace(world(job.data), size=(0.1, 0.2))
+    monkeypatch.setattr("walt.data.latents.world", lambda data: changed)
     with pytest.raises(WaltError, match="another tokenizer, data recipe or world"):
         write_latents(job, tmp_path / "latents", [1] * 6, interrupted)
     with pytest.raises(WaltError, match="another world"):
