@@ -12,21 +12,27 @@ from walt import register as _register
 
 if TYPE_CHECKING:
     from walt.errors import WaltError
+    from walt.models.transformer_nuwa import NuwaTransformer3DModel
     from walt.models.transformer_walt import WaltTransformer3DModel
+    from walt.pipelines.pipeline_nuwa import NuwaPipeline
     from walt.pipelines.pipeline_walt import WaltPipeline
     from walt.pipelines.pipeline_walt_cascade import WaltCascadePipeline
     from walt.pipelines.pipeline_walt_super_resolution import WaltSuperResolutionPipeline
     from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt
     from walt.tokenizers.text import CompactTextEncoder
+    from walt.tokenizers.vq_model_walt import WaltVQModel
 
 __all__ = [
     "AutoencoderKLWalt",
     "CompactTextEncoder",
+    "NuwaPipeline",
+    "NuwaTransformer3DModel",
     "WaltCascadePipeline",
     "WaltError",
     "WaltPipeline",
     "WaltSuperResolutionPipeline",
     "WaltTransformer3DModel",
+    "WaltVQModel",
     "embedded_model",
 ]
 __version__ = "0.1.0"
@@ -37,11 +43,14 @@ LOADABLE_BASES = ("ModelMixin", "SchedulerMixin")
 _HOMES = {
     "AutoencoderKLWalt": "walt.tokenizers.autoencoder_kl_walt",
     "CompactTextEncoder": "walt.tokenizers.text",
+    "NuwaPipeline": "walt.pipelines.pipeline_nuwa",
+    "NuwaTransformer3DModel": "walt.models.transformer_nuwa",
     "WaltCascadePipeline": "walt.pipelines.pipeline_walt_cascade",
     "WaltPipeline": "walt.pipelines.pipeline_walt",
     "WaltSuperResolutionPipeline": "walt.pipelines.pipeline_walt_super_resolution",
     "WaltTransformer3DModel": "walt.models.transformer_walt",
     "WaltError": "walt.errors",
+    "WaltVQModel": "walt.tokenizers.vq_model_walt",
     **dict.fromkeys(LOADABLE_BASES, "diffusers"),
 }
 
@@ -52,11 +61,14 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 
-def embedded_model() -> str:
-    """The folder of the embedded model, for `from_pretrained`; a WaltError when this installation has none."""
+def embedded_model(name: str = "embedded") -> str:
+    """The folder of an embedded model, for `from_pretrained`; a WaltError when this installation has none.
+
+    "embedded" is the text-to-video cascade, "embedded_nuwa" the NUWA of eight tasks.
+    """
     from walt.cli import model_folder
 
-    return str(model_folder(None))
+    return str(model_folder(None, name))
 
 
 def __dir__() -> list[str]:

@@ -62,14 +62,27 @@ def build_objective(job: Any) -> Any:
     from walt.models.transformer_walt import WaltTransformer3DModel
     from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt
     from walt.tokenizers.losses import PerceptualLoss
-    from walt.training.job import TokenizerJob
+    from walt.training.job import NuwaJob, TokenizerJob
     from walt.training.objectives import DenoiserObjective, TokenizerObjective, load_folder
 
+    if isinstance(job, NuwaJob):
+        return _nuwa_objective(job)
     if isinstance(job, TokenizerJob):
         weights = job.loss.perceptual_weights
         return TokenizerObjective(job, AutoencoderKLWalt, PerceptualLoss(weights) if weights else None)
     vae = load_folder(AutoencoderKLWalt, job.tokenizer, "tokenizer")
     return DenoiserObjective(job, WaltTransformer3DModel, vae, _words(job))
+
+
+def _nuwa_objective(job: Any) -> Any:
+    from walt.models.transformer_nuwa import NuwaTransformer3DModel
+    from walt.tokenizers.vq_model_walt import WaltVQModel
+    from walt.training.nuwa import NuwaObjective
+    from walt.training.objectives import load_folder
+
+    vq = load_folder(WaltVQModel, job.tokenizer, "tokenizer")
+    vq_seg = job.sketch_tokenizer and load_folder(WaltVQModel, job.sketch_tokenizer, "sketch_tokenizer")
+    return NuwaObjective(job, NuwaTransformer3DModel, vq, vq_seg, _words(job))
 
 
 def _words(job: Any) -> Any:
@@ -92,13 +105,16 @@ def _words(job: Any) -> Any:
 
 
 def draw_sheet(objective: Any, model: nn.Module, path: Path) -> None:
-    """PNG: originals above reconstructions (tokenizer), or samples of training prompts (denoiser)."""
+    """PNG: originals above reconstructions (tokenizer), or samples of training prompts (denoiser, NUWA)."""
     import torch
     from PIL import Image
 
+    from walt.training.nuwa import NuwaObjective
     from walt.training.objectives import TokenizerObjective
 
     draw = _reconstructions if isinstance(objective, TokenizerObjective) else _samples
+    if isinstance(objective, NuwaObjective):
+        draw = _nuwa_samples
     with torch.no_grad():
         rows = draw(objective, model)
     width = max(row.shape[-1] for row in rows)
@@ -107,6 +123,35 @@ def draw_sheet(objective: Any, model: nn.Module, path: Path) -> None:
     temporary = path.with_suffix(".tmp.png")
     Image.fromarray(sheet.cpu().numpy()).save(temporary)
     temporary.replace(path)
+
+
+def _nuwa_samples(objective: Any, model: Any) -> list[Tensor]:
+    """For a sample of every task: what the model makes, above the real thing as its tokens show it."""
+    import torch
+
+    from walt.data.sketches import classes
+    from walt.pipelines.pipeline_nuwa import NuwaPipeline
+    from walt.training.nuwa import TASKS
+
+    names = classes(objective.scenes.theatre.subjects)
+    words = objective.words
+    pipe = NuwaPipeline(objective.vq, objective.vq_seg, model, words.encoder, words.tokenizer, names)
+    pipe.set_progress_bar_config(disable=True)
+    rows = []
+    for number, task in enumerate(objective.tasks):
+        kind = TASKS[task]
+        real = objective.scenes.get(kind.target, number)
+        video = real.video[None]
+        told: dict[str, Any] = {"text": {"prompt": real.caption}, "sketch": {"sketch": real.sketch}}.get(
+            kind.condition, {"video": video[:, :1] / 2 + 0.5}
+        )
+        frames = len(real.video)
+        if kind.condition != "sketch":
+            told = {**told, "num_frames": frames, "height": video.shape[3], "width": video.shape[4]}
+        made = pipe(**told, generator=torch.Generator().manual_seed(number), output_type="pt").frames[0]
+        shown = objective.vq.decode_indices(objective.vq.encode_indices(real.video.to(objective.device))).cpu()
+        rows += [_strip(made.float().cpu().transpose(0, 1) * 2 - 1), _strip(shown.float().transpose(0, 1))]
+    return rows
 
 
 def _strip(video: Tensor, frames: int = 6) -> Tensor:

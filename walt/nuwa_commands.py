@@ -1,0 +1,421 @@
+"""`walt nuwa TASK ...`: the eight tasks of NuwaPipeline as commands, one entry of TASKS each.
+
+Like cli.py this file may import anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from walt.errors import WaltError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from walt.media import Pixels
+
+Add = Callable[..., Any]
+
+
+class Task(NamedTuple):
+    """One task: its help, its own arguments, whether it makes a still, and what it tells the pipeline."""
+
+    help: str
+    arguments: Callable[[Add], None]
+    still: bool
+    inputs: Callable[[argparse.Namespace, Any], dict[str, Any]]
+
+
+# -- arguments ---------------------------------------------------------------------------------------------------------
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """One subparser per task."""
+    tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
+    for name, task in TASKS.items():
+        subparser = tasks.add_parser(name, help=task.help, description=task.help)
+        task.arguments(subparser.add_argument)
+        _common(subparser.add_argument, task.still)
+
+
+def _common(add: Add, still: bool) -> None:
+    kind = "x.png" if still else "x.mp4, or x.png for a strip of the frames"
+    add("-o", "--output", required=True, metavar="FILE", help=kind)
+    add("--model", metavar="FOLDER", help="a NUWA folder (default: the embedded one)")
+    add("--seed", type=int, default=0, help="the same seed gives the same result (default: 0)")
+    add("--guidance", type=float, default=2.0, metavar="SCALE", help="1 for none (default: 2)")
+    add("--temperature", type=float, default=1.0, help="of sampling; 0 takes the likeliest token (default: 1)")
+    add("--top-k", type=int, metavar="K", help="sample among the K likeliest tokens (default: all)")
+    add("--top-p", type=float, metavar="P", help="sample among the likeliest tokens that sum to P (default: all)")
+    add("--candidates", type=int, default=1, metavar="N", help="make N and keep the best (default: 1)")
+    add("--clip", metavar="FOLDER", help="a CLIP model that picks the best (default: the model's own likelihood)")
+    add("--upscale", metavar="HxW", help="enlarge with the embedded super-resolution, such as 512x896")
+    add("--fps", type=float, help="frames per second of the file (default: the model's)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="default: the fastest right one")
+
+
+def _prompt(add: Add) -> None:
+    add("prompt", metavar="PROMPT", help="what to show")
+
+
+def _text_to_video(add: Add) -> None:
+    _prompt(add)
+    add("--frames", type=int, metavar="N", help="frames (default: the model's)")
+
+
+def _sketch_still(add: Add) -> None:
+    add("sketch", metavar="SKETCH", help="a segmentation map as PNG in walt's colours")
+
+
+def _sketch_clip(add: Add) -> None:
+    add("sketch", metavar="SKETCH", help="a folder of PNGs, a segmentation map each, in the order of their names")
+
+
+def _region(add: Add) -> None:
+    add("--mask", metavar="FILE", help="an image of the same size; what is white in it is made anew")
+    add("--box", metavar="L,T,R,B", help="instead of a mask: pixels left, top, right, bottom of what is made anew")
+    add("--resize", action="store_true", help="crop and resize the input to the model's size")
+
+
+def _complete(add: Add) -> None:
+    add("image", metavar="IMAGE", help="the image of which a part is kept")
+    _region(add)
+
+
+def _edit_image(add: Add) -> None:
+    add("image", metavar="IMAGE", help="the image to change")
+    _prompt(add)
+    _region(add)
+
+
+def _predict(add: Add) -> None:
+    add("video", metavar="VIDEO", help="a video, or an image as its only frame")
+    add("--given", type=int, default=1, metavar="N", help="how many of its first frames are given (default: 1)")
+    add("--frames", type=int, metavar="N", help="frames of the result (default: the model's)")
+    add("--resize", action="store_true", help="crop and resize the input to the model's size")
+
+
+def _edit_video(add: Add) -> None:
+    add("video", metavar="VIDEO", help="the video to change; its first frames, as many as the model makes, are used")
+    _prompt(add)
+    add("--from", dest="edit_from", type=int, default=1, metavar="FRAME", help="first frame made anew (default: 1)")
+    add("--resize", action="store_true", help="crop and resize the input to the model's size")
+
+
+# -- checks ------------------------------------------------------------------------------------------------------------
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """Checks everything that needs no weights."""
+    from walt.cli import model_folder
+    from walt.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, check_output
+
+    still = TASKS[args.task].still
+    args.output = check_output(args.output, IMAGE_SUFFIXES if still else VIDEO_SUFFIXES + IMAGE_SUFFIXES)
+    if hasattr(args, "prompt") and not args.prompt.strip():
+        raise WaltError("PROMPT is empty: say what to show")
+    if not 0 <= args.seed < 2**63:
+        raise WaltError(f"--seed must be from 0 to 2**63 - 1, got {args.seed}")
+    for name, value, low in (
+        ("--candidates", args.candidates, 1),
+        ("--frames", getattr(args, "frames", None), 1),
+        ("--given", getattr(args, "given", None), 1),
+        ("--from", getattr(args, "edit_from", None), 1),
+        ("--top-k", args.top_k, 1),
+        ("--guidance", args.guidance, 0),
+        ("--temperature", args.temperature, 0),
+    ):
+        if value is not None and not value >= low:
+            raise WaltError(f"{name} must be at least {low}, got {value}")
+    if args.fps is not None and not args.fps > 0:
+        raise WaltError(f"--fps must be positive, got {args.fps}")
+    if args.top_p is not None and not 0 < args.top_p <= 1:
+        raise WaltError(f"--top-p must be above 0 and at most 1, got {args.top_p}")
+    if args.clip is not None and not hasattr(args, "prompt"):
+        raise WaltError("--clip scores a prompt, and this task has none")
+    if args.clip is not None and args.candidates == 1:
+        raise WaltError("--clip chooses among candidates: say how many with --candidates")
+    if hasattr(args, "mask") and (args.mask is None) == (args.box is None):
+        raise WaltError("say what to make anew, with --mask FILE or --box LEFT,TOP,RIGHT,BOTTOM")
+    if getattr(args, "box", None) is not None:
+        args.box = _numbers("--box", args.box, ",", 4, "LEFT,TOP,RIGHT,BOTTOM in pixels")
+    if args.upscale is not None:
+        args.upscale = _numbers("--upscale", args.upscale, "x", 2, "HEIGHTxWIDTH in pixels")
+        args.cascade = model_folder(None)
+    args.model = model_folder(args.model, "embedded_nuwa")
+
+
+def _numbers(name: str, text: str, separator: str, count: int, form: str) -> list[int]:
+    parts = [part.strip() for part in text.split(separator)]
+    if len(parts) != count or not all(part.isdigit() for part in parts):
+        raise WaltError(f"{name} must be {form}, got {text!r}")
+    return [int(part) for part in parts]
+
+
+# -- what each task tells the pipeline ---------------------------------------------------------------------------------
+
+
+def _text(args: argparse.Namespace, pipe: Any) -> dict[str, Any]:
+    return {"prompt": args.prompt, "num_frames": 1 if TASKS[args.task].still else args.frames}
+
+
+def _drawn(args: argparse.Namespace, pipe: Any) -> dict[str, Any]:
+    from walt.data.sketches import read_sketch
+
+    sketch = read_sketch(args.sketch, pipe.config.classes)
+    if TASKS[args.task].still and len(sketch) != 1:
+        raise WaltError(f'"{args.sketch}" holds {len(sketch)} frames; sketch-to-image takes one')
+    return {"sketch": sketch}
+
+
+def _masked(args: argparse.Namespace, pipe: Any) -> dict[str, Any]:
+    import numpy as np
+
+    from walt.media import read_image
+
+    image = read_image(args.image)
+    if args.resize:
+        image = fit(image[None], *model_size(pipe))[0]
+    if args.box is not None:
+        left, top, right, bottom = args.box
+        if not (left < right <= image.shape[1] and top < bottom <= image.shape[0]):
+            raise WaltError(f"--box {args.box} is not inside the image of {image.shape[1]}x{image.shape[0]} (WxH)")
+        mask = np.zeros(image.shape[:2], np.uint8)
+        mask[top:bottom, left:right] = 255
+    else:
+        mask = read_image(args.mask)[..., 0]
+        if args.resize:
+            mask = fit(read_image(args.mask)[None], *model_size(pipe))[0, ..., 0]
+    return {"image": image, "mask": mask, "prompt": getattr(args, "prompt", None)}
+
+
+def _continued(args: argparse.Namespace, pipe: Any) -> dict[str, Any]:
+    video = _read_frames(args, pipe)
+    if args.given > len(video):
+        raise WaltError(f"--given {args.given}, but the video has {len(video)} frames")
+    return {"video": video[: args.given], "num_frames": args.frames}
+
+
+def _changed(args: argparse.Namespace, pipe: Any) -> dict[str, Any]:
+    video = _read_frames(args, pipe)[: pipe.config.num_frames]
+    return {"video": video, "edit_from": args.edit_from, "prompt": args.prompt, "num_frames": len(video)}
+
+
+def _read_frames(args: argparse.Namespace, pipe: Any) -> Pixels:
+    """The frames of the video file at the model's pace, uint8 `(T, H, W, 3)`."""
+    from walt.media import is_image_path, read_image, read_video
+
+    if is_image_path(args.video):
+        frames, rate = read_image(args.video)[None], 0.0
+    else:
+        frames, rate = read_video(args.video)
+    pace = max(1, round(rate / pipe.config.frame_rate)) if rate else 1
+    frames = frames[::pace]
+    return fit(frames, *model_size(pipe)) if args.resize else frames
+
+
+TASKS: dict[str, Task] = {
+    "text-to-image": Task("An image of a prompt.", _prompt, True, _text),
+    "text-to-video": Task("A video of a prompt.", _text_to_video, False, _text),
+    "sketch-to-image": Task("An image of a segmentation map.", _sketch_still, True, _drawn),
+    "sketch-to-video": Task("A video of a sequence of segmentation maps.", _sketch_clip, False, _drawn),
+    "complete": Task("Make a part of an image anew, so that it fits the rest.", _complete, True, _masked),
+    "predict": Task("Go on with a video from its first frames.", _predict, False, _continued),
+    "edit-image": Task("Make a part of an image anew, after a prompt.", _edit_image, True, _masked),
+    "edit-video": Task("Make a video anew from a frame on, after a prompt.", _edit_video, False, _changed),
+}
+
+
+# -- running -----------------------------------------------------------------------------------------------------------
+
+
+def run(args: argparse.Namespace) -> None:
+    """Makes one result and writes it."""
+    import numpy as np
+    import torch
+
+    from walt.cli import UsageError, choose_device, choose_dtype
+    from walt.media import is_image_path, write_image, write_video
+
+    device = choose_device(args.device)
+    pipe = load_nuwa(args.model, choose_dtype(args.dtype, device), device)
+    task = TASKS[args.task]
+    try:
+        inputs = task.inputs(args, pipe)
+        with _Bar(args.task) as bar:
+            output = pipe(
+                **inputs,
+                guidance_scale=args.guidance,
+                temperature=args.temperature,
+                top_k=args.top_k,
+                top_p=args.top_p,
+                num_candidates=args.candidates,
+                ranker=None if args.clip is None else clip_ranker(args.clip, device),
+                generator=torch.Generator().manual_seed(args.seed),
+                output_type="pt",
+                callback_on_step_end=bar.step,
+                callback_on_step_end_tensor_inputs=[],
+            )
+    except WaltError as error:
+        raise UsageError(str(error)) from error
+    frames = output.frames[0]
+    if args.upscale is not None:
+        frames = upscale(frames, args.upscale[0], args.upscale[1], args.cascade, args.seed)
+    pixels = (frames.float() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    if is_image_path(args.output):
+        write_image(np.concatenate(list(pixels), axis=1), args.output)
+    else:
+        write_video(pixels, args.output, args.fps or pipe.config.frame_rate)
+    score = "" if output.scores is None else f", score {float(output.scores[0]):.3f} (best of {args.candidates})"
+    count, height, width, _ = pixels.shape
+    print(f"{args.output}: {count} frame{'s' * (count != 1)} of {width}x{height}, seed {args.seed}{score}")
+
+
+def load_nuwa(folder: Path, dtype: Any, device: Any) -> Any:
+    """The NuwaPipeline in `folder`, without bars; a WaltError for another pipeline."""
+    from walt.cli import quiet
+    from walt.pipelines.loading import load_pipeline
+    from walt.pipelines.pipeline_nuwa import NuwaPipeline
+
+    quiet()
+    pipe = load_pipeline(folder, dtype)
+    if not isinstance(pipe, NuwaPipeline):
+        raise WaltError(f'the model "{folder}" is a {type(pipe).__name__}; a NuwaPipeline is needed')
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def model_size(pipe: Any) -> tuple[int, int]:
+    """(height, width) in pixels that the model makes by default."""
+    size, ratio = pipe.transformer.config.sample_size, pipe.vae_scale_factor_spatial
+    return size[1] * ratio, size[2] * ratio
+
+
+def fit(frames: Pixels, height: int, width: int) -> Pixels:
+    """uint8 `(T, H, W, 3)` cropped in the middle to the shape of height x width, and resized to it."""
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    images = [
+        ImageOps.fit(Image.fromarray(frame), (width, height), Image.Resampling.BICUBIC) for frame in frames
+    ]
+    return np.stack([np.asarray(image) for image in images])
+
+
+def upscale(frames: Tensor, height: int, width: int, folder: Path, seed: int = 0) -> Tensor:
+    """Frames `(T, 3, H, W)` in [0, 1] to height x width by the super-resolution stages of a cascade folder.
+
+    `height` is twice H or, with two stages, four times H. To the wanted shape the frames are cropped in the middle, or
+    go on with the colours of their edges; to a number of frames that the stages take, with their last frame.
+
+    Raises:
+        WaltError: a size or model that does not allow it.
+    """
+    import torch
+
+    from walt.cli import choose_device, choose_dtype, load_cascade
+    from walt.pipelines.pipeline_walt_super_resolution import WaltSuperResolutionPipeline
+
+    scale = height // frames.shape[2]
+    if scale not in (2, 4) or height != scale * frames.shape[2] or width % (8 * scale):
+        raise WaltError(
+            f"--upscale {height}x{width} does not fit frames of {frames.shape[2]} lines: the height must be "
+            f"{2 * frames.shape[2]} or {4 * frames.shape[2]}, the width a multiple of {8 * max(2, scale)}"
+        )
+    device = choose_device("auto")
+    cascade = load_cascade(folder, choose_dtype("auto", device), device)
+    stages = cascade.transformers[1 : 1 + int(math.log2(scale))]
+    if len(stages) < math.log2(scale):
+        raise WaltError(f"--upscale: the model {folder} has {len(stages)} super-resolution stages")
+    video = frame_to_width(frames.float(), width // scale)
+    count = len(video)
+    video = torch.cat([video, video[-1:].expand(_allowed_frames(count) - count, -1, -1, -1)])[None]
+    for transformer in stages:
+        stage = WaltSuperResolutionPipeline(vae=cascade.vae, transformer=transformer, scheduler=cascade.scheduler)
+        stage.set_progress_bar_config(disable=True)
+        video = stage(
+            video=video,
+            noise_level=cascade.config.noise_level,
+            num_inference_steps=cascade.config.super_resolution_steps,
+            generator=torch.Generator().manual_seed(seed),
+            output_type="pt",
+        ).frames
+    return video[0, :count]
+
+
+def frame_to_width(frames: Tensor, width: int) -> Tensor:
+    """`(T, 3, H, W)` cropped in the middle, or widened with the colours of its edges, to `width`."""
+    import torch
+
+    more = width - frames.shape[3]
+    if more <= 0:
+        return frames[..., -more // 2 : -more // 2 + width]
+    return torch.nn.functional.pad(frames, (more // 2, more - more // 2, 0, 0), mode="replicate")
+
+
+def _allowed_frames(count: int) -> int:
+    """The least number of frames from `count` on that chunks can be made of."""
+    from walt.chunking import CHUNK_FRAMES, NEW_FRAMES, TEMPORAL_RATIO
+
+    base, step = (1, TEMPORAL_RATIO) if count <= CHUNK_FRAMES else (CHUNK_FRAMES, NEW_FRAMES)
+    return base + -(-(count - base) // step) * step
+
+
+def clip_ranker(folder: str | Path, device: Any) -> Callable[[list[str], Tensor], Tensor]:
+    """A ranker by the cosine of CLIP's features of prompt and frames (CLIPSIM), from a transformers folder."""
+    import torch
+    from transformers import AutoProcessor, CLIPModel
+
+    from walt.evaluation.distances import clipsim
+
+    try:
+        model = CLIPModel.from_pretrained(folder, use_safetensors=True).eval().to(device)
+        processor = AutoProcessor.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise WaltError(f'--clip: "{folder}" holds no CLIP model: {str(error).splitlines()[0]}') from error
+
+    def rank(prompts: list[str], frames: Tensor) -> Tensor:
+        pixels: np.ndarray = ((frames.transpose(1, 2) + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
+        texts = processor(text=prompts, return_tensors="pt", padding=True, truncation=True).to(device)
+        images = processor(images=list(pixels.reshape(-1, *pixels.shape[2:])), return_tensors="pt").to(device)
+        with torch.no_grad():
+            words = _features(model.get_text_features(**texts))
+            looks = _features(model.get_image_features(**images))
+        return clipsim(looks.view(len(frames), -1, looks.shape[-1]), words)
+
+    return rank
+
+
+def _features(output: Any) -> Tensor:
+    features: Tensor = getattr(output, "pooler_output", output)  # transformers 5 returns it inside an output
+    return features
+
+
+class _Bar:
+    """A bar on the terminal (stderr), fed by the pipeline's callback."""
+
+    def __init__(self, name: str) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        columns = (TextColumn("{task.description:<18}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self.bars = Progress(*columns, console=Console(stderr=True))
+        self.task = self.bars.add_task(name, total=None)
+
+    def __enter__(self) -> _Bar:
+        self.bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bars.stop()
+
+    def step(self, pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        """The pipeline's `callback_on_step_end`."""
+        self.bars.update(self.task, completed=index + 1, total=pipe.num_timesteps)
+        return tensors
