@@ -65,14 +65,13 @@ class NuwaPipeline(SamplingPipeline):
         text_encoder, tokenizer: any transformers encoder with `last_hidden_state`, and its tokenizer; None to work
             from `prompt_embeds`.
         classes: names of a sketch's classes by number, the background first.
-        null_prompt: the constant condition of training ("None"): completion, prediction and guidance use it.
         num_frames: frames of a video unless a call says otherwise.
         frame_rate: frames per second that the model was trained on.
     """
 
     model_cpu_offload_seq = "text_encoder->vq_seg->transformer->vq"
     _optional_components = ["vq_seg", "text_encoder", "tokenizer"]
-    _callback_tensor_inputs = ["tokens"]
+    _callback_tensor_inputs: list[str] = []
     vq: Any
     vq_seg: Any
 
@@ -84,7 +83,6 @@ class NuwaPipeline(SamplingPipeline):
         text_encoder: PreTrainedModel | CompactTextEncoder | None,
         tokenizer: PreTrainedTokenizerBase | None,
         classes: list[str] | tuple[str, ...] = (),
-        null_prompt: str = "None",
         num_frames: int = 5,
         frame_rate: float = 2.0,
     ) -> None:
@@ -92,9 +90,7 @@ class NuwaPipeline(SamplingPipeline):
         self.register_modules(
             vq=vq, vq_seg=vq_seg, transformer=transformer, text_encoder=text_encoder, tokenizer=tokenizer
         )
-        self.register_to_config(
-            classes=list(classes), null_prompt=null_prompt, num_frames=num_frames, frame_rate=frame_rate
-        )
+        self.register_to_config(classes=list(classes), num_frames=num_frames, frame_rate=frame_rate)
         self.vae_scale_factor_spatial = int(vq.spatial_compression_ratio) if vq is not None else 8
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor_spatial, do_resize=False)
         self._guidance_scale = 1.0
@@ -130,14 +126,15 @@ class NuwaPipeline(SamplingPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
-        callback_on_step_end_tensor_inputs: list[str] = ["tokens"],  # noqa: B006 - diffusers' signature; never changed
+        callback_on_step_end_tensor_inputs: list[str] = [],  # noqa: B006 - diffusers' signature; never changed
         max_sequence_length: int = 64,
     ) -> NuwaPipelineOutput | Any:
         """Makes images or videos; the module's table says which arguments make which task.
 
         Args:
             prompt: what to show, one or several. Not with a sketch.
-            negative_prompt: what guidance steers away from, one or one per prompt; `null_prompt` by default.
+            negative_prompt: what guidance steers away from, one or one per prompt; the constant condition "None" by
+                default.
             sketch: classes, integers `(H, W)`, `(T, H, W)` or `(P, T, H, W)` (tensor or array), or a PIL image or a
                 list of them (one video) in the colours of `walt.data.sketches`.
             image: a PIL image, an array `(H, W, 3)` or a tensor `(3, H, W)` or `(P, 3, H, W)` in [0, 1].
@@ -156,15 +153,15 @@ class NuwaPipeline(SamplingPipeline):
             num_candidates: samples per result, of which the best by `ranker` is returned; the first candidate is what
                 `num_candidates=1` gives.
             ranker: maps prompts and candidates `(N, 3, T, H, W)` in [-1, 1] to scores `(N,)`. Default: how much
-                likelier the transformer finds the made tokens under the condition than under `null_prompt`.
+                likelier the transformer finds the made tokens under the condition than under "None".
             generator: one, or one per result. A result depends on its own generator only.
             prompt_embeds, negative_prompt_embeds: text states `(P, S, D)` in place of prompts.
             prompt_embeds_mask, negative_prompt_embeds_mask: `(P, S)`, 1 where a state counts.
             output_type: "pil", "np", "pt", or "latent" for the tokens `(B, T, h, w[, S])`.
             return_dict: whether to return a NuwaPipelineOutput or a tuple.
-            callback_on_step_end: called as (pipe, step, step, tensors) after every wave of tokens; a "tokens" that it
-                returns is taken over.
-            callback_on_step_end_tensor_inputs: ["tokens"] or [].
+            callback_on_step_end: called as (pipe, step, positions made, {}) after every wave of tokens, of
+                `pipe.num_timesteps` positions in all.
+            callback_on_step_end_tensor_inputs: []: tokens are made where they lie, and not handed out.
             max_sequence_length: longer prompts are cut.
 
         Returns:
@@ -196,7 +193,7 @@ class NuwaPipeline(SamplingPipeline):
             self.encode_prompt(
                 prompt,
                 negative_prompt,
-                self.do_classifier_free_guidance or num_candidates > 1,
+                negative_prompt is not None or negative_prompt_embeds is not None,
                 1,
                 prompt_embeds,
                 negative_prompt_embeds,
@@ -207,19 +204,20 @@ class NuwaPipeline(SamplingPipeline):
             ),
             maps,
             count,
-            max_sequence_length,
         )
         each = num_videos_per_prompt * num_candidates
         known, known_mask = self._known(given, shape, count, each, device)
         tokens = self._generate(
             shape,
             condition,
-            null if self.do_classifier_free_guidance else None,
-            known,
-            known_mask,
-            [_candidate(seed, number) for seed in seeds for number in range(num_candidates)],
-            each,
-            {"temperature": temperature, "top_k": top_k, "top_p": top_p},
+            null,
+            known=known,
+            known_mask=known_mask,
+            generator=[_candidate(seed, number) for seed in seeds for number in range(num_candidates)],
+            samples_per_condition=each,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
         )
         frames = None if output_type == "latent" and (num_candidates == 1 or ranker is None) else self.decode(tokens)
         scores = None
@@ -329,6 +327,28 @@ class NuwaPipeline(SamplingPipeline):
             scores.append(((with_it - without).flatten(1) * weight).sum(1) / weight.sum(1).clamp_min(1))
         return torch.cat(scores)
 
+    def _generate(self, shape: tuple[int, int, int], told: Told, null: Told, **settings: Any) -> Tensor:
+        """Tokens `(B, T, h, w[, S])`, with a progress bar and the callback."""
+        guided = self.guidance_scale != 1
+        self._num_timesteps = shape[0] * shape[1] * shape[2]
+        with self.progress_bar(total=self._num_timesteps) as bar:
+
+            def step(done: int, total: int) -> None:
+                bar.update(done - bar.n)
+                if self._callback is not None:
+                    self._callback(self, self._step_index, done, {})
+                self._step_index += 1
+
+            tokens: Tensor = self.transformer.generate(
+                shape,
+                told.encode(self.transformer),
+                null_condition=null.encode(self.transformer) if guided else None,
+                guidance_scale=self.guidance_scale,
+                callback=step,
+                **settings,
+            )
+        return tokens
+
     def _check(
         self,
         temperature: float,
@@ -342,7 +362,7 @@ class NuwaPipeline(SamplingPipeline):
         if top_k is not None:
             check_range("top_k", top_k, 1, whole=True)
         if top_p is not None:
-            check_range("top_p", top_p, 0, 1)
+            check_range("top_p", top_p, 1e-6, 1)
         check_range("num_videos_per_prompt", num_videos_per_prompt, 1, whole=True)
         check_range("num_candidates", num_candidates, 1, whole=True)
         if output_type not in OUTPUT_TYPES:
@@ -428,58 +448,15 @@ class NuwaPipeline(SamplingPipeline):
         embeds: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
         maps: Tensor | None,
         count: int,
-        max_length: int,
-    ) -> tuple[Told, Told | None]:
-        """What the P conditions are, and what guidance steers away from (None without a text encoder and guidance)."""
+    ) -> tuple[Told, Told]:
+        """What the P conditions are, and what guidance steers away from."""
         prompt = Prompt(embeds[0], embeds[2], embeds[1], embeds[3])
-        device = self._execution_device
-        negative = prompt.rows(negative=True)
-        if negative is None and (self.text_encoder is not None and self.tokenizer is not None):
-            states, mask = self._encode_text([self.config.null_prompt], max_length, device)
-            negative = Prompt(states, mask).rows(negative=False)
-        null = None if negative is None else Told(text=_spread(negative, count))
+        none: list[Tensor | None] = [None]
+        null = Told(text=_spread(prompt.rows(negative=True) or none, count))
         if maps is not None:
             sketch = self._encode_sketch(maps)
             return Told(sketch=sketch.expand(count, *sketch.shape[1:])), null
-        rows = prompt.rows(negative=False)
-        if rows is not None:
-            return Told(text=_spread(rows, count)), null
-        if null is None:
-            raise WaltError(
-                "this pipeline has no text encoder, so it cannot say "
-                f'"{self.config.null_prompt}": give prompt_embeds'
-            )
-        return null, null
-
-    def encode_prompt(  # type: ignore[override]
-        self,
-        prompt: str | list[str] | None,
-        negative_prompt: str | list[str] | None = None,
-        do_classifier_free_guidance: bool = True,
-        num_videos_per_prompt: int = 1,
-        prompt_embeds: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None,
-        prompt_embeds_mask: Tensor | None = None,
-        negative_prompt_embeds_mask: Tensor | None = None,
-        max_sequence_length: int = 64,
-        device: torch.device | None = None,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """As in every pipeline of walt, but guidance steers away from `null_prompt` unless told otherwise."""
-        if negative_prompt is None and negative_prompt_embeds is None:
-            negative_prompt = self.config.null_prompt
-        prompt_embeds, negative_prompt_embeds, prompt_embeds_mask, negative_prompt_embeds_mask = super().encode_prompt(
-            prompt,
-            negative_prompt,
-            do_classifier_free_guidance,
-            num_videos_per_prompt,
-            prompt_embeds,
-            negative_prompt_embeds,
-            prompt_embeds_mask,
-            negative_prompt_embeds_mask,
-            max_sequence_length,
-            device,
-        )
-        return prompt_embeds, negative_prompt_embeds, prompt_embeds_mask, negative_prompt_embeds_mask
+        return Told(text=_spread(prompt.rows(negative=False) or none, count)), null
 
     def _pixels(self, image: Any, video: Any) -> Tensor:
         """`(P, 3, T, H, W)` in [-1, 1]."""
@@ -517,7 +494,9 @@ class NuwaPipeline(SamplingPipeline):
         more = shape[0] - given.tokens.shape[1]
         tokens = torch.cat([given.tokens, given.tokens[:, :1].expand(-1, more, *given.tokens.shape[2:])], dim=1)
         mask = torch.cat([given.mask, given.mask.new_zeros(len(given.mask), more, *shape[1:])], dim=1)
-        tokens, mask = (value.expand(count, *value.shape[1:]).repeat_interleave(each, dim=0) for value in (tokens, mask))
+        tokens, mask = (
+            value.expand(count, *value.shape[1:]).repeat_interleave(each, dim=0) for value in (tokens, mask)
+        )
         return tokens.to(device), mask.to(device)
 
     def _texts(self, prompt: str | list[str] | None, count: int) -> list[str]:
@@ -529,14 +508,17 @@ class NuwaPipeline(SamplingPipeline):
 
 @dataclass(frozen=True)
 class Told:
-    """What P conditions are, before they are encoded: text states `(S_i, D)` each, or sketch tokens `(P, T, h, w)`."""
+    """P conditions before they are encoded: text states `(S_i, D)` or None ("None") each, or sketch tokens
+    `(P, T, h, w)`."""
 
-    text: list[Tensor] | None = None
+    text: list[Tensor | None] | None = None
     sketch: Tensor | None = None
 
     def encode(self, transformer: NuwaTransformer3DModel) -> Any:
         """The transformer's Condition."""
-        text = None if self.text is None else [states.to(transformer.dtype) for states in self.text]
+        text = None
+        if self.text is not None:
+            text = [None if states is None else states.to(transformer.dtype) for states in self.text]
         return transformer.encode_condition(text=text, sketch=self.sketch)
 
     def only(self, number: int, times: int) -> Told:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from walt import nuwa_commands
 from walt.errors import WaltError
 
 if TYPE_CHECKING:
@@ -427,19 +428,21 @@ def export(args: argparse.Namespace) -> None:
 
 
 def add_evaluate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=("super-resolution", "tokenizer", "joins", "sheet", "prompts", "video"))
-    parser.add_argument("--model", help="cascade folder (default: the embedded model)")
+    parser.add_argument("what", choices=("super-resolution", "tokenizer", "joins", "sheet", "prompts", "video", "nuwa"))
+    parser.add_argument("--model", help="model folder (default: the embedded cascade; nuwa: the embedded NUWA)")
     parser.add_argument("--source", default="cache/emoji", help="sprites (walt data emoji)")
     parser.add_argument("--weights", default="cache/lpips_vgg.safetensors", help="LPIPS weights (walt data lpips)")
-    parser.add_argument("-n", "--count", type=int, help="clips or results (default: 6; prompts: 200)")
+    parser.add_argument("-n", "--count", type=int, help="clips or results (default: 6; prompts: 200; nuwa: 16)")
     parser.add_argument("--frames", type=int, help="frames per clip (default: 5; prompts: 17)")
     parser.add_argument("--stages", type=int, choices=(1, 2, 3), default=1, help="joins, sheet, prompts: stages to run")
     parser.add_argument("--steps", type=int, default=20, help="sampling steps of every stage")
-    parser.add_argument("-o", "--output", default="sheet.png", help="sheet: the PNG to write")
+    parser.add_argument("-o", "--output", default="sheet.png", help="sheet, nuwa: the PNG to write")
     parser.add_argument(
         "--work", help="prompts, video: folder where a rerun goes on (default: runs/prompts, runs/video)"
     )
-    parser.add_argument("--json", metavar="FILE", help="prompts, video: where to write every verdict or row")
+    parser.add_argument("--json", metavar="FILE", help="prompts, video, nuwa: where to write every verdict or row")
+    parser.add_argument("--tasks", metavar="A,B", help="nuwa: only these of its tasks, by the names of `walt nuwa`")
+    parser.add_argument("--guidance", type=float, default=2.0, help="nuwa: guidance scale (default: 2)")
     parser.add_argument("--batch", type=int, default=8, help="prompts: clips sampled at a time")
     parser.add_argument(
         "--subject-share", type=float, default=0.75, help="prompts: goal, as a share of the real clips' (default: 0.75)"
@@ -464,6 +467,9 @@ def evaluate_prepare(args: argparse.Namespace) -> None:
     args.work = args.work or f"runs/{args.what}"
     if args.what == "video":
         _check_video(args)
+        return
+    if args.what == "nuwa":
+        nuwa_commands.evaluate_prepare(args)
         return
     if args.count is None:
         args.count = 200 if args.what == "prompts" else 6
@@ -525,6 +531,9 @@ def evaluate(args: argparse.Namespace) -> int | None:
 
     if args.what == "video":
         _evaluate_video(args)
+        return None
+    if args.what == "nuwa":
+        nuwa_commands.evaluate(args, _held_out(args), _image_network(args.image_network))
         return None
     device = choose_device("auto")
     pipe = load_cascade(args.model, choose_dtype("auto", device), device)

@@ -1,4 +1,4 @@
-"""`walt nuwa TASK ...`: the eight tasks of NuwaPipeline as commands, one entry of TASKS each.
+"""`walt nuwa TASK ...`: the eight tasks of NuwaPipeline as commands, one entry of TASKS each; and `walt nuwa export`.
 
 Like cli.py this file may import anything.
 """
@@ -6,12 +6,13 @@ Like cli.py this file may import anything.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from walt.errors import WaltError
+from walt.errors import WaltError, suggest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,6 +42,8 @@ def add(parser: argparse.ArgumentParser) -> None:
         subparser = tasks.add_parser(name, help=task.help, description=task.help)
         task.arguments(subparser.add_argument)
         _common(subparser.add_argument, task.still)
+    help_ = "Join trained parts into a NUWA folder, weights in float16."
+    _export_arguments(tasks.add_parser("export", help=help_, description=help_).add_argument)
 
 
 def _common(add: Add, still: bool) -> None:
@@ -58,6 +61,17 @@ def _common(add: Add, still: bool) -> None:
     add("--fps", type=float, help="frames per second of the file (default: the model's)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="default: the fastest right one")
+
+
+def _export_arguments(add: Add) -> None:
+    add("output", help="the folder to write")
+    add("--transformer", default="runs/nuwa-emoji/final", help="trained NUWA folder")
+    add("--vq", default="runs/nuwa-vq/final", help="VQ folder")
+    add("--vq-seg", default="runs/nuwa-vq-seg/final", help="VQ-Seg folder")
+    add("--text", default="cache", help="folder with text_encoder/ and tokenizer/")
+    add(
+        "--link-text", metavar="FOLDER", help="a model folder beside the output whose text parts are linked, not copied"
+    )
 
 
 def _prompt(add: Add) -> None:
@@ -114,6 +128,9 @@ def _edit_video(add: Add) -> None:
 def prepare(args: argparse.Namespace) -> None:
     """Checks everything that needs no weights."""
     from walt.cli import model_folder
+
+    if args.task == "export":
+        return
     from walt.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, check_output
 
     still = TASKS[args.task].still
@@ -237,6 +254,8 @@ TASKS: dict[str, Task] = {
 
 def run(args: argparse.Namespace) -> None:
     """Makes one result and writes it."""
+    if args.task == "export":
+        return export(args)
     import numpy as np
     import torch
 
@@ -277,14 +296,108 @@ def run(args: argparse.Namespace) -> None:
     print(f"{args.output}: {count} frame{'s' * (count != 1)} of {width}x{height}, seed {args.seed}{score}")
 
 
+def export(args: argparse.Namespace) -> None:
+    """Writes the whole folder under a temporary name and puts it in place; a model card that is there stays."""
+    import os
+    import shutil
+
+    from transformers import AutoTokenizer
+
+    from walt.data.emoji import EMBEDDED_WORLD
+    from walt.data.sketches import classes
+    from walt.models.transformer_nuwa import NuwaTransformer3DModel
+    from walt.pipelines.pipeline_nuwa import NuwaPipeline
+    from walt.tokenizers.text import load_text_encoder
+    from walt.tokenizers.vq_model_walt import WaltVQModel
+    from walt.training.objectives import load_folder
+
+    transformer = load_folder(NuwaTransformer3DModel, args.transformer, "--transformer")
+    pipe = NuwaPipeline(
+        vq=load_folder(WaltVQModel, args.vq, "--vq").half(),
+        vq_seg=load_folder(WaltVQModel, args.vq_seg, "--vq-seg").half(),
+        transformer=transformer.half(),
+        text_encoder=load_text_encoder(f"{args.text}/text_encoder"),
+        tokenizer=AutoTokenizer.from_pretrained(f"{args.text}/tokenizer"),
+        classes=classes(EMBEDDED_WORLD.subjects),
+        num_frames=transformer.config.sample_size[0],
+    )
+    output = Path(args.output)
+    temporary = output.with_name(f".{output.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    pipe.save_pretrained(temporary, safe_serialization=True, max_shard_size="14MB")
+    if args.link_text is not None:
+        for name in ("text_encoder", "tokenizer"):
+            shutil.rmtree(temporary / name)
+            (temporary / name).symlink_to(os.path.relpath(Path(args.link_text) / name, output))
+    (temporary / "world.json").write_text(json.dumps(EMBEDDED_WORLD.words(), indent=1))
+    if (output / "README.md").exists():
+        shutil.copy(output / "README.md", temporary / "README.md")
+    shutil.rmtree(output, ignore_errors=True)
+    temporary.replace(output)
+    files = [path for path in output.rglob("*") if path.is_file() and not path.is_symlink()]
+    own = [path for path in files if not any(parent.is_symlink() for parent in path.parents)]
+    print(f"wrote {output}, {sum(path.stat().st_size for path in own) / 1e6:.1f} MB")
+
+
+def evaluate_prepare(args: argparse.Namespace) -> None:
+    """Checks `walt evaluate nuwa` before anything is loaded."""
+    from walt.cli import model_folder
+    from walt.data.emoji import read_index
+    from walt.evaluation.features import feature_file
+    from walt.evaluation.nuwa import TASKS
+    from walt.media import check_output
+
+    args.count = 16 if args.count is None else args.count
+    if args.count < 2:
+        raise WaltError(f"--count must be at least 2, got {args.count}")
+    names = list(TASKS) if args.tasks is None else [name.strip() for name in args.tasks.split(",")]
+    for name in names:
+        if name not in TASKS:
+            raise WaltError(f"--tasks: {name!r} is not known{suggest(name, TASKS)}; known: {', '.join(TASKS)}")
+    args.tasks = names
+    args.output = check_output(args.output, (".png",))
+    if args.json is not None:
+        args.json = check_output(args.json, (".json",))
+    read_index(args.source)
+    feature_file(args.image_network)
+    feature_file(args.network, args.features)
+    args.model = model_folder(args.model, "embedded_nuwa")
+
+
+def evaluate(args: argparse.Namespace, theatre: Any, image_network: Any) -> None:
+    """Plays every task on held-out scenes, prints the table and writes the sheet."""
+    from rich.console import Console
+
+    from walt.cli import choose_device
+    from walt.evaluation.features import load_feature_network
+    from walt.evaluation.nuwa import TASKS, Stage, table, write_report, write_sheet
+    from walt.evaluation.prompts import Judge, fingerprint
+
+    console = Console()
+    pipe = load_nuwa(args.model, None, choose_device("auto"))
+    judge = Judge.learn(theatre, image_network, *model_size(pipe))
+    network = load_feature_network(args.network, args.features)
+    stage = Stage(pipe, theatre, judge, network, args.count, args.guidance)
+    results = []
+    for name in args.tasks:
+        console.print(name, style="dim")
+        results.append(TASKS[name](stage))
+    figures = [figure for result in results for figure in result.figures]
+    console.print(table(figures))
+    write_sheet(args.output, results)
+    if args.json is not None:
+        settings = {"model": fingerprint(args.model), "count": args.count, "guidance": args.guidance}
+        write_report(args.json, figures, settings)
+
+
 def load_nuwa(folder: Path, dtype: Any, device: Any) -> Any:
-    """The NuwaPipeline in `folder`, without bars; a WaltError for another pipeline."""
-    from walt.cli import quiet
+    """The NuwaPipeline in `folder`, without bars (dtype None: the fastest right one); a WaltError for another."""
+    from walt.cli import choose_dtype, quiet
     from walt.pipelines.loading import load_pipeline
     from walt.pipelines.pipeline_nuwa import NuwaPipeline
 
     quiet()
-    pipe = load_pipeline(folder, dtype)
+    pipe = load_pipeline(folder, dtype or choose_dtype("auto", device))
     if not isinstance(pipe, NuwaPipeline):
         raise WaltError(f'the model "{folder}" is a {type(pipe).__name__}; a NuwaPipeline is needed')
     pipe.set_progress_bar_config(disable=True)
@@ -302,9 +415,7 @@ def fit(frames: Pixels, height: int, width: int) -> Pixels:
     import numpy as np
     from PIL import Image, ImageOps
 
-    images = [
-        ImageOps.fit(Image.fromarray(frame), (width, height), Image.Resampling.BICUBIC) for frame in frames
-    ]
+    images = [ImageOps.fit(Image.fromarray(frame), (width, height), Image.Resampling.BICUBIC) for frame in frames]
     return np.stack([np.asarray(image) for image in images])
 
 

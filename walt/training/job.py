@@ -141,7 +141,9 @@ class NuwaClip(Frozen):
 class NuwaTask(Frozen):
     """How much of a step one task is."""
 
-    batch: int = Field(default=0, ge=0, description="samples per step and rank; 0: not trained")
+    batch: float = Field(
+        default=0, ge=0, description="samples per step and rank; a fraction is the chance of one more; 0: not trained"
+    )
     weight: float = Field(default=1.0, gt=0, description="of its cross-entropy (mean over tokens) in the sum")
 
 
@@ -163,11 +165,10 @@ class NuwaJob(Frozen):
     sketch_tokenizer: str | None = Field(default=None, description="folder of the trained VQ-Seg; sketch tasks need it")
     text_encoder: str
     text_tokenizer: str
-    null_text: str = Field(default="None", description="the constant condition of V2V, and what dropped texts become")
     data: DataJob
     clip: NuwaClip = NuwaClip()
     tasks: NuwaTasks = NuwaTasks()
-    condition_dropout: float = Field(default=0.1, ge=0, le=1, description="share of conditions made `null_text`")
+    condition_dropout: float = Field(default=0.1, ge=0, le=1, description='share of conditions made "None"')
     tokens: str | None = Field(
         default=None, description="folder where tokens of the data's scenes are kept, made once; None: on the fly"
     )

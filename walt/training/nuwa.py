@@ -57,8 +57,8 @@ class NuwaObjective:
     """Weighted sum over tasks of the mean cross-entropy of their samples' tokens.
 
     The paper sums over tokens, here each task's loss is its mean, so that weights mean the same for stills and clips.
-    A text or sketch is replaced by the constant text (`null_text`) with probability `condition_dropout`, so that the
-    model without condition, which guidance and completion need, is learnt too.
+    A text or sketch is replaced by the constant condition "None" (the model's own word) with probability
+    `condition_dropout`, so that the model without condition, which guidance and completion need, is learnt too.
     """
 
     model: Any
@@ -98,17 +98,17 @@ class NuwaObjective:
             self.folder.fill(self._encode_video, None if self.vq_seg is None else self._encode_sketch)
 
     def batch(self, step: int, rank: int) -> list[Sample]:
-        """`batch` samples of every task, a pure function of (recipe, step, rank)."""
+        """`batch` samples of every task, a pure function of (recipe, step, rank); never none at all."""
         rng = np.random.default_rng((self.job.run.seed, step, rank))
         source = self.scenes if self.folder is None else self.folder
-        return [
-            Sample(name, source.get(TASKS[name].target, int(rng.integers(self.job.data.scenes))))
-            for name, task in self.tasks.items()
-            for _ in range(task.batch)
-        ]
+        names: list[str] = []
+        while not names:
+            for name, task in self.tasks.items():
+                names += [name] * (int(task.batch) + int(rng.random() < task.batch % 1))
+        return [Sample(name, source.get(TASKS[name].target, int(rng.integers(self.job.data.scenes)))) for name in names]
 
     def loss(
-        self, model: nn.Module, batch: list[Sample], generator: torch.Generator
+        self, model: nn.Module, batch: list[Sample], generator: torch.Generator, shared: Any = None
     ) -> tuple[Tensor, dict[str, float | Tensor]]:
         encoded = [self._tokens(sample.data) for sample in batch]
         lost = drop(len(batch), self.job.condition_dropout, generator)
@@ -123,29 +123,28 @@ class NuwaObjective:
         for (condition, _), members in sorted(groups.items()):
             rows = [encoded[i] for i in members]
             tokens = torch.stack([row.video for row in rows]).to(self.device)
+            told: dict[str, Any] = {}
             if condition == "sketch":
-                sketches = [row.sketch for row in rows if row.sketch is not None]
-                told: dict[str, Any] = {"sketch": torch.stack(sketches).to(self.device)}
+                told["sketch"] = torch.stack([row.sketch for row in rows if row.sketch is not None])
             else:
-                told = {"text": self.words([self._text(batch[i], lost[i]) for i in members])}
-            values = token_loss(self._logits(model, tokens, told), tokens)
+                told["text"] = self._texts([(batch[i], lost[i]) for i in members])
+            values = token_loss(model(tokens, **told), tokens)
             for i, value in zip(members, values, strict=True):
                 losses[batch[i].task].append(value)
         total = torch.zeros((), device=self.device)
         for name, parts in losses.items():
+            if not parts:
+                continue
             mean = torch.stack(parts).mean()
             total = total + self.tasks[name].weight * mean
             seen[name] = mean.detach()
         return total, seen
 
-    def _text(self, sample: Sample, lost: bool) -> str:
-        constant = lost or TASKS[sample.task].condition == "none"
-        return self.job.null_text if constant else sample.data.caption
-
-    def _logits(self, model: Any, tokens: Tensor, told: dict[str, Any]) -> Tensor:
-        bare = getattr(model, "module", model)
-        logits: Tensor = model(tokens, bare.encode_condition(**told))
-        return logits
+    def _texts(self, samples: list[tuple[Sample, bool]]) -> list[Tensor | None]:
+        """The states of each sample's caption, None (the word "None") where there is to be no condition."""
+        said = [None if lost or TASKS[s.task].condition != "text" else s.data.caption for s, lost in samples]
+        states = iter(self.words([caption for caption in said if caption is not None]))
+        return [None if caption is None else next(states) for caption in said]
 
     def _tokens(self, data: Pictures | Tokens) -> Tokens:
         if isinstance(data, Tokens):
