@@ -134,10 +134,12 @@ def _place(axis: int, size: int) -> list[int]:
 def neighbours(rule: Rule) -> Tensor:
     """`(L, K)` int64: the keys each position sees, in raster order of their offsets, -1 where there is none.
 
-    K is the largest neighbourhood, so a decoder that reads this table costs the same at every position. Nothing of
-    size L x L' is made.
+    K is the largest neighbourhood, so a decoder that reads this table costs the same at every position.
     """
     with torch.inference_mode(False):
+        if not rule.axial and all(r >= n - 1 for r, n in zip(rule.radius, rule.condition, strict=True)):
+            everything = torch.arange(math.prod(rule.condition), device="cpu").expand(math.prod(rule.size), -1)
+            return torch.where(neighbour_mask(rule), everything, -1) if rule.causal else everything
         coordinates = torch.cartesian_prod(*(torch.arange(n, device="cpu") for n in rule.size)).view(-1, 3)
         mapped = torch.stack(
             [_map(n, m)[coordinates[:, i]] for i, (n, m) in enumerate(zip(rule.size, rule.condition, strict=True))], 1
@@ -195,18 +197,25 @@ def waves(rule: Rule) -> list[Tensor]:
         return [wave for wave in order.split(number.bincount().tolist()) if len(wave)]
 
 
-def attend_gathered(query: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
-    """Attention of queries `(R, W, N, d)` to their own keys and values `(R, W, K, N, d)`; `seen (W, K)` bool.
+def attend_gathered(query: Tensor, pairs: Tensor, index: Tensor, mask: Tensor, some: Tensor | None) -> Tensor:
+    """Attention of a few queries to the few keys that each picks.
 
-    Returns `(R, W, N, d)`; zeros where `seen` is False throughout.
+    Args:
+        query: `(R, W, N, d)`, or `(R, W, M, N, d)` for M queries that pick the same.
+        pairs: keys and values `(R, slots, 2, N, d)`.
+        index: `(W * K,)` the slots that each of the W positions picks.
+        mask: `(R * W, 1, 1, K)` bool, not all False anywhere.
+        some: `(W, 1, 1)` bool, False for a position whose result is zero; None for no such.
+
+    Returns:
+        As `query`.
     """
     rows, width = query.shape[:2]
-    some = seen.any(1)
-    mask = (seen | ~some[:, None])[None].expand(rows, -1, -1).reshape(rows * width, 1, 1, -1)
-    q = query.reshape(rows * width, 1, *query.shape[2:]).transpose(1, 2)
-    k, v = (x.flatten(0, 1).transpose(1, 2) for x in (keys, values))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return out[:, :, 0].unflatten(0, (rows, width)) * some[:, None, None]
+    near = pairs.index_select(1, index).view(rows * width, -1, *pairs.shape[2:])
+    key, value = (x.transpose(1, 2) for x in near.unbind(2))
+    q = query.flatten(0, 1).unsqueeze(2) if query.ndim == 4 else query.flatten(0, 1).transpose(1, 2)
+    out = F.scaled_dot_product_attention(q, key, value, attn_mask=mask).transpose(1, 2).reshape(query.shape)
+    return out if some is None else out * some
 
 
 # Full attention under a mask.
@@ -516,9 +525,7 @@ def _sizes(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -
             f"key: shape {tuple(key.shape)} given, batch, heads and head size of the query {tuple(query.shape)} needed"
         )
     if key_mask is not None and (key_mask.shape != key.shape[:4] or key_mask.dtype != torch.bool):
-        raise WaltError(
-            f"key_mask: {key_mask.dtype} {tuple(key_mask.shape)} given, bool {tuple(key.shape[:4])} needed"
-        )
+        raise WaltError(f"key_mask: {key_mask.dtype} {tuple(key_mask.shape)} given, bool {tuple(key.shape[:4])} needed")
     s, h, w = query.shape[1:4]
     sc, hc, wc = key.shape[1:4]
     return (s, h, w), (sc, hc, wc)
