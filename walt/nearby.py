@@ -162,8 +162,8 @@ def _offsets(rule: Rule) -> list[tuple[int, int, int]]:
                 lines.add((a, b, c))
         offsets = sorted(lines)
     else:
-        a, b, c = (range(-r, r + 1) for r in rule.radius)
-        offsets = list(itertools.product(a, b, c))
+        a, b, c = rule.radius
+        offsets = list(itertools.product(range(-a, a + 1), range(-b, b + 1), range(-c, c + 1)))
     if rule.causal:
         last = (0, 0, 0) if rule.include_self else (0, 0, -1)
         offsets = [offset for offset in offsets if offset <= last]
@@ -442,7 +442,10 @@ def _axial(query: Tensor, key: Tensor, value: Tensor, rule: Rule, key_mask: Tens
     weights = torch.where(some, joined, 0.0).softmax(-1) * some
     parts = weights.split(list(rule.condition), -1)
     return sum(
-        (torch.einsum(formula, part, lines(value, axis)) for axis, (formula, part) in enumerate(zip(back, parts))),
+        (
+            torch.einsum(formula, part, lines(value, axis))
+            for axis, (formula, part) in enumerate(zip(back, parts, strict=True))
+        ),
         torch.zeros((), dtype=query.dtype, device=query.device),
     )
 

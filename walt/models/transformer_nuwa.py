@@ -378,11 +378,11 @@ class NuwaTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         inner = self.code_embed.shape[-1]
-        for table, proj in ((self.code_embed, self.code_proj), (self.sketch_embed, self.sketch_proj)):
-            if table is not None and proj is not None:
-                nn.init.normal_(table if isinstance(table, Tensor) else cast(Tensor, table.weight), std=1.0)
-                codes = self.config.num_subcodes if table is self.code_embed else 1
-                nn.init.normal_(proj.weight, std=(inner * codes) ** -0.5)
+        nn.init.normal_(self.code_embed)
+        nn.init.normal_(self.code_proj.weight, std=(inner * self.config.num_subcodes) ** -0.5)
+        if self.sketch_embed is not None and self.sketch_proj is not None:
+            nn.init.normal_(self.sketch_embed.weight)
+            nn.init.normal_(self.sketch_proj.weight, std=inner**-0.5)
         for positions in (self.pos_embed, self.text_pos_embed, self.sketch_pos_embed):
             if positions is not None:
                 for parameter in positions.parameters():
@@ -391,18 +391,17 @@ class NuwaTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         nn.init.normal_(self.none_word, std=1.0)
         head = self.head
         nn.init.normal_(head.weight, std=0.02)
-        for parameter in (head.previous, head.place):
-            if parameter is not None:
-                nn.init.normal_(parameter, std=0.3)
-        for blocks in (self.encoder_blocks, self.decoder_blocks):
-            scale = (2 * max(1, len(blocks))) ** -0.5
-            for block in blocks:
-                ends = [block.attn.to_out, block.ff.net[2]]
-                if isinstance(block, NuwaDecoderBlock):
-                    ends.append(block.cross_attn.to_out)
-                for linear in ends:
-                    with torch.no_grad():
-                        linear.weight.mul_(scale)
+        if head.previous is not None and head.place is not None:
+            nn.init.normal_(head.previous, std=0.3)
+            nn.init.normal_(head.place, std=0.3)
+        for block in (*self.encoder_blocks, *self.decoder_blocks):
+            assert isinstance(block, NuwaEncoderBlock | NuwaDecoderBlock)
+            depth = len(self.encoder_blocks if isinstance(block, NuwaEncoderBlock) else self.decoder_blocks)
+            ends = [block.attn.to_out, block.ff.net[2]]
+            if isinstance(block, NuwaDecoderBlock):
+                ends.append(block.cross_attn.to_out)
+            for linear in ends:
+                linear.weight.data.mul_((2 * depth) ** -0.5)
 
     # Conditions.
 
@@ -827,7 +826,7 @@ def _choose(logits: Tensor, noise: Tensor, temperature: float, top_k: int | None
         logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -math.inf)
     probability = logits.softmax(-1)
     if top_p is not None and top_p < 1:
-        ordered, order = probability.sort(-1, descending=True, stable=True)
+        ordered, order = probability.sort(stable=True, dim=-1, descending=True)
         beyond = ordered.cumsum(-1) - ordered >= top_p
         probability = probability.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), 0.0)
     total = probability.cumsum(-1)
