@@ -9,6 +9,7 @@ layer returned for the chunk before. Nothing is stored on a module.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
@@ -23,6 +24,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from walt.errors import WaltError
+from walt.tokenizers.quantizers import Quantizer, make_quantizer
 
 Past = Any  # None | () | nested tuples of tensors
 
@@ -432,6 +434,9 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin):
         detail_threshold: size below which the decoder's Haar details fade (`DetailShrinkage`), in units of the front
             end's coefficients; 0 for none, as in the paper. Needs `front_end` "haar".
         latents_mean, latents_std: per-channel statistics of encoded training data; consumers normalise by them.
+        quantizer: None (continuous latents, W.A.L.T.), "lfq" (MAGVIT-v2), "fsq" or "vq": latents become codes, which
+            `encode` returns and `encode_indices` numbers.
+        quantizer_config: arguments of the quantizer beside its channels (`walt.tokenizers.quantizers`).
     """
 
     _supports_gradient_checkpointing = True
@@ -457,6 +462,8 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin):
         latents_mean: tuple[float, ...] | None = None,
         latents_std: tuple[float, ...] | None = None,
         scaling_factor: float = 1.0,
+        quantizer: str | None = None,
+        quantizer_config: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         _check_config(patch_size, front_end, norm, adaptation, encoder_widths, decoder_widths, temporal_downsample)
@@ -475,6 +482,11 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin):
         if detail_threshold:
             space = 2 ** (len(decoder_widths) - 1)
             shrinkage = DetailShrinkage(in_channels, patch_size, math.prod(times), space, detail_threshold)
+        self.quantizer: Quantizer | None = None
+        if quantizer is not None:
+            self.quantizer = make_quantizer(quantizer, latent_channels, quantizer_config)
+        elif quantizer_config is not None:
+            raise WaltError("quantizer_config: there is no quantizer to configure")
         self.decoder = Decoder3d(
             latent_channels,
             blocks,
@@ -499,6 +511,7 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin):
             z = torch.cat([self._encode(part) for part in x.split(1)])
         else:
             z = self._encode(x)
+        z = self._codes(z)
         # A Gaussian of variance zero: `.mode()` and `.sample()` are both the latent itself.
         dist = DiagonalGaussianDistribution(torch.cat([z, torch.zeros_like(z)], dim=1), deterministic=True)
         return AutoencoderKLOutput(latent_dist=dist) if return_dict else (dist,)
@@ -517,10 +530,17 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin):
         """Reconstructs `(B, 3, 1+4k, 8h, 8w)`.
 
         With `noise` (as the latent; zeros are fine), added before decoding, and `return_dict=False`, training gets
-        `(reconstruction, latent)`, the latent without the noise.
+        `(reconstruction, latent)`, the latent without the noise; with a quantizer, which takes no noise,
+        `(reconstruction, Quantized)`.
         """
         self._check_video(sample, first=True)
         z = self._encode(sample)
+        if self.quantizer is not None:
+            if noise is not None:
+                raise WaltError("noise: codes take none")
+            quantized = self.quantizer(z)
+            x = self._decode(quantized.z)
+            return DecoderOutput(sample=x) if return_dict else (x, quantized)
         x = self._decode(z if noise is None else z + noise.to(z.dtype))
         return DecoderOutput(sample=x) if return_dict else (x, z)
 
@@ -529,6 +549,46 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     def _decode(self, z: Tensor) -> Tensor:
         return self.patcher.join(self.decoder(z)[0], first=True)
+
+    # -- codes -------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode_indices(self, x: Tensor) -> Tensor:
+        """Codes int64 `(B, 1+k, h, w)` of whole clips `(B, 3, 1+4k, 8h, 8w)`; needs a quantizer."""
+        self._check_video(x, first=True)
+        return self._quantizer().latents_to_indices(self._encode(x))
+
+    @torch.no_grad()
+    def decode_indices(self, indices: Tensor) -> Tensor:
+        """Video `(B, 3, 1+4k, 8h, 8w)` in [-1, 1] of codes `(B, 1+k, h, w)`; needs a quantizer."""
+        if indices.ndim != 4 or 0 in indices.shape:
+            raise WaltError(f"indices must be (B, t, h, w), got shape {tuple(indices.shape)}")
+        codes = self._quantizer().indices_to_codes(indices)
+        return self._decode(codes.to(self.decoder.conv_in.weight.dtype)).clamp(-1.0, 1.0)
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of codes; needs a quantizer."""
+        return self._quantizer().size
+
+    def _quantizer(self) -> Quantizer:
+        if self.quantizer is None:
+            raise WaltError("this tokenizer has continuous latents: only one with a quantizer has codes")
+        return self.quantizer
+
+    def _codes(self, z: Tensor) -> Tensor:
+        """The codes of latents where there is a quantizer, the latents themselves where there is none."""
+        if self.quantizer is None:
+            return z
+        return self.quantizer.indices_to_codes(self.quantizer.latents_to_indices(z)).to(z.dtype)
+
+    def to_json_string(self) -> str:
+        """The config file: that of continuous latents says nothing of quantizers, as before there were any."""
+        config = json.loads(super().to_json_string())
+        if config.get("quantizer") is None:
+            config.pop("quantizer", None)
+            config.pop("quantizer_config", None)
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     # -- start of training -------------------------------------------------------------------------------------------
 
@@ -619,7 +679,8 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin):
         self._check_streaming()
         first = cache is None
         self._check_video(x, first)
-        return cast(tuple[Tensor, Past], self.encoder(self.patcher.split(x, first), START if first else cache))
+        z, present = self.encoder(self.patcher.split(x, first), START if first else cache)
+        return self._codes(z), present
 
     @apply_forward_hook
     def decode_chunk(self, z: Tensor, cache: Past = None) -> tuple[Tensor, Past]:

@@ -55,10 +55,14 @@ class Quantizer(nn.Module):
         self._check_indices(indices)
         return rearrange(self._lookup(indices), "b t h w c -> b c t h w")
 
+    def latents_to_indices(self, z: Tensor) -> Tensor:
+        """Indices int64 `(B, t, h, w)` of an encoder's latents `(B, C, t, h, w)`; nothing is learned from them."""
+        self._check_latent(z)
+        return self._nearest(rearrange(z, "b c t h w -> b t h w c"))
+
     def codes_to_indices(self, codes: Tensor) -> Tensor:
-        """Indices int64 `(B, t, h, w)` of the codes nearest to `(B, C, t, h, w)`."""
-        self._check_latent(codes)
-        return self._nearest(rearrange(codes, "b c t h w -> b t h w c"))
+        """Indices int64 `(B, t, h, w)` of codes `(B, C, t, h, w)`: the inverse of `indices_to_codes`."""
+        return self.latents_to_indices(codes)
 
     def split_indices(self, indices: Tensor) -> Tensor:
         """Sub-codes int64 `(..., G)` of indices `(...)`: digits in mixed radix `sub_sizes`, the lowest first.
@@ -91,7 +95,7 @@ class Quantizer(nn.Module):
         raise NotImplementedError
 
     def _nearest(self, z: Tensor) -> Tensor:
-        """Indices `(...)` of the codes nearest to `(..., C)`."""
+        """Indices `(...)` of latents `(..., C)`."""
         raise NotImplementedError
 
     def _check_latent(self, z: Tensor) -> None:
@@ -175,10 +179,9 @@ class VectorQuantizer(Quantizer):
         if learn:
             metrics["restarted"] = self._update(rows.detach(), indices)
         b, _, t, h, w = z.shape
-        passed = rows + (codes - rows).detach()
         shape = {"b": b, "t": t, "h": h, "w": w}
         return Quantized(
-            rearrange(passed, "(b t h w) c -> b c t h w", **shape).to(z.dtype),
+            rearrange(_straight_through(rows, codes), "(b t h w) c -> b c t h w", **shape).to(z.dtype),
             rearrange(indices, "(b t h w) -> b t h w", **shape),
             losses,
             metrics,
@@ -270,9 +273,7 @@ class LookupFreeQuantizer(Quantizer):
                 f"every token; at most 2^{LARGEST_GROUP}: use more groups"
             )
         if not temperature > 0 or diversity < 0:
-            raise WaltError(
-                f"temperature must be above 0 and diversity at least 0, got {temperature} and {diversity}"
-            )
+            raise WaltError(f"temperature must be above 0 and diversity at least 0, got {temperature} and {diversity}")
         super().__init__(bits, (2 ** (bits // groups),) * groups)
         self.groups, self.temperature, self.diversity = groups, temperature, diversity
 
@@ -280,7 +281,7 @@ class LookupFreeQuantizer(Quantizer):
         self._check_latent(z)
         latent = z.float()
         codes = torch.where(latent > 0, 1.0, -1.0)
-        indices = self.codes_to_indices(z)
+        indices = self.latents_to_indices(z)
         one, mean = self.entropies(rearrange(latent, "b c t h w -> (b t h w) c"))
         losses = {
             "commitment": (latent - codes).square().mean(),
@@ -288,7 +289,7 @@ class LookupFreeQuantizer(Quantizer):
         }
         metrics = codebook_metrics(indices, self.size)
         metrics["bit_entropy"] = bit_entropy(indices, self.channels).mean()
-        return Quantized((latent + (codes - latent).detach()).to(z.dtype), indices, losses, metrics)
+        return Quantized(_straight_through(latent, codes).to(z.dtype), indices, losses, metrics)
 
     def entropies(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """`E[H(q(z))]` and `H(E[q(z)])` in nats (the latter by groups) of latents `(N, C)`."""
@@ -344,7 +345,7 @@ class FiniteScalarQuantizer(Quantizer):
     def forward(self, z: Tensor) -> Quantized:
         self._check_latent(z)
         bounded = self._bound(rearrange(z.float(), "b c t h w -> b t h w c"))
-        rounded = bounded + (bounded.round() - bounded).detach()
+        rounded = _straight_through(bounded, bounded.round())
         codes = rounded / self._half(z.device)
         indices = self._index(bounded.round())
         return Quantized(
@@ -352,7 +353,6 @@ class FiniteScalarQuantizer(Quantizer):
         )
 
     def codes_to_indices(self, codes: Tensor) -> Tensor:
-        """Indices int64 `(B, t, h, w)` of quantized `codes` `(B, C, t, h, w)` in [-1, 1] (not of raw latents)."""
         self._check_latent(codes)
         levels = rearrange(codes.float(), "b c t h w -> b t h w c") * self._half(codes.device)
         return self._index(levels.round())
@@ -362,6 +362,9 @@ class FiniteScalarQuantizer(Quantizer):
         places = torch.tensor([math.prod(self.levels[:i]) for i in range(self.channels)], device=indices.device)
         digits = indices.unsqueeze(-1) // places % levels
         return (digits - levels // 2).to(torch.get_default_dtype()) / self._half(indices.device)
+
+    def _nearest(self, z: Tensor) -> Tensor:
+        return self._index(self._bound(z.float()).round())
 
     def _index(self, levels: Tensor) -> Tensor:
         sizes = torch.tensor(self.levels, device=levels.device)
@@ -444,6 +447,11 @@ def make_quantizer(kind: str, channels: int, settings: Mapping[str, Any] | None 
     if quantizer.channels != channels:
         raise WaltError(f"levels: {quantizer.channels} given, the latent has {channels} channels")
     return quantizer
+
+
+def _straight_through(z: Tensor, codes: Tensor) -> Tensor:
+    """The codes with the gradient of the latent; the very codes where no gradient is asked for."""
+    return z + (codes - z).detach() if z.requires_grad else codes
 
 
 def _positive(**values: int) -> None:

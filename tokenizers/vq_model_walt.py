@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from walt.errors import WaltError
 from walt.tokenizers.autoencoder_kl_walt import CausalConv3d, Decoder3d, Encoder3d, Past, haar_matrix
-from walt.tokenizers.quantizers import Quantized, VectorQuantizer
+from walt.tokenizers.quantizers import VectorQuantizer
 
 
 class FrameConv(CausalConv3d):
@@ -201,7 +201,7 @@ class WaltVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
     @torch.no_grad()
     def encode_indices(self, x: Tensor) -> Tensor:
         """Codes int64 `(B, h, w)` of pictures or `(B, T, h, w)` of videos, each in `0..vocab_size-1`."""
-        indices = self.quantizer.codes_to_indices(self._encode(self._check_input(x)))
+        indices = self.quantizer.latents_to_indices(self._encode(self._check_input(x)))
         return indices if _is_video(x) else indices[:, 0]
 
     @torch.no_grad()

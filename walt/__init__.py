@@ -49,6 +49,7 @@ _HOMES = {
     "WaltPipeline": "walt.pipelines.pipeline_walt",
     "WaltSuperResolutionPipeline": "walt.pipelines.pipeline_walt_super_resolution",
     "WaltTransformer3DModel": "walt.models.transformer_walt",
+    "WaltVQModel": "walt.tokenizers.vq_model_walt",
     "WaltError": "walt.errors",
     "WaltVQModel": "walt.tokenizers.vq_model_walt",
     **dict.fromkeys(LOADABLE_BASES, "diffusers"),

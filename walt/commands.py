@@ -60,17 +60,29 @@ def train(args: argparse.Namespace) -> None:
 
 def build_objective(job: Any) -> Any:
     """The objective of a recipe with its models and folders loaded; every missing file is a WaltError."""
+    import torch
+
     from walt.models.transformer_walt import WaltTransformer3DModel
     from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt
-    from walt.tokenizers.losses import PerceptualLoss
+    from walt.tokenizers.discriminator import Discriminator
+    from walt.tokenizers.losses import AdversarialLoss, PerceptualLoss
+    from walt.tokenizers.vq_model_walt import WaltVQModel
     from walt.training.job import NuwaJob, TokenizerJob
-    from walt.training.objectives import DenoiserObjective, TokenizerObjective, load_folder
+    from walt.training.objectives import DenoiserObjective, TokenizerObjective, build_model, load_folder
 
     if isinstance(job, NuwaJob):
         return _nuwa_objective(job)
     if isinstance(job, TokenizerJob):
         weights = job.loss.perceptual_weights
-        return TokenizerObjective(job, AutoencoderKLWalt, PerceptualLoss(weights) if weights else None)
+        model = AutoencoderKLWalt if job.architecture == "causal" else WaltVQModel
+        adversary, gan = None, job.loss.adversarial
+        if gan is not None:
+            torch.manual_seed(job.run.seed)
+            discriminator = build_model(Discriminator, gan.model)
+            adversary = AdversarialLoss(
+                discriminator, gan.loss, gan.weight, gan.adaptive, gan.lecam, gan.r1, gan.r1_every
+            )
+        return TokenizerObjective(job, model, PerceptualLoss(weights) if weights else None, adversary)
     vae = load_folder(AutoencoderKLWalt, job.tokenizer, "tokenizer")
     return DenoiserObjective(job, WaltTransformer3DModel, vae, _words(job))
 
@@ -165,11 +177,19 @@ def _strip(video: Tensor, frames: int = 6) -> Tensor:
 
 
 def _reconstructions(objective: Any, model: Any) -> list[Tensor]:
+    from walt.data.scenes import to_video
+    from walt.data.sketches import classes, to_colours
     from walt.training.job import Shape
 
     rows = []
     for number, height in enumerate((128, 256, 512)):
         shape = Shape(frames=17, height=height, width=height * 7 // 4, cut=128)
+        if objective.segmentation:
+            sketch = objective.scenes.sketch(number, shape)
+            logits = model(sketch[None].to(objective.device)).sample[0].float().cpu()
+            names = classes(objective.scenes.theatre.subjects)
+            rows += [_strip(to_video(to_colours(x.numpy(), names))) for x in (sketch, logits.argmax(dim=0))]
+            continue
         video = objective.scenes.clip(number, shape).video
         output = model(video[None].to(objective.device)).sample[0].float().cpu()
         rows += [_strip(video), _strip(output)]

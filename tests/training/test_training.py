@@ -176,7 +176,11 @@ def test_tokenizer_job_learns_and_records_statistics(tmp_path: Path) -> None:
     objective = build_objective(job)
     model = AutoencoderKLWalt.from_pretrained(final).eval()
     z = torch.cat(
-        [model.encode(v).latent_dist.mode().flatten(2).transpose(0, 1).flatten(1) for v in objective.batch(0, 0)], 1
+        [
+            model.encode(v).latent_dist.mode().flatten(2).transpose(0, 1).flatten(1)
+            for v in objective.batch(0, 0).groups
+        ],
+        1,
     )
     assert torch.allclose(z.mean(1), torch.tensor(config["latents_mean"]), atol=3 * max(config["latents_std"]))
 

@@ -26,8 +26,11 @@ def save(
     optimizer: torch.optim.Optimizer,
     ema: list[Tensor],
     state: Mapping[str, Any],
+    adversary: dict[str, Tensor] | None = None,
 ) -> Path:
-    """Writes model, optimizer, EMA weights and `state` (JSON) as `run/checkpoint-STEP`; returns that folder."""
+    """Writes model, optimizer, EMA weights, `state` (JSON) and the adversary's state, if there is one, as
+    `run/checkpoint-STEP`; returns that folder.
+    """
     target = run / f"{PREFIX}{step:08d}"
     temporary = run / f".{target.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -36,8 +39,10 @@ def save(
         save_file(
             {k: v.detach().contiguous().clone() for k, v in model.state_dict().items()}, temporary / "model.safetensors"
         )
-        save_file(_flat_optimizer(optimizer), temporary / "optimizer.safetensors")
+        save_file(flat_optimizer(optimizer), temporary / "optimizer.safetensors")
         save_file({str(i): p.detach().contiguous().clone() for i, p in enumerate(ema)}, temporary / "ema.safetensors")
+        if adversary is not None:
+            save_file(adversary, temporary / "adversary.safetensors")
         (temporary / "state.json").write_text(json.dumps({**state, "step": step}, indent=1))
         shutil.rmtree(target, ignore_errors=True)
         os.replace(temporary, target)
@@ -69,8 +74,13 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: 
     with torch.no_grad():
         for i, parameter in enumerate(ema):
             parameter.copy_(averages[str(i)])
-    _restore_optimizer(optimizer, moments)
+    restore_optimizer(optimizer, moments)
     return state
+
+
+def load_adversary(folder: Path) -> dict[str, Tensor]:
+    """The adversary's state that `save` wrote; a WaltError when it is missing or damaged."""
+    return _read(folder / "adversary.safetensors")
 
 
 def latest(run: Path) -> Path | None:
@@ -101,12 +111,14 @@ def _advice(folder: Path) -> str:
     return f"delete {folder} to start over"
 
 
-def _flat_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def flat_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """An optimizer's state as named tensors."""
     state = optimizer.state_dict()["state"]
     return {f"{i}.{k}": v.detach().contiguous().clone() for i, entry in state.items() for k, v in entry.items()}
 
 
-def _restore_optimizer(optimizer: torch.optim.Optimizer, flat: Mapping[str, Tensor]) -> None:
+def restore_optimizer(optimizer: torch.optim.Optimizer, flat: Mapping[str, Tensor]) -> None:
+    """Restores what `flat_optimizer` gave."""
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in flat.items():
         index, _, key = name.partition(".")

@@ -74,17 +74,42 @@ class RunJob(Frozen):
     gradient_checkpointing: bool = False
 
 
+class AdversarialJob(Frozen):
+    """The discriminator of a tokenizer (MAGVIT-v2, arXiv 2310.05737, appendix A) and how it is trained."""
+
+    model: dict[str, Any] = Field(default={}, description="arguments of walt.tokenizers.discriminator.Discriminator")
+    loss: Literal["non_saturating", "hinge"] = "non_saturating"
+    weight: float = Field(default=0.1, gt=0, description="of the generator's adversarial loss")
+    adaptive: bool = Field(default=False, description="times the ratio of gradients at the last layer (VQ-GAN)")
+    start: int = Field(default=0, ge=0, description="step from which the discriminator counts for the generator")
+    lecam: float = Field(default=0.001, ge=0)
+    r1: float = Field(default=10.0, ge=0, description="weight of the gradient penalty on real samples")
+    r1_every: int = Field(default=1, gt=0, description="steps between penalties, each weighted by their distance")
+    optimizer: OptimizerJob = OptimizerJob(lr=1e-4, betas=(0.0, 0.99))
+
+
 class TokenizerLoss(Frozen):
     reconstruction: float = 1.0
+    pixel: Literal["l1", "l2"] = "l1"
     perceptual: float = 0.1
     perceptual_weights: str | None = Field(default=None, description="LPIPS-VGG safetensors (walt data lpips)")
     perceptual_frames: int = Field(default=4, gt=0, description="random frames per step that the VGG sees")
     latent_penalty: float = Field(default=1e-4, ge=0, description="weight of mean z^2: keeps the latent's scale")
     latent_noise: float = Field(default=0.0, ge=0, description="std of the noise the decoder learns to ignore")
+    commitment: float = Field(default=0.25, ge=0, description="latents to their codes (quantizers)")
+    codebook: float = Field(default=1.0, ge=0, description="codes to their latents (vq with a gradient codebook)")
+    entropy: float = Field(default=0.1, ge=0, description="entropy penalty (lfq) at its final weight")
+    entropy_start: float = Field(default=3.0, ge=0, description="the penalty begins this many times as heavy")
+    entropy_steps: int = Field(default=2000, ge=0, description="steps in which it falls linearly to its final weight")
+    adversarial: AdversarialJob | None = None
 
 
 class TokenizerJob(Frozen):
     kind: Literal["tokenizer"] = "tokenizer"
+    architecture: Literal["causal", "frames"] = Field(
+        default="causal",
+        description="causal: AutoencoderKLWalt; frames: WaltVQModel, pictures or class maps one by one",
+    )
     model: dict[str, Any]
     init: str | None = Field(default=None, description="folder of a trained tokenizer to go on from")
     freeze_encoder: bool = Field(default=False, description="train the decoder alone: latents of denoisers stay valid")

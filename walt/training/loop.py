@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from walt.errors import WaltError
 from walt.training import checkpoint
+from walt.training.adversary import Adversarial, Adversary
 from walt.training.job import Job, OptimizerJob
 from walt.training.report import Report
 
@@ -78,6 +79,9 @@ def train(job: Job, objective: Objective, sheet: Sheet | None = None, resume: bo
     objective.to(accelerator.device)
     ema = EMAModel(bare.parameters(), decay=run.ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
     ema.to(accelerator.device)
+    rival = None
+    if isinstance(objective, Adversarial) and objective.adversary is not None:
+        rival = Adversary(objective, accelerator)
     start = 0
     found = checkpoint.latest(output) if resume else None
     if found is not None:
@@ -85,6 +89,8 @@ def train(job: Job, objective: Objective, sheet: Sheet | None = None, resume: bo
         start = int(state["step"])
         ema.optimization_step = start
         _same_recipe(found, state["job"], job)
+        if rival is not None:
+            rival.load(checkpoint.load_adversary(found))
     report = Report(job, output, start, enabled=accelerator.is_main_process)
     batches = iter(_loader(objective, start * run.accumulate, run.steps * run.accumulate, rank, run.workers))
     model.train()
@@ -99,6 +105,8 @@ def train(job: Job, objective: Objective, sheet: Sheet | None = None, resume: bo
                 with accelerator.autocast():
                     loss, figures = objective.loss(model, next(batches), generator)
                 accelerator.backward(loss / run.accumulate)
+                if rival is not None:
+                    figures = {**figures, **rival.backward(1 / run.accumulate)}
             norm = accelerator.clip_grad_norm_(trained, job.optimizer.clip_norm)
             if not bool(torch.isfinite(norm)):
                 raise WaltError(
@@ -107,6 +115,8 @@ def train(job: Job, objective: Objective, sheet: Sheet | None = None, resume: bo
                 )
             optimizer.step()
             optimizer.zero_grad()
+            if rival is not None:
+                rival.step(step, lambda optimizer, step: learning_rate(optimizer, step, run.steps))
             ema.step(bare.parameters())
             report.step(
                 step, {**figures, "loss": loss.detach(), "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"]}
@@ -115,7 +125,15 @@ def train(job: Job, objective: Objective, sheet: Sheet | None = None, resume: bo
             if accelerator.is_main_process:
                 if done % run.checkpoint_every == 0 or done == run.steps:
                     with report.pause():
-                        checkpoint.save(output, done, bare, optimizer, ema.shadow_params, {"job": job.model_dump()})
+                        checkpoint.save(
+                            output,
+                            done,
+                            bare,
+                            optimizer,
+                            ema.shadow_params,
+                            {"job": job.model_dump()},
+                            rival.state() if rival is not None else None,
+                        )
                         checkpoint.prune(output, run.keep_checkpoints)
                 if sheet is not None and (done == run.steps or (run.sheet_every and done % run.sheet_every == 0)):
                     with report.pause(), averaged(ema, bare):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -18,7 +19,7 @@ from walt.data.scenes import Scenes
 from walt.diffusion import add_noise, draw_timesteps, make_scheduler, velocity, x0_from_velocity
 from walt.errors import WaltError, suggest
 from walt.latents import normalize
-from walt.training.job import DenoiserJob, TokenizerJob
+from walt.training.job import DenoiserJob, OptimizerJob, TokenizerJob
 
 
 def build_model(cls: type[Any], config: dict[str, Any]) -> Any:
@@ -36,41 +37,82 @@ def build_model(cls: type[Any], config: dict[str, Any]) -> Any:
 # Tokenizer
 
 
-class TokenizerObjective:
-    """Reconstruction + VGG perceptual loss on mixed image and clip cuts; records latent statistics at the end.
+class TokenizerBatch(NamedTuple):
+    """Groups of equal shape: videos `(N, 3, T, H, W)` in [-1, 1], or class maps int64 `(N, T, H, W)`."""
 
-    The adversarial part of MAGVIT-v2 is not built. `latent_penalty` and `latent_noise` stand in for a KL term: they
-    keep the latents' scale and make the decoder tolerant of a denoiser's errors.
+    step: int
+    groups: list[Tensor]
+
+
+class TokenizerObjective:
+    """Reconstruction + VGG perceptual loss on mixed image and clip cuts, and the discriminator's if the recipe has one.
+
+    Continuous latents: `latent_penalty` and `latent_noise` stand in for a KL term: they keep the latents' scale and make
+    the decoder tolerant of a denoiser's errors; the latents' statistics are recorded at the end. Codes: the quantizer's
+    losses with the recipe's weights. Segmentation models are given class maps and the cross-entropy.
     """
 
     model: Any
 
-    def __init__(self, job: TokenizerJob, autoencoder: type[Any], perceptual: nn.Module | None) -> None:
+    def __init__(
+        self,
+        job: TokenizerJob,
+        autoencoder: type[Any],
+        perceptual: nn.Module | None,
+        adversary: Any = None,
+    ) -> None:
         self.job = job
         self.scenes = Scenes(job.data)
         torch.manual_seed(job.run.seed)
         self.model = build_model(autoencoder, job.model)
+        self.segmentation = bool(self.model.config.get("segmentation", False))
+        self.quantizer = getattr(self.model, "quantizer", None)
+        self._check(job)
         if job.init is not None:
             trained = start_from(self.model, job.init)
-            self.model.register_to_config(
-                latents_mean=trained.config.latents_mean, latents_std=trained.config.latents_std
+            if self.quantizer is None:
+                self.model.register_to_config(
+                    latents_mean=trained.config.latents_mean, latents_std=trained.config.latents_std
+                )
+        elif self.model.config.get("block_shortcut"):
+            self.model.fit_block_shortcut(
+                video for i in range(job.shortcut_batches) for video in self.batch(i, 0).groups
             )
-        elif self.model.config.block_shortcut:
-            self.model.fit_block_shortcut(video for i in range(job.shortcut_batches) for video in self.batch(i, 0))
         if job.freeze_encoder:
-            if job.init is None:
-                raise WaltError("freeze_encoder: an untrained encoder cannot be frozen; give init=FOLDER")
             self.model.encoder.requires_grad_(False)
+            if self.quantizer is not None:
+                self.quantizer.requires_grad_(False)
+                self.quantizer.frozen = True
         self.perceptual = perceptual
+        # walt.tokenizers.losses.AdversarialLoss: the core knows tokenizers only as arguments
+        self.adversary = adversary
+        self.adversary_optimizer = job.loss.adversarial.optimizer if job.loss.adversarial else OptimizerJob(lr=1e-4)
+        if (adversary is None) != (job.loss.adversarial is None):
+            raise WaltError("loss.adversarial: the objective needs an adversary with it, and takes none without")
+        self._seen: tuple[int, list[tuple[Tensor, Tensor]]] = (0, [])
         self.device = torch.device("cpu")
+
+    def _check(self, job: TokenizerJob) -> None:
+        if job.freeze_encoder and job.init is None:
+            raise WaltError("freeze_encoder: an untrained encoder cannot be frozen; give init=FOLDER")
+        if self.quantizer is not None and job.loss.latent_noise:
+            raise WaltError(f"loss.latent_noise: codes take no noise, got {job.loss.latent_noise}; set it to 0")
+        if self.segmentation:
+            if job.loss.perceptual_weights is not None or job.loss.adversarial is not None:
+                raise WaltError("loss: class maps have neither a perceptual nor an adversarial loss; leave them out")
+            classes = 1 + len(self.scenes.theatre.subjects)
+            if self.model.config.in_channels != classes:
+                raise WaltError(
+                    f"model.in_channels: background and subjects are {classes} classes, got {self.model.config.in_channels}"
+                )
 
     def to(self, device: torch.device) -> None:
         self.device = device
         if self.perceptual is not None:
             self.perceptual.to(device)
 
-    def batch(self, step: int, rank: int) -> list[Tensor]:
-        """Groups of equal shape, each `(N, 3, T, H, W)` in [-1, 1]; about `batch_pixels` video pixels in all."""
+    def batch(self, step: int, rank: int) -> TokenizerBatch:
+        """About `batch_pixels` pixels of clips and pictures."""
         shapes = self.job.shapes
         rng = np.random.default_rng((self.job.run.seed, step, rank))
         sides = [(s.cut or s.height, s.cut or s.width) for s in shapes]
@@ -78,41 +120,109 @@ class TokenizerObjective:
         chosen = fill_budget(self.job.batch_pixels, pixels, [s.weight for s in shapes], rng)
         groups: dict[tuple[int, ...], list[Tensor]] = {}
         for index in chosen:
-            video = self.scenes.clip(int(rng.integers(self.job.data.scenes)), shapes[index]).video
-            groups.setdefault(tuple(video.shape), []).append(video)
-        return [torch.stack(videos) for _, videos in sorted(groups.items())]
+            number = int(rng.integers(self.job.data.scenes))
+            if self.segmentation:
+                sample = self.scenes.sketch(number, shapes[index])
+            else:
+                sample = self.scenes.clip(number, shapes[index]).video
+            groups.setdefault(tuple(sample.shape), []).append(sample)
+        stacked = [torch.stack(samples) for _, samples in sorted(groups.items())]
+        return TokenizerBatch(step // self.job.run.accumulate, stacked)
 
     def loss(
-        self, model: nn.Module, batch: list[Tensor], generator: torch.Generator
+        self, model: nn.Module, batch: TokenizerBatch, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, float | Tensor]]:
         weights = self.job.loss
-        total = sum(video.numel() for video in batch)
+        total = sum(group.numel() for group in batch.groups)
         loss = torch.zeros((), device=self.device)
-        seen: dict[str, float | Tensor] = {"pixels": total / 3, "samples": sum(len(video) for video in batch)}
-        error = torch.zeros((), device=self.device)
-        distances: list[Tensor] = []
+        seen: dict[str, float | Tensor] = {
+            "pixels": total / (1 if self.segmentation else 3),
+            "samples": sum(len(group) for group in batch.groups),
+        }
         outputs: list[tuple[Tensor, Tensor]] = []
-        for video in batch:
-            video = video.to(self.device, non_blocking=True)
-            share = video.numel() / total
-            output, latent = model(video, noise=self._noise(video, generator), return_dict=False)
-            difference = output.float() - video
-            error = error + share * difference.detach().square().mean()
-            loss = loss + share * weights.reconstruction * difference.abs().mean()
-            loss = loss + share * weights.latent_penalty * latent.float().square().mean()
-            outputs.append((output, video))
+        for group in batch.groups:
+            target = group.to(self.device, non_blocking=True)
+            share = target.numel() / total
+            output, latent = model(target, noise=self._noise(target, generator), return_dict=False)
+            loss = loss + share * weights.reconstruction * self._reconstruction(output.float(), target, share, seen)
+            if self.quantizer is None:
+                loss = loss + share * weights.latent_penalty * latent.float().square().mean()
+            else:
+                loss = loss + share * self._quantization(latent, batch.step, share, seen)
+            outputs.append((output, target))
+        if "mse" in seen:
+            seen["psnr"] = -10.0 * torch.log10(torch.as_tensor(seen.pop("mse")) / 4.0)
         if self.perceptual is not None:
-            for _ in range(weights.perceptual_frames):
-                # A random frame of a random group: the VGG costs more than the tokenizer.
-                output, video = outputs[int(torch.randint(len(outputs), (), generator=generator))]
-                row, frame = (int(torch.randint(video.shape[dim], (), generator=generator)) for dim in (0, 2))
-                distances.append(self.perceptual(output[row : row + 1, :, frame], video[row : row + 1, :, frame]))
-        if distances:
-            distance = torch.cat(distances).float().mean()
+            distance = self._perceptual(self.perceptual, outputs, generator)
             loss = loss + weights.perceptual * distance
             seen["lpips"] = distance.detach()
-        seen["psnr"] = -10.0 * torch.log10(error / 4.0)
+        if self.adversary is not None:
+            loss = loss + self._fool(loss, batch.step, outputs, seen)
         return loss, seen
+
+    def _reconstruction(self, output: Tensor, target: Tensor, share: float, seen: dict[str, float | Tensor]) -> Tensor:
+        """The pixel loss of one group; adds to the figures."""
+        if self.segmentation:
+            right = (output.detach().argmax(dim=1) == target).float().mean()
+            _add(seen, "pixel_accuracy", share * right)
+            return F.cross_entropy(output, target)
+        difference = output - target
+        squared = difference.square().mean()
+        _add(seen, "mse", share * squared.detach())
+        return difference.abs().mean() if self.job.loss.pixel == "l1" else squared
+
+    def _quantization(self, quantized: Any, step: int, share: float, seen: dict[str, float | Tensor]) -> Tensor:
+        """The weighted losses of a quantizer on one group; adds to the figures."""
+        weights = self.job.loss
+        left = max(0.0, 1.0 - step / weights.entropy_steps) if weights.entropy_steps else 0.0
+        scale = {
+            "commitment": weights.commitment,
+            "codebook": weights.codebook,
+            "entropy": weights.entropy * (1.0 + (weights.entropy_start - 1.0) * left),
+        }
+        loss = torch.zeros((), device=self.device)
+        for name, value in quantized.losses.items():
+            loss = loss + scale[name] * value
+            _add(seen, name, share * value.detach())
+        for name, value in quantized.metrics.items():
+            _add(seen, name, share * value)
+        return loss
+
+    def _perceptual(
+        self, network: nn.Module, outputs: list[tuple[Tensor, Tensor]], generator: torch.Generator
+    ) -> Tensor:
+        distances: list[Tensor] = []
+        for _ in range(self.job.loss.perceptual_frames):
+            # A random frame of a random group: the VGG costs more than the tokenizer.
+            output, video = outputs[int(torch.randint(len(outputs), (), generator=generator))]
+            row, frame = (int(torch.randint(video.shape[dim], (), generator=generator)) for dim in (0, 2))
+            distances.append(network(output[row : row + 1, :, frame], video[row : row + 1, :, frame]))
+        return torch.cat(distances).float().mean()
+
+    def _fool(
+        self,
+        reconstruction: Tensor,
+        step: int,
+        outputs: list[tuple[Tensor, Tensor]],
+        seen: dict[str, float | Tensor],
+    ) -> Tensor:
+        """The generator's weighted adversarial loss; keeps real and made samples for `adversary_loss`."""
+        job = self.job.loss.adversarial
+        assert job is not None
+        self._seen = step, [(video, output.detach()) for output, video in outputs]
+        if step < job.start:
+            return torch.zeros((), device=self.device)
+        loss, figures = self.adversary.fool(
+            [output for output, _ in outputs], reconstruction, self.model.decoder.conv_out.weight
+        )
+        seen.update(figures)
+        return cast(Tensor, loss)
+
+    def adversary_loss(self) -> tuple[Tensor, dict[str, float | Tensor]]:
+        """The discriminator's loss on the samples of the last `loss`."""
+        step, pairs = self._seen
+        loss, figures = self.adversary.judge(pairs, step)
+        return loss, figures
 
     def _noise(self, video: Tensor, generator: torch.Generator) -> Tensor | None:
         if not self.job.loss.latent_noise:
@@ -125,7 +235,7 @@ class TokenizerObjective:
         return (torch.randn(shape, generator=generator) * strength).to(self.device)
 
     def export(self, model: nn.Module, folder: Path) -> None:
-        if not self.job.freeze_encoder:
+        if not self.job.freeze_encoder and self.quantizer is None:
             mean, std = self.statistics(model)
             model.register_to_config(latents_mean=mean, latents_std=std)  # type: ignore[operator]
         model.save_pretrained(folder)  # type: ignore[operator]
@@ -137,7 +247,7 @@ class TokenizerObjective:
         total = torch.zeros(model.config.latent_channels, dtype=torch.float64)
         square = torch.zeros_like(total)
         for step in range(batches):
-            for video in self.batch(step, 0):
+            for video in self.batch(step, 0).groups:
                 z = model.encode(video.to(self.device)).latent_dist.mode().double().cpu()
                 count = count + z[:, 0].numel()
                 total = total + z.sum(dim=(0, 2, 3, 4))
@@ -145,6 +255,10 @@ class TokenizerObjective:
         mean = total / count
         std = (square / count - mean.square()).clamp_min(1e-12).sqrt()
         return [round(float(v), 6) for v in mean], [round(float(v), 6) for v in std]
+
+
+def _add(figures: dict[str, float | Tensor], name: str, value: Tensor) -> None:
+    figures[name] = figures[name] + value if name in figures else value
 
 
 # ---------------------------------------------------------------------------------------------------------------------
