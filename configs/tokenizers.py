@@ -106,6 +106,8 @@ def lfq_small() -> TokenizerJob:
 EMOJI_VQ = {
     "num_vq_embeddings": 1024,
     "vq_embed_dim": 16,
+    "codebook_decay": 0.95,
+    "restart_below": 0.1,
     "encoder_widths": (48, 96),
     "decoder_widths": (64, 112),
     "layers_per_block": 2,
@@ -130,10 +132,10 @@ def emoji_vq() -> TokenizerJob:
         shapes=_frames(64, 1.0),
         batch_pixels=16 * 64 * 64,
         loss=TokenizerLoss(
-            perceptual=0.1, perceptual_weights="cache/lpips_vgg.safetensors", perceptual_frames=2, commitment=0.25
+            perceptual=0.1, perceptual_weights="cache/lpips_vgg.safetensors", perceptual_frames=1, quantizer_warmup=150
         ),
-        optimizer=OptimizerJob(lr=1e-3, betas=(0.9, 0.99), warmup_steps=50),
-        run=RunJob(output="runs/emoji-vq", steps=2000, ema_decay=0.995, checkpoint_every=100),
+        optimizer=OptimizerJob(lr=1.5e-3, betas=(0.9, 0.99), warmup_steps=50),
+        run=RunJob(output="runs/emoji-vq", steps=1500, ema_decay=0.995, checkpoint_every=100),
     )
 
 

@@ -482,9 +482,9 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin):
         if detail_threshold:
             space = 2 ** (len(decoder_widths) - 1)
             shrinkage = DetailShrinkage(in_channels, patch_size, math.prod(times), space, detail_threshold)
-        self.quantizer: Quantizer | None = None
+        self.quantize: Quantizer | None = None
         if quantizer is not None:
-            self.quantizer = make_quantizer(quantizer, latent_channels, quantizer_config)
+            self.quantize = make_quantizer(quantizer, latent_channels, quantizer_config)
         elif quantizer_config is not None:
             raise WaltError("quantizer_config: there is no quantizer to configure")
         self.decoder = Decoder3d(
@@ -535,10 +535,10 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin):
         """
         self._check_video(sample, first=True)
         z = self._encode(sample)
-        if self.quantizer is not None:
+        if self.quantize is not None:
             if noise is not None:
                 raise WaltError("noise: codes take none")
-            quantized = self.quantizer(z)
+            quantized = self.quantize(z)
             x = self._decode(quantized.z)
             return DecoderOutput(sample=x) if return_dict else (x, quantized)
         x = self._decode(z if noise is None else z + noise.to(z.dtype))
@@ -556,31 +556,31 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin):
     def encode_indices(self, x: Tensor) -> Tensor:
         """Codes int64 `(B, 1+k, h, w)` of whole clips `(B, 3, 1+4k, 8h, 8w)`; needs a quantizer."""
         self._check_video(x, first=True)
-        return self._quantizer().latents_to_indices(self._encode(x))
+        return self._codebook().latents_to_indices(self._encode(x))
 
     @torch.no_grad()
     def decode_indices(self, indices: Tensor) -> Tensor:
         """Video `(B, 3, 1+4k, 8h, 8w)` in [-1, 1] of codes `(B, 1+k, h, w)`; needs a quantizer."""
         if indices.ndim != 4 or 0 in indices.shape:
             raise WaltError(f"indices must be (B, t, h, w), got shape {tuple(indices.shape)}")
-        codes = self._quantizer().indices_to_codes(indices)
+        codes = self._codebook().indices_to_codes(indices)
         return self._decode(codes.to(self.decoder.conv_in.weight.dtype)).clamp(-1.0, 1.0)
 
     @property
     def vocab_size(self) -> int:
         """The number of codes; needs a quantizer."""
-        return self._quantizer().size
+        return self._codebook().size
 
-    def _quantizer(self) -> Quantizer:
-        if self.quantizer is None:
+    def _codebook(self) -> Quantizer:
+        if self.quantize is None:
             raise WaltError("this tokenizer has continuous latents: only one with a quantizer has codes")
-        return self.quantizer
+        return self.quantize
 
     def _codes(self, z: Tensor) -> Tensor:
         """The codes of latents where there is a quantizer, the latents themselves where there is none."""
-        if self.quantizer is None:
+        if self.quantize is None:
             return z
-        return self.quantizer.indices_to_codes(self.quantizer.latents_to_indices(z)).to(z.dtype)
+        return self.quantize.indices_to_codes(self.quantize.latents_to_indices(z)).to(z.dtype)
 
     def to_json_string(self) -> str:
         """The config file: that of continuous latents says nothing of quantizers, as before there were any."""

@@ -45,6 +45,7 @@ class Quantizer(nn.Module):
         self.channels = channels
         self.sub_sizes = tuple(sub_sizes)
         self.size = math.prod(sub_sizes)
+        self.open = 0.0  # in training: the share of a batch's samples, the first ones, that pass unquantized
 
     def forward(self, z: Tensor) -> Quantized:
         """Quantizes `(B, C, t, h, w)`."""
@@ -86,6 +87,12 @@ class Quantizer(nn.Module):
                 raise WaltError(f"sub-codes: number {place} must be in 0..{size - 1}")
             index = index * size + digits[..., place]
         return index
+
+    def _passed(self, z: Tensor, codes: Tensor) -> Tensor:
+        """What goes on to the decoder of latents `(B, C, t, h, w)` and their codes: straight through, less `open`."""
+        count = round(self.open * len(z)) if self.training else 0
+        closed = _straight_through(z[count:], codes[count:]).to(z.dtype)
+        return torch.cat([z[:count], closed]) if count else closed
 
     def extra_repr(self) -> str:
         return f"channels={self.channels}, size={self.size}, sub_sizes={self.sub_sizes}"
@@ -167,12 +174,15 @@ class VectorQuantizer(Quantizer):
         self._check_latent(z)
         rows = rearrange(z, "b c t h w -> (b t h w) c")
         rows = self._scaled(rows.float())
-        learn = self.training and not self.frozen
+        # Fully open, the codebook waits for latents worth learning.
+        learn = self.training and not self.frozen and self.open < 1.0
         if learn and int(self.step) == 0:
             self._begin(rows.detach())
         indices = self._nearest(rows)
         codes = self._lookup(indices)
         losses = {"commitment": (rows - codes.detach()).square().mean()}
+        if self.training and self.open >= 1.0:
+            losses["commitment"] = rows.new_zeros(())  # there is no codebook yet
         if self.codebook == "gradient":
             losses["codebook"] = (rows.detach() - codes).square().mean()
         metrics = codebook_metrics(indices, self.size)
@@ -181,7 +191,7 @@ class VectorQuantizer(Quantizer):
         b, _, t, h, w = z.shape
         shape = {"b": b, "t": t, "h": h, "w": w}
         return Quantized(
-            rearrange(_straight_through(rows, codes), "(b t h w) c -> b c t h w", **shape).to(z.dtype),
+            self._passed(*(rearrange(x, "(b t h w) c -> b c t h w", **shape) for x in (rows, codes))).to(z.dtype),
             rearrange(indices, "(b t h w) -> b t h w", **shape),
             losses,
             metrics,
@@ -215,7 +225,8 @@ class VectorQuantizer(Quantizer):
         self.counts.lerp_(counts, 1 - self.decay)
         if self.codebook == "ema":
             self.sums.lerp_(sums, 1 - self.decay)
-            self.weight.copy_(self._scaled(self.sums / self.counts.clamp_min(1e-5)[:, None]))
+            live = self.counts[:, None] > 1e-5  # a code that nothing comes near stays where it is
+            self.weight.copy_(torch.where(live, self._scaled(self.sums / self.counts[:, None]), self.weight))
         self.step += 1
         # A batch smaller than the codebook cannot keep every code busy.
         threshold = min(self.restart_below, 0.5 * float(counts.sum()) / self.size)
@@ -289,7 +300,7 @@ class LookupFreeQuantizer(Quantizer):
         }
         metrics = codebook_metrics(indices, self.size)
         metrics["bit_entropy"] = bit_entropy(indices, self.channels).mean()
-        return Quantized(_straight_through(latent, codes).to(z.dtype), indices, losses, metrics)
+        return Quantized(self._passed(latent, codes).to(z.dtype), indices, losses, metrics)
 
     def entropies(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """`E[H(q(z))]` and `H(E[q(z)])` in nats (the latter by groups) of latents `(N, C)`."""
@@ -345,12 +356,10 @@ class FiniteScalarQuantizer(Quantizer):
     def forward(self, z: Tensor) -> Quantized:
         self._check_latent(z)
         bounded = self._bound(rearrange(z.float(), "b c t h w -> b t h w c"))
-        rounded = _straight_through(bounded, bounded.round())
-        codes = rounded / self._half(z.device)
+        half = self._half(z.device)
         indices = self._index(bounded.round())
-        return Quantized(
-            rearrange(codes, "b t h w c -> b c t h w").to(z.dtype), indices, {}, codebook_metrics(indices, self.size)
-        )
+        levels = (rearrange(x / half, "b t h w c -> b c t h w") for x in (bounded, bounded.round()))
+        return Quantized(self._passed(*levels).to(z.dtype), indices, {}, codebook_metrics(indices, self.size))
 
     def codes_to_indices(self, codes: Tensor) -> Tensor:
         self._check_latent(codes)

@@ -97,7 +97,7 @@ class WaltVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["ResidualBlock"]
-    _skip_layerwise_casting_patterns = ["norm", "quantizer"]
+    _skip_layerwise_casting_patterns = ["norm", "quantize"]
 
     @register_to_config
     def __init__(
@@ -134,7 +134,7 @@ class WaltVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         blocks, times = in_channels * patch_size**2, [1] * (len(encoder_widths) - 1)
         self.patcher = FramePatcher(patch_size, front_end)
         self.encoder = Encoder3d(blocks, vq_embed_dim, encoder_widths, times, layers_per_block, norm, False)
-        self.quantizer = VectorQuantizer(
+        self.quantize = VectorQuantizer(
             num_vq_embeddings, vq_embed_dim, codebook, codebook_decay, restart_below, normalize
         )
         self.decoder = Decoder3d(
@@ -148,7 +148,7 @@ class WaltVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
     @property
     def vocab_size(self) -> int:
         """The number of codes."""
-        return self.quantizer.size
+        return self.quantize.size
 
     # -- diffusers' interface ----------------------------------------------------------------------------------------
 
@@ -179,7 +179,7 @@ class WaltVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         z = h if h.ndim == 5 else h.unsqueeze(2)
         loss = torch.zeros((), device=h.device, dtype=torch.float32)
         if not force_not_quantize:
-            quantized = self.quantizer(z)
+            quantized = self.quantize(z)
             z, loss = quantized.z, quantized.losses["commitment"]
         x = self._decode(z)
         x = x if h.ndim == 5 else x[:, :, 0]
@@ -189,7 +189,7 @@ class WaltVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         """Reconstructs pictures or videos; with `return_dict=False` training gets `(reconstruction, Quantized)`."""
         if noise is not None:
             raise WaltError("noise: codes take none")
-        quantized = self.quantizer(self._encode(self._as_channels(sample)))
+        quantized = self.quantize(self._encode(self._as_channels(sample)))
         x = self._decode(quantized.z)
         x = x if _is_video(sample) else x[:, :, 0]
         if return_dict:
@@ -201,7 +201,7 @@ class WaltVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
     @torch.no_grad()
     def encode_indices(self, x: Tensor) -> Tensor:
         """Codes int64 `(B, h, w)` of pictures or `(B, T, h, w)` of videos, each in `0..vocab_size-1`."""
-        indices = self.quantizer.latents_to_indices(self._encode(self._check_input(x)))
+        indices = self.quantize.latents_to_indices(self._encode(self._check_input(x)))
         return indices if _is_video(x) else indices[:, 0]
 
     @torch.no_grad()
@@ -212,7 +212,7 @@ class WaltVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         """
         if indices.ndim not in (3, 4) or 0 in indices.shape:
             raise WaltError(f"indices must be (B, h, w) or (B, T, h, w), got shape {tuple(indices.shape)}")
-        codes = self.quantizer.indices_to_codes(indices if indices.ndim == 4 else indices.unsqueeze(1))
+        codes = self.quantize.indices_to_codes(indices if indices.ndim == 4 else indices.unsqueeze(1))
         x = self._decode(codes.to(self.decoder.conv_in.weight.dtype))
         x = x if indices.ndim == 4 else x[:, :, 0]
         return x if self.config["segmentation"] else x.clamp(-1.0, 1.0)

@@ -101,6 +101,12 @@ class TokenizerLoss(Frozen):
     entropy: float = Field(default=0.1, ge=0, description="entropy penalty (lfq) at its final weight")
     entropy_start: float = Field(default=3.0, ge=0, description="the penalty begins this many times as heavy")
     entropy_steps: int = Field(default=2000, ge=0, description="steps in which it falls linearly to its final weight")
+    quantizer_warmup: int = Field(
+        default=0,
+        ge=0,
+        description="steps without quantization, so that the codebook meets latents of full dimension; then as many in "
+        "which ever more samples of a batch are quantized",
+    )
     adversarial: AdversarialJob | None = None
 
 

@@ -66,7 +66,7 @@ class TokenizerObjective:
         torch.manual_seed(job.run.seed)
         self.model = build_model(autoencoder, job.model)
         self.segmentation = bool(self.model.config.get("segmentation", False))
-        self.quantizer = getattr(self.model, "quantizer", None)
+        self.quantizer = getattr(self.model, "quantize", None)
         self._check(job)
         if job.init is not None:
             trained = start_from(self.model, job.init)
@@ -140,6 +140,8 @@ class TokenizerObjective:
             "samples": sum(len(group) for group in batch.groups),
         }
         outputs: list[tuple[Tensor, Tensor]] = []
+        if self.quantizer is not None:
+            self.quantizer.open = self._open(batch.step)
         for group in batch.groups:
             target = group.to(self.device, non_blocking=True)
             share = target.numel() / total
@@ -170,6 +172,11 @@ class TokenizerObjective:
         squared = difference.square().mean()
         _add(seen, "mse", share * squared.detach())
         return difference.abs().mean() if self.job.loss.pixel == "l1" else squared
+
+    def _open(self, step: int) -> float:
+        """The share of samples that pass the quantizer unquantized: all, then ever fewer, then none."""
+        warm = self.job.loss.quantizer_warmup
+        return min(1.0, max(0.0, 2.0 - step / warm)) if warm else 0.0
 
     def _quantization(self, quantized: Any, step: int, share: float, seen: dict[str, float | Tensor]) -> Tensor:
         """The weighted losses of a quantizer on one group; adds to the figures."""
