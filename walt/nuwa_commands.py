@@ -285,7 +285,8 @@ def run(args: argparse.Namespace) -> None:
         raise UsageError(str(error)) from error
     frames = output.frames[0]
     if args.upscale is not None:
-        frames = upscale(frames, args.upscale[0], args.upscale[1], args.cascade, args.seed)
+        prompt = getattr(args, "prompt", "")
+        frames = upscale(frames, args.upscale[0], args.upscale[1], args.cascade, prompt, args.seed)
     pixels = (frames.float() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     if is_image_path(args.output):
         write_image(np.concatenate(list(pixels), axis=1), args.output)
@@ -419,11 +420,12 @@ def fit(frames: Pixels, height: int, width: int) -> Pixels:
     return np.stack([np.asarray(image) for image in images])
 
 
-def upscale(frames: Tensor, height: int, width: int, folder: Path, seed: int = 0) -> Tensor:
+def upscale(frames: Tensor, height: int, width: int, folder: Path, prompt: str = "", seed: int = 0) -> Tensor:
     """Frames `(T, 3, H, W)` in [0, 1] to height x width by the super-resolution stages of a cascade folder.
 
     `height` is twice H or, with two stages, four times H. To the wanted shape the frames are cropped in the middle, or
-    go on with the colours of their edges; to a number of frames that the stages take, with their last frame.
+    go on with the colours of their edges; to a number of frames that the stages take, with their last frame. Stages that
+    take text get the prompt.
 
     Raises:
         WaltError: a size or model that does not allow it.
@@ -448,10 +450,16 @@ def upscale(frames: Tensor, height: int, width: int, folder: Path, seed: int = 0
     count = len(video)
     video = torch.cat([video, video[-1:].expand(_allowed_frames(count) - count, -1, -1, -1)])[None]
     for transformer in stages:
-        stage = WaltSuperResolutionPipeline(vae=cascade.vae, transformer=transformer, scheduler=cascade.scheduler)
+        text: dict[str, Any] = {}
+        if transformer.config.text_dim is not None:
+            text = {"tokenizer": cascade.tokenizer, "text_encoder": cascade.text_encoder}
+        stage = WaltSuperResolutionPipeline(
+            vae=cascade.vae, transformer=transformer, scheduler=cascade.scheduler, **text
+        )
         stage.set_progress_bar_config(disable=True)
         video = stage(
             video=video,
+            prompt=prompt if text else None,
             noise_level=cascade.config.noise_level,
             num_inference_steps=cascade.config.super_resolution_steps,
             generator=torch.Generator().manual_seed(seed),
@@ -465,7 +473,9 @@ def frame_to_width(frames: Tensor, width: int) -> Tensor:
     import torch
 
     more = width - frames.shape[3]
-    if more <= 0:
+    if more == 0:
+        return frames
+    if more < 0:
         return frames[..., -more // 2 : -more // 2 + width]
     return torch.nn.functional.pad(frames, (more // 2, more - more // 2, 0, 0), mode="replicate")
 
