@@ -281,9 +281,11 @@ def run(args: argparse.Namespace) -> None:
                 callback_on_step_end=bar.step,
                 callback_on_step_end_tensor_inputs=[],
             )
+        frames = output.frames[0]
+        if args.upscale is not None:
+            _factor(frames.shape[2], *args.upscale)
     except WaltError as error:
         raise UsageError(str(error)) from error
-    frames = output.frames[0]
     if args.upscale is not None:
         prompt = getattr(args, "prompt", "")
         frames = upscale(frames, args.upscale[0], args.upscale[1], args.cascade, prompt, args.seed)
@@ -435,12 +437,7 @@ def upscale(frames: Tensor, height: int, width: int, folder: Path, prompt: str =
     from walt.cli import choose_device, choose_dtype, load_cascade
     from walt.pipelines.pipeline_walt_super_resolution import WaltSuperResolutionPipeline
 
-    scale = height // frames.shape[2]
-    if scale not in (2, 4) or height != scale * frames.shape[2] or width % (8 * scale):
-        raise WaltError(
-            f"--upscale {height}x{width} does not fit frames of {frames.shape[2]} lines: the height must be "
-            f"{2 * frames.shape[2]} or {4 * frames.shape[2]}, the width a multiple of {8 * max(2, scale)}"
-        )
+    scale = _factor(frames.shape[2], height, width)
     device = choose_device("auto")
     cascade = load_cascade(folder, choose_dtype("auto", device), device)
     stages = cascade.transformers[1 : 1 + int(math.log2(scale))]
@@ -466,6 +463,17 @@ def upscale(frames: Tensor, height: int, width: int, folder: Path, prompt: str =
             output_type="pt",
         ).frames
     return video[0, :count]
+
+
+def _factor(lines: int, height: int, width: int) -> int:
+    """2 or 4, by which `lines` grow to `height`; a WaltError for anything else."""
+    scale = height // lines
+    if scale not in (2, 4) or height != scale * lines or width % (8 * scale):
+        raise WaltError(
+            f"--upscale {height}x{width} does not fit frames of {lines} lines: the height must be {2 * lines} and the "
+            f"width a multiple of 16, or {4 * lines} and a multiple of 32"
+        )
+    return scale
 
 
 def frame_to_width(frames: Tensor, width: int) -> Tensor:
