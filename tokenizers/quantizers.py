@@ -197,6 +197,33 @@ class VectorQuantizer(Quantizer):
             metrics,
         )
 
+    @torch.no_grad()
+    def fit(self, rows: Tensor, iterations: int = 15) -> None:
+        """Puts the codebook on the k-means of latents `(N, dim)`, N at least `size` (Lloyd's iterations).
+
+        A code that stands for none of them goes to the one that is worst represented.
+        """
+        if rows.ndim != 2 or rows.shape[1] != self.channels or len(rows) < self.size:
+            raise WaltError(
+                f"rows: a codebook of {self.size} is fitted to as many latents of {self.channels} or more, "
+                f"got shape {tuple(rows.shape)}"
+            )
+        rows = self._scaled(rows.float())
+        self.step.zero_()
+        self._place(torch.ones(self.size, dtype=torch.bool, device=rows.device), rows)
+        for _ in range(iterations):
+            indices = self._nearest(rows)
+            counts = torch.bincount(indices, minlength=self.size)
+            sums = torch.zeros_like(self.weight).index_add_(0, indices, rows)
+            self.weight.copy_(torch.where(counts[:, None] > 0, self._scaled(sums / counts[:, None]), self.weight))
+            if empty := int((counts == 0).sum()):
+                worst = (rows - self._lookup(indices)).square().sum(dim=-1).topk(empty).indices
+                self.weight[counts == 0] = rows[worst]
+        self.counts.fill_(1.0)
+        if self.codebook == "ema":
+            self.sums.copy_(self.weight)
+        self.step += 1
+
     def _scaled(self, rows: Tensor) -> Tensor:
         return F.normalize(rows, dim=-1) if self.normalize else rows
 

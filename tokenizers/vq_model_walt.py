@@ -7,6 +7,7 @@ Letters: B batch, C channels, T frames, H W pixels; D code width, h w latent gri
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -20,7 +21,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from walt.errors import WaltError
-from walt.tokenizers.autoencoder_kl_walt import CausalConv3d, Decoder3d, Encoder3d, Past, haar_matrix
+from walt.tokenizers.autoencoder_kl_walt import BlockProjection, CausalConv3d, Decoder3d, Encoder3d, Past, haar_matrix
 from walt.tokenizers.quantizers import VectorQuantizer
 
 
@@ -44,6 +45,8 @@ def _frames_only(network: nn.Module) -> None:
         for name, child in list(parent.named_children()):
             if isinstance(child, CausalConv3d):
                 setattr(parent, name, FrameConv(child))
+        if isinstance(parent, BlockProjection):
+            parent.later = None  # the map of later positions in time
 
 
 class FramePatcher(nn.Module):
@@ -91,6 +94,7 @@ class WaltVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         patch_size: 1, 2, 4, ...: a lossless front end that takes the place of the finest levels.
         front_end: "haar" or "space_to_depth".
         norm: "group" (VQ-GAN) or "channel" (per position: a crop is encoded as the whole picture is, borders aside).
+        block_shortcut: a linear map per block beside the networks (`fit_block_shortcut`).
         adaptation: of the decoder's norms to the code, "local" or "global".
         codebook, codebook_decay, restart_below, normalize: see `VectorQuantizer`.
     """
@@ -113,6 +117,7 @@ class WaltVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         front_end: str = "haar",
         norm: str = "group",
         adaptation: str = "local",
+        block_shortcut: bool = False,
         codebook: str = "ema",
         codebook_decay: float = 0.99,
         restart_below: float = 0.03,
@@ -133,12 +138,12 @@ class WaltVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         self.spatial_compression_ratio = patch_size * 2 ** (len(encoder_widths) - 1)
         blocks, times = in_channels * patch_size**2, [1] * (len(encoder_widths) - 1)
         self.patcher = FramePatcher(patch_size, front_end)
-        self.encoder = Encoder3d(blocks, vq_embed_dim, encoder_widths, times, layers_per_block, norm, False)
+        self.encoder = Encoder3d(blocks, vq_embed_dim, encoder_widths, times, layers_per_block, norm, block_shortcut)
         self.quantize = VectorQuantizer(
             num_vq_embeddings, vq_embed_dim, codebook, codebook_decay, restart_below, normalize
         )
         self.decoder = Decoder3d(
-            vq_embed_dim, blocks, decoder_widths, times, layers_per_block, norm, adaptation, False, None
+            vq_embed_dim, blocks, decoder_widths, times, layers_per_block, norm, adaptation, block_shortcut, None
         )
         _frames_only(self.encoder)
         _frames_only(self.decoder)
@@ -216,6 +221,47 @@ class WaltVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         x = self._decode(codes.to(self.decoder.conv_in.weight.dtype))
         x = x if indices.ndim == 4 else x[:, :, 0]
         return x if self.config["segmentation"] else x.clamp(-1.0, 1.0)
+
+    # -- start of training -------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def fit_block_shortcut(self, videos: Iterable[Tensor]) -> None:
+        """Puts the principal components of `videos` into the block shortcut, and their k-means into the codebook.
+
+        Afterwards the model is the best linear code of blocks of F x F pixels (F the spatial ratio) behind a codebook
+        that is the k-means of these blocks' pixels, as far as `vq_embed_dim` components hold them; the networks say
+        nothing yet.
+
+        Args:
+            videos: batches `(B, 3, T, H, W)` in [-1, 1] or class maps `(B, T, H, W)`.
+
+        Raises:
+            WaltError: no block shortcut, fewer blocks than codes, or a code wider than a block has values.
+        """
+        encode, decode = self.encoder.shortcut, self.decoder.shortcut
+        if encode is None or decode is None:
+            raise WaltError("fit_block_shortcut needs a model with block_shortcut=True")
+        features, values = int(self.config["vq_embed_dim"]), encode.first.in_features
+        if features > values:
+            raise WaltError(f"vq_embed_dim: {features} given, a block has {values} values, which block_shortcut allows")
+        parts = []
+        for video in videos:
+            frames = self.patcher.split(rearrange(self._as_channels(video), "b c t h w -> (b t) c h w"))
+            parts.append(encode.pack(frames.unsqueeze(2), 1).flatten(0, 3).float())
+        rows = torch.cat(parts)
+        mean = rows.mean(dim=0)
+        variance, vectors = torch.linalg.eigh(torch.cov((rows - mean).double().T))
+        basis = vectors[:, -features:].flip(1).float()
+        # One scale for all components: distances between codes stay distances between pixels.
+        scale = float(variance[-features:].mean().clamp_min(1e-12).sqrt())
+        encode.first.weight.copy_(basis.T / scale)
+        encode.first.bias.copy_(-(basis.T @ mean) / scale)
+        decode.first.weight.copy_(basis * scale)
+        decode.first.bias.copy_(mean)
+        for layer in (self.encoder.conv_out, self.decoder.conv_out):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(cast(Tensor, layer.bias))
+        self.quantize.fit((rows - mean) @ basis / scale)
 
     # -- inside ------------------------------------------------------------------------------------------------------
 

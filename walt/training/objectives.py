@@ -93,8 +93,8 @@ class TokenizerObjective:
         self.device = torch.device("cpu")
 
     def _check(self, job: TokenizerJob) -> None:
-        if job.freeze_encoder and job.init is None:
-            raise WaltError("freeze_encoder: an untrained encoder cannot be frozen; give init=FOLDER")
+        if job.freeze_encoder and job.init is None and not self.model.config.get("block_shortcut"):
+            raise WaltError("freeze_encoder: an untrained encoder cannot be frozen; give init=FOLDER or block_shortcut")
         if self.quantizer is not None and job.loss.latent_noise:
             raise WaltError(f"loss.latent_noise: codes take no noise, got {job.loss.latent_noise}; set it to 0")
         if self.segmentation:
