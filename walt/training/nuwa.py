@@ -83,6 +83,7 @@ class NuwaObjective:
         if job.init is not None:
             start_from(self.model, job.init)
         self.words, self.device = words, torch.device("cpu")
+        self.last_seen: dict[str, Tensor] = {}
         self.kinds: tuple[Kind, ...] = tuple(sorted({TASKS[name].target for name in self.tasks}))
         self.scenes = NuwaScenes(job)
         self.folder = TokenFolder(job, self.kinds) if job.tokens is not None else None
@@ -134,10 +135,12 @@ class NuwaObjective:
         total = torch.zeros((), device=self.device)
         for name, parts in losses.items():
             if not parts:
+                if name in self.last_seen:  # so that the log's means over steps are means of this task's losses
+                    seen[name] = self.last_seen[name]
                 continue
             mean = torch.stack(parts).mean()
             total = total + self.tasks[name].weight * mean
-            seen[name] = mean.detach()
+            seen[name] = self.last_seen[name] = mean.detach()
         return total, seen
 
     def _texts(self, samples: list[tuple[Sample, bool]]) -> list[Tensor | None]:
