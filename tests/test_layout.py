@@ -75,7 +75,7 @@ def test_the_wheel_holds_walt_only(wheel: Path) -> None:
     sources = {path.relative_to(ROOT).as_posix() for path in _walt_files("*.py")}
     assert sources <= set(names), f"not in the wheel: {sorted(sources - set(names))[:5]}"
     data = {"walt/py.typed"} | {path.relative_to(ROOT).as_posix() for path in (ROOT / "walt/data").glob("*.json")}
-    embedded = (path for path in (ROOT / "walt/embedded").rglob("*") if path.is_file())
+    embedded = (path for path in _walt_files("*") if path.relative_to(ROOT).parts[1].startswith("embedded"))
     data |= {path.relative_to(ROOT).as_posix() for path in embedded if path.suffix != ".safetensors"}
     assert data <= set(names), f"not in the wheel: {sorted(data - set(names))[:5]}"
     assert {"LICENSE", "NOTICE"} <= {Path(name).name for name in names}

@@ -29,7 +29,7 @@ def objective(parts: Path, **changes: object) -> NuwaObjective:
 
 def by_hand(made: NuwaObjective, sample: Sample, condition: str) -> float:
     """-log p of a sample's tokens, one at a time, in nats per token."""
-    tokens = made._tokens(sample.data)
+    tokens = made._tokens(sample.data, True)
     if condition == "sketch":
         assert tokens.sketch is not None
         told = made.model.encode_condition(sketch=tokens.sketch[None])

@@ -111,7 +111,7 @@ class NuwaObjective:
     def loss(
         self, model: nn.Module, batch: list[Sample], generator: torch.Generator, shared: Any = None
     ) -> tuple[Tensor, dict[str, float | Tensor]]:
-        encoded = [self._tokens(sample.data) for sample in batch]
+        encoded = [self._tokens(sample.data, TASKS[sample.task].condition == "sketch") for sample in batch]
         lost = drop(len(batch), self.job.condition_dropout, generator)
         seen: dict[str, float | Tensor] = {"samples": len(batch), "tokens": sum(row.video.numel() for row in encoded)}
         losses: dict[str, list[Tensor]] = {name: [] for name in self.tasks}
@@ -149,10 +149,10 @@ class NuwaObjective:
         states = iter(self.words([caption for caption in said if caption is not None]))
         return [None if caption is None else next(states) for caption in said]
 
-    def _tokens(self, data: Pictures | Tokens) -> Tokens:
+    def _tokens(self, data: Pictures | Tokens, sketched: bool) -> Tokens:
         if isinstance(data, Tokens):
             return data
-        return encode(data, self._encode_video, None if self.vq_seg is None else self._encode_sketch)
+        return encode(data, self._encode_video, self._encode_sketch if sketched else None)
 
     def _encode_video(self, frames: Tensor) -> Tensor:
         codes: Tensor = self.vq.encode_indices(frames.to(self.device))
