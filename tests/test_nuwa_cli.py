@@ -106,7 +106,7 @@ def test_upscale(
     assert run(*common, "128x224") == 0
     assert read_video(tmp_path / "x.mp4")[0].shape == (3, 128, 224, 3)
     assert run(*common, "100x224") == 2
-    assert "the height must be 64 or 128" in error_of(capsys)
+    assert "the height must be 64 and the width a multiple of 16, or 128" in error_of(capsys)
 
 
 def test_fitting_keeps_the_middle() -> None:

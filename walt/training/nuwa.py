@@ -19,6 +19,7 @@ from walt.conditioning import drop
 from walt.data.tokens import Kind, NuwaScenes, Pictures, TokenFolder, Tokens, encode
 from walt.errors import WaltError
 from walt.training.job import NuwaJob, NuwaTask
+from walt.training.loop import Objective
 from walt.training.objectives import TextStates, build_model, start_from
 
 
@@ -53,7 +54,7 @@ def token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
     return losses.view(len(tokens), -1).mean(dim=1)
 
 
-class NuwaObjective:
+class NuwaObjective(Objective):
     """Weighted sum over tasks of the mean cross-entropy of their samples' tokens.
 
     The paper sums over tokens, here each task's loss is its mean, so that weights mean the same for stills and clips.
