@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from walt.errors import WaltError
 from walt.training.job import NuwaClip, NuwaJob
 
 
-def make(tmp_path: Path, **changes: object) -> NuwaJob:
+def make(tmp_path: Path, **changes: Any) -> NuwaJob:
     for name in ("vq", "vq_seg"):
         (tmp_path / name).mkdir(exist_ok=True)
         if not (tmp_path / name / "config.json").exists():

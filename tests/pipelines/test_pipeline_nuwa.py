@@ -46,6 +46,13 @@ def tokens_of(pipe: NuwaPipeline, **call: Any) -> Tensor:
     return tokens
 
 
+def states_of(pipe: Any, prompt: str) -> Tensor:
+    """Text states `(S, D)`."""
+    words = pipe.tokenizer(prompt, return_tensors="pt")
+    states: Tensor = pipe.text_encoder(words["input_ids"], words["attention_mask"]).last_hidden_state[0]
+    return states
+
+
 TASKS: dict[str, tuple[dict[str, Any], int]] = {
     "text to image": ({"prompt": "a rocket", "num_frames": 1}, 1),
     "text to video": ({"prompt": "a rocket flies up"}, 3),
@@ -121,8 +128,7 @@ def test_a_sample_depends_on_its_own_generator_alone(pipe: NuwaPipeline) -> None
 
 def test_pipeline_equals_the_transformer(pipe: NuwaPipeline) -> None:
     """Guidance is between the prompt's states and the constant condition."""
-    words = pipe.tokenizer("a cat", return_tensors="pt")
-    states = pipe.text_encoder(**{k: words[k] for k in ("input_ids", "attention_mask")}).last_hidden_state[0]
+    states = states_of(pipe, "a cat")
     from walt.pipelines.sampling import sample_seeds
 
     (seed,) = sample_seeds(tiny.seeded(3), 1)
@@ -147,7 +153,11 @@ def test_candidates_are_ranked(pipe: NuwaPipeline) -> None:
         seen.append(prompts)
         return frames.mean(dim=(1, 2, 3, 4))
 
-    call = {"prompt": ["a cat", "a dog"], "generator": [tiny.seeded(1), tiny.seeded(2)], "output_type": "pt"}
+    call: dict[str, Any] = {
+        "prompt": ["a cat", "a dog"],
+        "generator": [tiny.seeded(1), tiny.seeded(2)],
+        "output_type": "pt",
+    }
     first = pipe(**call).frames
     best = pipe(**{**call, "generator": [tiny.seeded(1), tiny.seeded(2)]}, num_candidates=4, ranker=brightest)
     assert seen == [["a cat"] * 4 + ["a dog"] * 4]
@@ -163,11 +173,10 @@ def test_candidates_are_ranked(pipe: NuwaPipeline) -> None:
 
 
 def test_default_score_is_the_gain_of_likelihood_on_made_tokens(pipe: NuwaPipeline) -> None:
-    call = {"prompt": "a cat", "image": picture(), "mask": right_half()}
+    call: dict[str, Any] = {"prompt": "a cat", "image": picture(), "mask": right_half()}
     output = pipe(**call, num_candidates=3, generator=tiny.seeded(4), output_type="latent")
     tokens = output.frames
-    words = pipe.tokenizer("a cat", return_tensors="pt")
-    states = pipe.text_encoder(**{k: words[k] for k in ("input_ids", "attention_mask")}).last_hidden_state[0]
+    states = states_of(pipe, "a cat")
     values = []
     for text in ([states], [None]):
         logits = pipe.transformer(tokens, pipe.transformer.encode_condition(text=text))[0, 0].log_softmax(-1)

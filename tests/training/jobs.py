@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from tests import tiny
 from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt
@@ -81,7 +82,7 @@ def denoiser_job(tokenizer: Path, output: Path, steps: int = 20, **changes: obje
     ).model_copy(update=changes)
 
 
-def nuwa_job(folder: Path, output: Path, steps: int = 20, **changes: object) -> NuwaJob:
+def nuwa_job(folder: Path, output: Path, steps: int = 20, **changes: Any) -> NuwaJob:
     """All five tasks at 32 x 32, two frames; `folder` holds vq, vq_seg, text_encoder and tokenizer."""
     return NuwaJob(
         model=tiny.NUWA,

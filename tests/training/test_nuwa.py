@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_nuwa_parts(tmp_path_factory.mktemp("parts"))
 
 
-def objective(parts: Path, **changes: object) -> NuwaObjective:
+def objective(parts: Path, **changes: Any) -> NuwaObjective:
     made = build_objective(nuwa_job(parts, parts / "run", **changes))
     assert isinstance(made, NuwaObjective)
     return made

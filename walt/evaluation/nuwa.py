@@ -239,8 +239,9 @@ def sketch(stage: Stage, still: bool) -> Result:
         for first, second in ((found, sketches), (true, sketches), (found, _dealt(sketches)))
     )
     empty = [float((one == 0).mean()) for one in sketches]
+    best, dealt = (_mean(values).estimate for values in (theirs, control))
     figures = [
-        Figure(task, "detected pixel accuracy", len(made), _mean(ours), *(_mean(v).estimate for v in (theirs, control)),
+        Figure(task, "detected pixel accuracy", len(made), _mean(ours), best, dealt,
                f"sketches shuffled (nothing but ground: {_mean(empty).estimate:.3f})")
     ]  # fmt: skip
     names = classes(subjects)
