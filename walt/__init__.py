@@ -51,7 +51,6 @@ _HOMES = {
     "WaltTransformer3DModel": "walt.models.transformer_walt",
     "WaltVQModel": "walt.tokenizers.vq_model_walt",
     "WaltError": "walt.errors",
-    "WaltVQModel": "walt.tokenizers.vq_model_walt",
     **dict.fromkeys(LOADABLE_BASES, "diffusers"),
 }
 
