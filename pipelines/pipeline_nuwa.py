@@ -67,6 +67,7 @@ class NuwaPipeline(SamplingPipeline):
         classes: names of a sketch's classes by number, the background first.
         num_frames: frames of a video unless a call says otherwise.
         frame_rate: frames per second that the model was trained on.
+        default_guidance_scale, default_top_p: of sampling, unless a call says otherwise.
     """
 
     model_cpu_offload_seq = "text_encoder->vq_seg->transformer->vq"
@@ -85,12 +86,20 @@ class NuwaPipeline(SamplingPipeline):
         classes: list[str] | tuple[str, ...] = (),
         num_frames: int = 5,
         frame_rate: float = 2.0,
+        default_guidance_scale: float = 2.0,
+        default_top_p: float = 1.0,
     ) -> None:
         super().__init__()
         self.register_modules(
             vq=vq, vq_seg=vq_seg, transformer=transformer, text_encoder=text_encoder, tokenizer=tokenizer
         )
-        self.register_to_config(classes=list(classes), num_frames=num_frames, frame_rate=frame_rate)
+        self.register_to_config(
+            classes=list(classes),
+            num_frames=num_frames,
+            frame_rate=frame_rate,
+            default_guidance_scale=default_guidance_scale,
+            default_top_p=default_top_p,
+        )
         self.vae_scale_factor_spatial = int(vq.spatial_compression_ratio) if vq is not None else 8
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor_spatial, do_resize=False)
         self._guidance_scale = 1.0
@@ -111,7 +120,7 @@ class NuwaPipeline(SamplingPipeline):
         height: int | None = None,
         width: int | None = None,
         num_frames: int | None = None,
-        guidance_scale: float = 2.0,
+        guidance_scale: float | None = None,
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -146,9 +155,10 @@ class NuwaPipeline(SamplingPipeline):
             height, width: pixels, multiples of the tokenizer's ratio; the transformer's `sample_size` by default, or
                 those of what is given.
             num_frames: frames of the result, 1 for an image; `config.num_frames` by default.
-            guidance_scale: 1 for no guidance.
+            guidance_scale: 1 for no guidance; `config.default_guidance_scale` by default.
             temperature: of sampling, above 0; 0 takes the likeliest token.
-            top_k, top_p: sampling among the k likeliest tokens, or the likeliest ones that sum to p; None: all.
+            top_k, top_p: sampling among the k likeliest tokens, or the likeliest ones that sum to p;
+                `config.default_top_p` by default.
             num_videos_per_prompt: results per condition.
             num_candidates: samples per result, of which the best by `ranker` is returned; the first candidate is what
                 `num_candidates=1` gives.
@@ -170,6 +180,8 @@ class NuwaPipeline(SamplingPipeline):
         Raises:
             WaltError: an argument that does not fit.
         """
+        guidance_scale = self.config.default_guidance_scale if guidance_scale is None else guidance_scale
+        top_p = self.config.default_top_p if top_p is None else top_p
         self._check(temperature, top_k, top_p, num_videos_per_prompt, num_candidates, output_type)
         prompts = self._check_prompt(
             prompt,
@@ -353,7 +365,7 @@ class NuwaPipeline(SamplingPipeline):
         self,
         temperature: float,
         top_k: int | None,
-        top_p: float | None,
+        top_p: float,
         num_videos_per_prompt: int,
         num_candidates: int,
         output_type: str,
@@ -361,8 +373,7 @@ class NuwaPipeline(SamplingPipeline):
         check_range("temperature", temperature, 0)
         if top_k is not None:
             check_range("top_k", top_k, 1, whole=True)
-        if top_p is not None:
-            check_range("top_p", top_p, 1e-6, 1)
+        check_range("top_p", top_p, 1e-6, 1)
         check_range("num_videos_per_prompt", num_videos_per_prompt, 1, whole=True)
         check_range("num_candidates", num_candidates, 1, whole=True)
         if output_type not in OUTPUT_TYPES:

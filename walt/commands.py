@@ -462,7 +462,8 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", metavar="FILE", help="prompts, video, nuwa: where to write every verdict or row")
     parser.add_argument("--tasks", metavar="A,B", help="nuwa: only these of its tasks, by the names of `walt nuwa`")
-    parser.add_argument("--guidance", type=float, default=2.0, help="nuwa: guidance scale (default: 2)")
+    parser.add_argument("--guidance", type=float, help="nuwa: guidance scale (default: the model's)")
+    parser.add_argument("--top-p", type=float, help="nuwa: sampling among the likeliest tokens (default: the model's)")
     parser.add_argument("--batch", type=int, default=8, help="prompts: clips sampled at a time")
     parser.add_argument(
         "--subject-share", type=float, default=0.75, help="prompts: goal, as a share of the real clips' (default: 0.75)"

@@ -51,10 +51,15 @@ def _common(add: Add, still: bool) -> None:
     add("-o", "--output", required=True, metavar="FILE", help=kind)
     add("--model", metavar="FOLDER", help="a NUWA folder (default: the embedded one)")
     add("--seed", type=int, default=0, help="the same seed gives the same result (default: 0)")
-    add("--guidance", type=float, default=2.0, metavar="SCALE", help="1 for none (default: 2)")
+    add("--guidance", type=float, metavar="SCALE", help="1 for none (default: the model's)")
     add("--temperature", type=float, default=1.0, help="of sampling; 0 takes the likeliest token (default: 1)")
     add("--top-k", type=int, metavar="K", help="sample among the K likeliest tokens (default: all)")
-    add("--top-p", type=float, metavar="P", help="sample among the likeliest tokens that sum to P (default: all)")
+    add(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="sample among the likeliest tokens that sum to P (default: the model's)",
+    )
     add("--candidates", type=int, default=1, metavar="N", help="make N and keep the best (default: 1)")
     add("--clip", metavar="FOLDER", help="a CLIP model that picks the best (default: the model's own likelihood)")
     add("--upscale", metavar="HxW", help="enlarge with the embedded super-resolution, such as 512x896")
@@ -323,6 +328,8 @@ def export(args: argparse.Namespace) -> None:
         tokenizer=AutoTokenizer.from_pretrained(f"{args.text}/tokenizer"),
         classes=classes(EMBEDDED_WORLD.subjects),
         num_frames=transformer.config.sample_size[0],
+        default_guidance_scale=args.guidance,
+        default_top_p=args.top_p,
     )
     output = Path(args.output)
     temporary = output.with_name(f".{output.name}.tmp")
@@ -380,7 +387,8 @@ def evaluate(args: argparse.Namespace, theatre: Any, image_network: Any) -> None
     pipe = load_nuwa(args.model, None, choose_device("auto"))
     judge = Judge.learn(theatre, image_network, *model_size(pipe))
     network = load_feature_network(args.network, args.features)
-    stage = Stage(pipe, theatre, judge, network, args.count, args.guidance)
+    guidance = pipe.config.default_guidance_scale if args.guidance is None else args.guidance
+    stage = Stage(pipe, theatre, judge, network, args.count, guidance, args.top_p)
     results = []
     for name in args.tasks:
         console.print(name, style="dim")
@@ -389,7 +397,7 @@ def evaluate(args: argparse.Namespace, theatre: Any, image_network: Any) -> None
     console.print(table(figures))
     write_sheet(args.output, results)
     if args.json is not None:
-        settings = {"model": fingerprint(args.model), "count": args.count, "guidance": args.guidance}
+        settings = {"model": fingerprint(args.model), "count": args.count, "guidance": guidance, "top_p": args.top_p}
         write_report(args.json, figures, settings)
 
 

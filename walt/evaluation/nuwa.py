@@ -71,7 +71,8 @@ class Stage:
     """What the tasks are played on.
 
     pipe: a NuwaPipeline. theatre: of the split "heldout". judge: of that theatre, at the model's size. network: of the
-    kernel distance; None leaves it out. count: scenes per task. step: frames between two of a clip's.
+    kernel distance; None leaves it out. count: scenes per task. guidance, top_p: of sampling. step: frames between two of
+    a clip's.
     """
 
     pipe: Any
@@ -80,6 +81,7 @@ class Stage:
     network: FeatureNetwork | None
     count: int
     guidance: float = 2.0
+    top_p: float | None = None
     step: int = 4
     batch: int = 8
 
@@ -105,6 +107,7 @@ class Stage:
             tokens = self.pipe(
                 **joined,
                 guidance_scale=self.guidance,
+                top_p=self.top_p,
                 generator=[torch.Generator().manual_seed(start + i) for i in range(len(part))],
                 output_type="latent",
             ).frames
@@ -282,6 +285,7 @@ def _masked(
             image=image[0],
             mask=mask if isinstance(mask, np.ndarray) else mask[number],
             guidance_scale=stage.guidance,
+            top_p=stage.top_p,
             generator=torch.Generator().manual_seed(number),
             output_type="latent",
         ).frames[0]
