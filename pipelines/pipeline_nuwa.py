@@ -488,13 +488,12 @@ class NuwaPipeline(SamplingPipeline):
         return pixels
 
     def _encode(self, pixels: Tensor) -> Tensor:
-        """`(P, 3, T, H, W)` in [-1, 1] to tokens `(P, T, h, w[, S])`."""
-        codes: Tensor = self.vq.encode_indices(pixels.transpose(1, 2).flatten(0, 1).to(self.vq.device, self.vq.dtype))
-        return codes.unflatten(0, (pixels.shape[0], pixels.shape[2]))
+        """`(P, 3, T, H, W)` in [-1, 1] to tokens `(P, T, h, w[, S])`; one by one, so that no rounding depends on P."""
+        frames = pixels.transpose(1, 2).to(self.vq.device, self.vq.dtype)
+        return torch.stack([self.vq.encode_indices(video) for video in frames])
 
     def _encode_sketch(self, maps: Tensor) -> Tensor:
-        codes: Tensor = self.vq_seg.encode_indices(maps.flatten(0, 1).to(self.vq_seg.device))
-        return codes.unflatten(0, tuple(maps.shape[:2]))
+        return torch.stack([self.vq_seg.encode_indices(one.to(self.vq_seg.device)) for one in maps])
 
     def _known(
         self, given: Given | None, shape: tuple[int, int, int], count: int, each: int, device: torch.device
