@@ -355,6 +355,50 @@ class BlockProjection(nn.Module):
         return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
 
 
+class LappedProjection(nn.Module):
+    """`BlockProjection` back to blocks, reading neighbours too: `overlap` rings of latents around, and the latent before.
+
+    Blocks that are made each from its own latent alone meet in visible edges; a linear map of the neighbourhood
+    (a lapped transform: Malvar and Staelin 1989) takes them away. Beyond the frame the border latent goes on, so that
+    flat ground stays flat. The clip's first position reads no earlier one and has its own map.
+    """
+
+    def __init__(self, channels: int, features: int, time: int, space: int, overlap: int) -> None:
+        super().__init__()
+        self.time, self.space, self.overlap = time, space, overlap
+        kernel = 2 * overlap + 1
+        self.first = nn.Conv3d(features, channels * space**2, (1, kernel, kernel))
+        self.later = nn.Conv3d(features, channels * time * space**2, (2, kernel, kernel))
+
+    def parts(self, z: Tensor, before: Tensor | None, rows: slice = slice(None)) -> list[tuple[nn.Conv3d, Tensor, int]]:
+        """Both maps with what they read, bordered, and the time of their blocks; maps without positions are left out.
+
+        Args:
+            z: `(B, features, t, h, w)`.
+            before: the latent before z `(B, features, 1, h, w)`; None when z starts with the clip's first position.
+            rows: the rows of h that are wanted.
+        """
+        top, bottom, _ = rows.indices(z.shape[3])
+        reach = range(top - self.overlap, bottom + self.overlap)
+        above, below = max(0, -reach.start), max(0, reach.stop - z.shape[3])
+        border = (self.overlap, self.overlap, above, below, 0, 0)
+
+        def bordered(x: Tensor) -> Tensor:
+            x = x[..., max(0, reach.start) : min(z.shape[3], reach.stop), :]
+            return F.pad(x, border, mode="replicate") if self.overlap else x
+
+        later = z if before is None else torch.cat([before, z], dim=2)
+        found = [(self.first, bordered(z[:, :, :1]), 1)] if before is None else []
+        return found + ([(self.later, bordered(later), self.time)] if later.shape[2] > 1 else [])
+
+    def forward(self, z: Tensor, before: Tensor | None = None, rows: slice = slice(None)) -> Tensor:
+        """Blocks `(B, channels, 1 + time*k, space*h, space*w)`; see `parts`."""
+        made = [
+            _unpack(layer(x).permute(0, 2, 3, 4, 1), time, self.space) for layer, x, time in self.parts(z, before, rows)
+        ]
+        return torch.cat(made, dim=2) if len(made) > 1 else made[0]
+
+
 @dataclass(frozen=True)
 class Stripes:
     """How a frame passes a network in stripes of rows.
@@ -514,6 +558,7 @@ class Decoder3d(_Stack):
         norm: str,
         adaptation: str,
         shortcut: bool,
+        overlap: int,
         shrinkage: DetailShrinkage | None,
     ) -> None:
         super().__init__()
@@ -533,32 +578,48 @@ class Decoder3d(_Stack):
         self.layers = nn.ModuleList(layers)
         self.norm_out = make_norm(norm, width)
         self.conv_out = CausalConv3d(width, out_channels)
-        self.shortcut = _shortcut(out_channels, in_channels, widths, times, expand=True) if shortcut else None
+        self.shortcut: BlockProjection | LappedProjection | None = None
+        if shortcut and overlap:
+            cell = math.prod(times), 2 ** (len(widths) - 1)
+            self.shortcut = LappedProjection(out_channels, in_channels, *cell, overlap)
+        elif shortcut:
+            self.shortcut = _shortcut(out_channels, in_channels, widths, times, expand=True)
         self.shrinkage = shrinkage
 
     def forward(self, z: Tensor, past: Past = None, stripes: Stripes | None = None) -> tuple[Tensor, Past]:
         """The blocks and the new past; with `stripes` their `emit` gets the blocks."""
         first = not past
-        pasts = self._pasts(past, len(self.layers) + 2)
+        pasts = self._pasts(past, len(self.layers) + 3)
+        # The last past is a lapped shortcut's: the latent before.
+        before = pasts[-1][0] if pasts[-1] else None
+        pasts[-1] = (z[:, :, -1:].clone(),) if isinstance(self.shortcut, LappedProjection) else ()
+        pasts[-1] = None if past is None else pasts[-1]
         if stripes is not None:
-            return z, self._in_stripes(z, pasts, stripes, first)
+            return z, self._in_stripes(z, pasts, stripes, first, before)
         x, pasts[0] = self.conv_in(z, pasts[0])
         for i, layer in enumerate(self.layers):
             if isinstance(layer, Adaptation):
                 x = layer(x, z, first)
             else:
                 x, pasts[i + 1] = self._run(layer, x, pasts[i + 1])
-        x, pasts[-1] = self.conv_out(F.silu(self.norm_out(x)), pasts[-1])
+        x, pasts[-2] = self.conv_out(F.silu(self.norm_out(x)), pasts[-2])
         if self.shortcut is not None:
-            x = x + self.shortcut(z, first)
+            x = x + self._straight(z, first, before)
         if self.shrinkage is not None:
             x = self.shrinkage(x, first)
         return x, None if past is None else tuple(pasts)
 
-    def _in_stripes(self, z: Tensor, pasts: list[Past], stripes: Stripes, first: bool) -> Past:
+    def _straight(self, z: Tensor, first: bool, before: Tensor | None, rows: slice = slice(None)) -> Tensor:
+        """What the shortcut makes of these latent rows."""
+        if isinstance(self.shortcut, LappedProjection):
+            return cast(Tensor, self.shortcut(z, before, rows))
+        assert self.shortcut is not None
+        return cast(Tensor, self.shortcut(z[..., rows, :], first))
+
+    def _in_stripes(self, z: Tensor, pasts: list[Past], stripes: Stripes, first: bool, before: Tensor | None) -> Past:
         way = _Way(stripes, 1)
         way.layer(self.conv_in, pasts[0])
-        for layer, past in zip(self.layers, pasts[1:-1], strict=True):
+        for layer, past in zip(self.layers, pasts[1:-2], strict=True):
             if isinstance(layer, Adaptation):
                 way.carries.append(Carry(way.height, None))  # keeps the layers' places; has no past
                 way.counted(_adapting(layer, z, first))
@@ -566,13 +627,13 @@ class Decoder3d(_Stack):
             way.layer(layer, past)
             if isinstance(layer, Upsample):
                 way.scaled(2)
-        way.layer(self.conv_out, pasts[-1], before=lambda x: F.silu(self.norm_out(x)))
+        way.layer(self.conv_out, pasts[-2], before=lambda x: F.silu(self.norm_out(x)))
         shortcut, shrinkage = self.shortcut, self.shrinkage
         if shortcut is not None:
 
             def straight(x: Tensor, top: int) -> Tensor:
                 rows, skip = _covering(top, x.shape[3], shortcut.space)
-                return x + shortcut(z[..., rows, :], first)[..., skip : skip + x.shape[3], :]
+                return x + self._straight(z, first, before, rows)[..., skip : skip + x.shape[3], :]
 
             way.counted(straight)
         if shrinkage is not None:
@@ -584,7 +645,7 @@ class Decoder3d(_Stack):
 
             way.add(shrink)
         way.go(1)
-        return None if pasts[0] is None else tuple(carry.present for carry in way.carries)
+        return None if pasts[-1] is None else (*(carry.present for carry in way.carries), pasts[-1])
 
 
 def _adapting(layer: Adaptation, z: Tensor, first: bool) -> Callable[[Tensor, int], Tensor]:
@@ -619,6 +680,8 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin):
         norm: "channel" (per position) or "group" (the paper's; refuses streaming).
         adaptation: "local" (1x1 map of the latent) or "global" (the paper's; refuses streaming).
         block_shortcut: a linear map per block beside the networks (`fit_block_shortcut`); not the paper's.
+        shortcut_overlap: rings of neighbouring latents that the decoder's shortcut reads beside the block's own, and the
+            latent before (`fit_decoder_shortcut`); 0 for the block's own alone.
         detail_threshold: size below which the decoder's Haar details fade (`DetailShrinkage`), in units of the front
             end's coefficients; 0 for none, as in the paper. Needs `front_end` "haar".
         latents_mean, latents_std: per-channel statistics of encoded training data; consumers normalise by them.
@@ -650,6 +713,7 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin):
         norm: str = "channel",
         adaptation: str = "local",
         block_shortcut: bool = False,
+        shortcut_overlap: int = 0,
         detail_threshold: float = 0.0,
         latents_mean: tuple[float, ...] | None = None,
         latents_std: tuple[float, ...] | None = None,
@@ -661,6 +725,8 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin):
             if values is not None and len(values) != latent_channels:
                 raise WaltError(f"{name} has {len(values)} values, the latent has {latent_channels} channels")
         times = [2 if down else 1 for down in temporal_downsample]
+        if shortcut_overlap < 0 or (shortcut_overlap and not block_shortcut):
+            raise WaltError(f"shortcut_overlap must be 0, or above 0 with block_shortcut=True, got {shortcut_overlap}")
         if detail_threshold < 0 or (detail_threshold and front_end != "haar"):
             raise WaltError(f'detail_threshold must be 0, or above 0 with front_end "haar", got {detail_threshold}')
         blocks = in_channels * patch_size**3
@@ -681,6 +747,7 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin):
             norm,
             adaptation,
             block_shortcut,
+            shortcut_overlap,
             shrinkage,
         )
         self.use_slicing = False
@@ -877,6 +944,56 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin):
         for layer in (self.encoder.conv_out, self.decoder.conv_out):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(cast(Tensor, layer.bias))
+
+    @torch.no_grad()
+    def fit_decoder_shortcut(
+        self, videos: Iterable[Tensor], noise: float = 0.0, generator: torch.Generator | None = None
+    ) -> None:
+        """Fits a decoder shortcut with `shortcut_overlap` to `videos` by least squares, and silences the network beside it.
+
+        The encoder stays as it is: the result is the best linear decoder of its latents that reads that neighbourhood.
+
+        Args:
+            videos: batches `(B, 3, T, H, W)` in [-1, 1]; clips must be among them.
+            noise: the latents are read with Gaussian noise of a random std up to this, so that the map does not lean on
+                differences that a denoiser will not get right.
+            generator: where the noise comes from.
+
+        Raises:
+            WaltError: no `shortcut_overlap`, or no clips.
+        """
+        shortcut = self.decoder.shortcut
+        if not isinstance(shortcut, LappedProjection):
+            raise WaltError(
+                "fit_decoder_shortcut needs a model with block_shortcut=True and shortcut_overlap of at least 1"
+            )
+        sums: dict[nn.Conv3d, list[Tensor]] = {}
+        for video in videos:
+            z = self._encode(video)
+            if noise:
+                strength = noise * torch.rand((len(z), 1, 1, 1, 1), generator=generator)
+                z = z + (strength * torch.randn(z.shape, generator=generator)).to(z)
+            blocks = self.patcher.split(video, first=True)
+            for layer, x, time in shortcut.parts(z, None):
+                part = blocks[:, :, :1] if time == 1 and layer is shortcut.first else blocks[:, :, 1:]
+                wanted = _pack(part, time, shortcut.space).flatten(0, 3).double()
+                kernel, read = layer.kernel_size, x
+                for axis in range(3):
+                    read = read.unfold(2 + axis, kernel[axis], 1)
+                rows = read.permute(0, 2, 3, 4, 1, 5, 6, 7).flatten(0, 3).flatten(1).double()
+                rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
+                total = sums.setdefault(layer, [rows.new_zeros(()), rows.new_zeros(())])
+                total[0], total[1] = total[0] + rows.T @ rows, total[1] + rows.T @ wanted
+        if shortcut.later not in sums:
+            raise WaltError("a decoder shortcut is fitted to clips, but every video has one frame")
+        for layer, (square, cross) in sums.items():
+            # A trace of ridge: latents that never vary must not divide by zero.
+            square.diagonal().add_(1e-6 * square.diagonal().mean())
+            solution = torch.linalg.solve(square, cross)
+            layer.weight.copy_(solution[:-1].T.reshape(layer.weight.shape))
+            cast(Tensor, layer.bias).copy_(solution[-1])
+        nn.init.zeros_(self.decoder.conv_out.weight)
+        nn.init.zeros_(cast(Tensor, self.decoder.conv_out.bias))
 
     # -- streams -----------------------------------------------------------------------------------------------------
 

@@ -51,10 +51,7 @@ class TokenizerObjective:
         torch.manual_seed(job.run.seed)
         self.model = build_model(autoencoder, job.model)
         if job.init is not None:
-            trained = start_from(self.model, job.init)
-            self.model.register_to_config(
-                latents_mean=trained.config.latents_mean, latents_std=trained.config.latents_std
-            )
+            self._start_from(job.init)
         elif self.model.config.block_shortcut:
             self.model.fit_block_shortcut(video for i in range(job.shortcut_batches) for video in self.batch(i, 0))
         if job.freeze_encoder:
@@ -63,6 +60,19 @@ class TokenizerObjective:
             self.model.encoder.requires_grad_(False)
         self.perceptual = perceptual
         self.device = torch.device("cpu")
+
+    def _start_from(self, folder: str) -> None:
+        """Takes over a trained tokenizer; a decoder shortcut that it has otherwise, or not at all, is fitted anew."""
+        trained = load_folder(type(self.model), folder, "init")
+        refit = trained.config.shortcut_overlap != self.model.config.shortcut_overlap
+        weights = {k: v for k, v in trained.state_dict().items() if not (refit and k.startswith("decoder.shortcut."))}
+        kept = {k: v for k, v in self.model.state_dict().items() if k not in weights} if refit else {}
+        copy_weights(self.model, weights | kept, folder)
+        self.model.register_to_config(latents_mean=trained.config.latents_mean, latents_std=trained.config.latents_std)
+        if refit and self.model.config.shortcut_overlap:
+            generator = torch.Generator().manual_seed(self.job.run.seed)
+            videos = (video for i in range(self.job.shortcut_batches) for video in self.batch(i, 0))
+            self.model.fit_decoder_shortcut(videos, self.job.loss.latent_noise, generator)
 
     def to(self, device: torch.device) -> None:
         self.device = device
@@ -340,11 +350,16 @@ class TextStates:
 def start_from(model: Any, folder: str) -> Any:
     """Copies the weights of a trained model of the same shape into `model`; returns the trained one."""
     trained = load_folder(type(model), folder, "init")
+    copy_weights(model, trained.state_dict(), folder)
+    return trained
+
+
+def copy_weights(model: Any, weights: dict[str, Tensor], folder: str) -> None:
+    """Loads `weights`, which came from `folder`, into a model that must have the same shape."""
     try:
-        model.load_state_dict(trained.state_dict())
+        model.load_state_dict(weights)
     except RuntimeError as error:
         raise WaltError(f"init: {folder!r} has another shape than the recipe's model") from error
-    return trained
 
 
 def load_folder(cls: type[Any], folder: str, what: str) -> Any:
