@@ -123,19 +123,20 @@ class CausalConv3d(nn.Conv3d):
         self, x: Tensor, past: Past = None, carry: Carry | None = None
     ) -> tuple[Tensor, Past]:
         kernel, stride, padding = self.kernel_size[0], self.stride[0], self.padding
-        if carry is not None:
-            past = carry.past(x.shape[3])
-        lone = past is None and x.shape[2] == 1 and kernel > 1
-        if kernel > 1 and not lone:
-            x = torch.cat([past[0], x], dim=2) if past else F.pad(x, (0, 0, 0, 0, kernel - 1, 0))
+        lone = x.shape[2] == 1 and kernel > 1 and (past is None if carry is None else carry.whole)
         present: Past = None
-        if past is not None:
-            present = (x[:, :, x.shape[2] - (kernel - stride) :].clone(),) if kernel > 1 else (x.new_zeros(0),)
         if carry is not None:
-            carry.keep(present)
-            x, padding = carry.window(x, self.kernel_size[1], self.stride[1]), (0, 0, self.padding[2])
+            # The rows above, the past and the borders in one copy.
+            lead = 1 if lone else kernel
+            x = carry.window(x, (lead, self.kernel_size[1]), (stride, self.stride[1]))
+            padding = (0, 0, self.padding[2])
             if not x.shape[3]:
                 return x, None
+        else:
+            if kernel > 1 and not lone:
+                x = torch.cat([past[0], x], dim=2) if past else F.pad(x, (0, 0, 0, 0, kernel - 1, 0))
+            if past is not None:
+                present = (x[:, :, x.shape[2] - (kernel - stride) :].clone(),)
         if lone:
             # A lone frame meets zeros in all but the last temporal tap: a 2D convolution, a third of the work.
             y = F.conv2d(x[:, :, 0], self.weight[:, :, -1], self.bias, self.stride[1:], padding[1:])

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 Past = Any  # None | () | nested tuples of tensors, see autoencoder_kl_walt
@@ -35,43 +34,57 @@ class Carry:
         self._held: Tensor | None = None
 
     @property
+    def whole(self) -> bool:
+        """Whether the clip is here whole, so that nothing is kept for a next chunk."""
+        return self._past is None
+
+    @property
     def present(self) -> Past:
         """The frames for the next chunk, complete after the last stripe."""
         return None if self._plane is None else (self._plane,)
 
-    def past(self, rows: int) -> Past:
-        """The earlier frames of the next `rows` rows."""
-        if not self._past or not self._past[0].numel():
-            return self._past
-        return (self._past[0][..., self.top : self.top + rows, :],)
+    def window(self, x: Tensor, kernel: tuple[int, int], stride: tuple[int, int]) -> Tensor:
+        """The next rows `x` with all that the convolution sees of them, in one buffer.
 
-    def keep(self, present: Past) -> None:
-        """Stores the frames that the rows at hand hand on to the next chunk."""
-        if present is None:
-            return
-        (rows,) = present
-        if not rows.numel():
-            self._plane = rows
-            return
-        if self._plane is None:
-            shape = (*rows.shape[:3], self.height, rows.shape[4])
-            self._plane = rows.new_empty(shape)
-        self._plane[..., self.top : self.top + rows.shape[3], :] = rows
+        Before them in time the past, or zeros (none for a lone frame, whose convolution has one temporal tap); above
+        them the rows held back, and the frame's zero border where it ends. Cut to whole steps of the kernel.
 
-    def window(self, x: Tensor, kernel: int = 1, stride: int = 1) -> Tensor:
-        """The next rows `x` behind those held back, with the frame's zero border, cut to whole steps of the kernel."""
-        border = (kernel - 1) // 2
-        before = border if self.top == 0 else 0
-        self.top += x.shape[3]
-        after = border if self.top == self.height else 0
-        if self._held is not None:
-            x = torch.cat([self._held, x], dim=3)
-        if before or after:
-            x = F.pad(x, (0, 0, before, after))
-        steps = max(0, (x.shape[3] - kernel) // stride + 1)
+        Args:
+            x: `(B, C, T, rows, W)`.
+            kernel, stride: in time and height.
+        """
+        b, c, t, rows, w = x.shape
+        border = (kernel[1] - 1) // 2
+        held = 0 if self._held is None else self._held.shape[3]
+        above = border if self.top == 0 else held
+        below = border if self.top + rows == self.height else 0
+        lead = kernel[0] - 1
+        if self._past is not None and self._past:
+            lead = self._past[0].shape[2]
+        full = x.new_empty((b, c, lead + t, above + rows + below, w))
+        inner = full[:, :, :, above : above + rows]
+        inner[:, :, lead:] = x
+        if self._past:
+            inner[:, :, :lead] = self._past[0][..., self.top : self.top + rows, :]
+        else:
+            inner[:, :, :lead] = 0
+        if self.top == 0:
+            full[..., :above, :] = 0
+        elif self._held is not None:
+            full[..., :above, :] = self._held
+        full[..., above + rows :, :] = 0
+        if self._past is not None:
+            self._keep(inner[:, :, lead + t - (kernel[0] - stride[0]) :])
+        self.top += rows
+        steps = max(0, (full.shape[3] - kernel[1]) // stride[1] + 1)
         # A copy: a view would keep the whole stripe alive.
-        self._held = x[..., steps * stride :, :].clone() if self.top < self.height else None
-        return x[..., : (steps - 1) * stride + kernel if steps else 0, :]
+        self._held = full[..., steps * stride[1] :, :].clone() if self.top < self.height else None
+        return full[..., : (steps - 1) * stride[1] + kernel[1] if steps else 0, :]
+
+    def _keep(self, rows: Tensor) -> None:
+        if self._plane is None:
+            self._plane = rows.new_empty((*rows.shape[:3], self.height, rows.shape[4]))
+        self._plane[..., self.top : self.top + rows.shape[3], :] = rows
 
 
 class Queue:
