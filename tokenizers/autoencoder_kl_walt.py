@@ -32,6 +32,12 @@ Past = Any  # None | () | nested tuples of tensors
 
 START: tuple[()] = ()
 
+
+def _begins(past: Past) -> bool:
+    """Whether the chunk is the first. By length: torch.compile cannot trace `not` of nested tuples."""
+    return past is None or len(past) == 0
+
+
 # Beyond what resampling overshoots, and beyond what any denoiser makes of a channel, in its deviations.
 PIXEL_LIMIT = 2.0
 LATENT_LIMIT = 100.0
@@ -238,7 +244,7 @@ class Upsample(nn.Module):
         self.conv = CausalConv3d(in_channels, out_channels * 4 * time)
 
     def forward(self, x: Tensor, past: Past = None, carry: Carry | None = None) -> tuple[Tensor, Past]:
-        first = not past
+        first = _begins(past)
         y, present = self.conv(x, past, carry)
         b, c, t, h, w = y.shape
         if not h:
@@ -513,8 +519,8 @@ class Encoder3d(_Stack):
         """The latents and the new past; with `stripes` their `emit` gets the latents, and x is only a sample of dtype."""
         pasts = self._pasts(past, len(self.layers) + 2)
         if stripes is not None:
-            return x, self._in_stripes(pasts, stripes, first=not past)
-        straight = None if self.shortcut is None else self.shortcut(x, first=not past)
+            return x, self._in_stripes(pasts, stripes, first=_begins(past))
+        straight = None if self.shortcut is None else self.shortcut(x, first=_begins(past))
         x, pasts[0] = self.conv_in(_layout(x), pasts[0])
         for i, layer in enumerate(self.layers):
             x, pasts[i + 1] = self._run(layer, x, pasts[i + 1])
@@ -575,7 +581,7 @@ class Decoder3d(_Stack):
 
     def forward(self, z: Tensor, past: Past = None, stripes: Stripes | None = None) -> tuple[Tensor, Past]:
         """The blocks and the new past; with `stripes` their `emit` gets the blocks."""
-        first = not past
+        first = _begins(past)
         pasts = self._pasts(past, len(self.layers) + 2)
         if stripes is not None:
             return z, self._in_stripes(z, pasts, stripes, first)
