@@ -189,7 +189,7 @@ class WaltPipeline(SamplingPipeline):
         """The number of prompts (or classes); a WaltError for whatever does not fit this pipeline's models."""
         config = self.transformer.config
         check_size(height, width, self.vae_scale_factor_spatial * int(config.patch_size))
-        check_frames(num_frames, self.transformer)
+        check_frames(num_frames, self.transformer, self.vae_scale_factor_temporal)
         self._check_common(num_inference_steps, num_videos_per_prompt, guidance_rescale, output_type)
         if config.low_res_channels is not None:
             raise WaltError("this transformer is a super-resolution stage: use WaltSuperResolutionPipeline")

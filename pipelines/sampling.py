@@ -20,10 +20,19 @@ from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from walt.chunking import OVERLAP_FRAMES, OVERLAP_LATENTS, chunk_length, chunk_starts, join_chunks, latent_frames
+from walt.chunking import (
+    OVERLAP_LATENTS,
+    TEMPORAL_RATIO,
+    chunk_length,
+    chunk_starts,
+    join_chunks,
+    latent_frames,
+    overlap_frames,
+)
 from walt.diffusion import add_noise, guide, x0_from_velocity
 from walt.errors import WaltError
 from walt.latents import denormalize, normalize
+from walt.tokenizers.adapter import adapt
 from walt.tokenizers.text import CompactTextEncoder
 
 logger = logging.get_logger(__name__)
@@ -101,12 +110,14 @@ def seeded_noise(
 
 def encode_video(vae: Any, video: Tensor) -> Tensor:
     """`(B, 3, 1+4k, H, W)` in [-1, 1] -> normalised float32 latents `(B, C, 1+k, H/8, W/8)`."""
+    vae = adapt(vae)
     latents = vae.encode(video.to(vae.device, vae.dtype)).latent_dist.mode().float()
     return normalize(latents, *_statistics(vae, latents.shape[1]))
 
 
 def decode_latents(vae: Any, latents: Tensor) -> Tensor:
     """The inverse: normalised latents of one chunk -> float32 video in [-1, 1], clamped; one sample at a time."""
+    vae = adapt(vae)
     raw = denormalize(latents, *_statistics(vae, latents.shape[1])).to(vae.device, vae.dtype)
     return torch.cat([vae.decode(z).sample.float().clamp(-1, 1) for z in raw.split(1)])
 
@@ -245,9 +256,9 @@ def denoise_chunks(
     Returns:
         `(B, 3, T, H, W)` in [-1, 1], or the normalised latents of all chunks `(B, C, t, h, w)`.
     """
-    vae, device, starts = pipe.vae, pipe._execution_device, chunk_starts(num_frames)
-    length = chunk_length(num_frames)
-    shape = (int(transformer.config.in_channels), latent_frames(length), *size)
+    vae, device, ratio = pipe.vae, pipe._execution_device, pipe.vae_scale_factor_temporal
+    starts, length = chunk_starts(num_frames, ratio), chunk_length(num_frames, ratio)
+    shape = (int(transformer.config.in_channels), latent_frames(length, ratio), *size)
     if latents is not None:
         expected = (len(seeds), shape[0], shape[1] * len(starts), *size)
         if tuple(latents.shape) != expected:
@@ -263,7 +274,7 @@ def denoise_chunks(
                 conditions, low_res=add_noise(pipe.scheduler, small, noise, noise_level), noise_level=noise_level
             )
         if k:
-            past = encode_video(vae, videos[-1][:, :, -OVERLAP_FRAMES:]).to(device)
+            past = encode_video(vae, videos[-1][:, :, -overlap_frames(ratio) :]).to(device)
             given, mask = past.new_zeros(len(seeds), *shape), past.new_zeros(len(seeds), 1, *shape[1:])
             given[:, :, :OVERLAP_LATENTS], mask[:, :, :OVERLAP_LATENTS] = past, 1
             conditions = replace(conditions, frame_latents=given, frame_mask=mask)
@@ -275,16 +286,18 @@ def denoise_chunks(
         results.append(x)
         if decode or k + 1 < len(starts):
             videos.append(decode_latents(vae, x))
-    return join_chunks(videos) if decode else torch.cat(results, dim=2)
+    return join_chunks(videos, ratio) if decode else torch.cat(results, dim=2)
 
 
 # -- checks ------------------------------------------------------------------------------------------------------------
 
 
-def check_frames(num_frames: int, transformer: Any) -> None:
+def check_frames(num_frames: int, transformer: Any, ratio: int = TEMPORAL_RATIO) -> None:
     """Raises a WaltError when `num_frames` fits no chunks, or needs several and the denoiser takes no given frames."""
-    if len(chunk_starts(num_frames)) > 1 and not transformer.config.frame_conditioning:
-        raise WaltError(f"num_frames={num_frames} needs a transformer with frame_conditioning; this one makes up to 17")
+    if len(chunk_starts(num_frames, ratio)) > 1 and not transformer.config.frame_conditioning:
+        raise WaltError(
+            f"num_frames={num_frames} needs a transformer with frame_conditioning; this one makes up to {1 + 4 * ratio}"
+        )
 
 
 def check_size(height: int, width: int, multiple: int) -> None:
@@ -320,8 +333,9 @@ class SamplingPipeline(DiffusionPipeline):
 
     def _set_up(self) -> None:
         """Values derived from components, each of which may be absent."""
-        self.vae_scale_factor_spatial = int(self.vae.spatial_compression_ratio) if getattr(self, "vae", None) else 8
-        self.vae_scale_factor_temporal = int(self.vae.temporal_compression_ratio) if getattr(self, "vae", None) else 4
+        vae = adapt(getattr(self, "vae", None))
+        self.vae_scale_factor_spatial = int(vae.spatial_compression_ratio) if vae is not None else 8
+        self.vae_scale_factor_temporal = int(vae.temporal_compression_ratio) if vae is not None else TEMPORAL_RATIO
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor_spatial, do_resize=False)
         self._guidance_scale = 1.0
         self._guidance_rescale = 0.0
@@ -502,7 +516,7 @@ class SamplingPipeline(DiffusionPipeline):
     def _count_steps(self, steps: int, num_frames: int) -> int:
         """Calls of the scheduler that a video of `num_frames` takes."""
         self.scheduler.set_timesteps(steps)
-        return len(self.scheduler.timesteps) * len(chunk_starts(num_frames))
+        return len(self.scheduler.timesteps) * len(chunk_starts(num_frames, self.vae_scale_factor_temporal))
 
     def _end_step(self, t: Any, latents: Tensor, prompt: Prompt) -> tuple[Tensor, Prompt]:
         if self._callback is not None:

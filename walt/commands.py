@@ -60,15 +60,16 @@ def train(args: argparse.Namespace) -> None:
 def build_objective(job: Any) -> Any:
     """The objective of a recipe with its models and folders loaded; every missing file is a WaltError."""
     from walt.models.transformer_walt import WaltTransformer3DModel
+    from walt.tokenizers.adapter import load_vae
     from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt
     from walt.tokenizers.losses import PerceptualLoss
     from walt.training.job import TokenizerJob
-    from walt.training.objectives import DenoiserObjective, TokenizerObjective, load_folder
+    from walt.training.objectives import DenoiserObjective, TokenizerObjective
 
     if isinstance(job, TokenizerJob):
         weights = job.loss.perceptual_weights
         return TokenizerObjective(job, AutoencoderKLWalt, PerceptualLoss(weights) if weights else None)
-    vae = load_folder(AutoencoderKLWalt, job.tokenizer, "tokenizer")
+    vae = load_vae(job.tokenizer)
     return DenoiserObjective(job, WaltTransformer3DModel, vae, _words(job))
 
 
@@ -207,12 +208,11 @@ def encode(args: argparse.Namespace) -> None:
     import torch
 
     from walt.data.latents import write_latents
-    from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt
-    from walt.training.objectives import load_folder
+    from walt.tokenizers.adapter import load_vae
 
     job, counts = args.job, args.counts
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    vae = load_folder(AutoencoderKLWalt, job.tokenizer, "tokenizer").eval().to(device)
+    vae = load_vae(job.tokenizer).eval().to(device)
 
     def encoder(video: Tensor) -> Tensor:
         with torch.no_grad():
