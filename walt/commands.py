@@ -268,7 +268,7 @@ def _encode_media(job: Any, output: Path) -> None:
 
     console = Console()
     with _progress() as progress:
-        task = progress.add_task(f"samples of rank {clips.rank}" if clips.ranks > 1 else "samples", total=None)
+        task = progress.add_task(f"samples of rank {clips.rank}" if clips.world > 1 else "samples", total=None)
 
         def told(tally: Tally) -> None:
             progress.update(task, completed=tally.done, total=tally.total)
@@ -276,7 +276,7 @@ def _encode_media(job: Any, output: Path) -> None:
         tally = encode_media(job, clips, output, encoder, words, job.run.workers, told)
     console.print(
         f"wrote {output}: of {tally.total} samples {tally.encoded} were encoded, {tally.kept} were there, "
-        f"{tally.skipped} left out" + (f" (rank {clips.rank} of {clips.ranks})" if clips.ranks > 1 else ""),
+        f"{tally.skipped} left out" + (f" (rank {clips.rank} of {clips.world})" if clips.world > 1 else ""),
         highlight=False,
         soft_wrap=True,
     )

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import Tensor
 
 from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt
 from walt.training.job import (
@@ -74,3 +78,15 @@ def denoiser_job(tokenizer: Path, output: Path, steps: int = 20, **changes: obje
         optimizer=OptimizerJob(lr=2e-3, warmup_steps=2),
         run=RunJob(output=str(output), steps=steps, wandb=False, checkpoint_every=10, log_every=1),
     ).model_copy(update=changes)
+
+
+def losses(output: Path) -> dict[int, float]:
+    """The loss of every step that a run has logged."""
+    rows = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+
+def saved(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint that one rank wrote."""
+    (file,) = folder.glob("*.safetensors")
+    return load_file(file)

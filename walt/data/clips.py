@@ -14,6 +14,8 @@ import hashlib
 import json
 import math
 import os
+import sys
+import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -130,11 +132,21 @@ class _Table:
         self.clip_items = np.repeat(good, self.parts[good])
         ends = np.cumsum(self.parts[good])
         self.clip_parts = np.arange(len(self.clip_items)) - np.repeat(ends - self.parts[good], self.parts[good])
+        held = np.zeros(len(rows), dtype=bool)
+        if data.heldout_share:
+            held[good] = [_chance(index.item(int(item)).key) < data.heldout_share for item in good]
+        self.trained = np.flatnonzero(~held[self.clip_items])
+        self.held_out = np.flatnonzero(held)
 
     def allowed(self, item: int, shapes: Sequence[Shape]) -> tuple[int, ...]:
         """The shapes that an item can fill."""
         video, frames = bool(self.index.items["video"][item]), int(self.frames[item])
         return _allowed(video, min(frames, max(s.frames + s.start for s in shapes)), tuple(shapes))
+
+
+def _chance(key: str) -> float:
+    """A number in [0, 1) that follows from the name alone: an item stays held out whatever is added beside it."""
+    return zlib.crc32(f"held out {key}".encode()) / 2**32
 
 
 @functools.lru_cache(maxsize=4096)
@@ -154,9 +166,8 @@ class Clips:
         captions: whether an item without one is left out (unless the recipe says "optional").
         low_res: whether samples come with a half-size twin (mean over 2 x 2 pixels).
         report: the account's file; None: none.
-        ranks: packs of a step; None: torchrun's WORLD_SIZE.
+        packs: of a step, over all ranks; None: one per rank (torchrun's WORLD_SIZE).
         workers: processes that probe new sources.
-        progress: told (source, done, total) while they are probed.
 
     Raises:
         WaltError: no source, nothing usable in one, a mostly broken one, a shape above the budget.
@@ -173,9 +184,8 @@ class Clips:
         captions: bool,
         low_res: bool = False,
         report: Path | None = None,
-        ranks: int | None = None,
+        packs: int | None = None,
         workers: int = 0,
-        progress: Callable[[str, int, int], None] | None = None,
     ) -> None:
         if not data.sources:
             raise WaltError("data.sources: at least one is needed, such as data.sources=[{path: videos}]")
@@ -194,16 +204,11 @@ class Clips:
         self.tables: list[_Table] = []
         for source in data.sources:
             where = Where(source.path, source.kind, source.caption, source.media, source.split)
-
-            def told(done: int, total: int, path: str = source.path) -> None:
-                if progress is not None:
-                    progress(path, done, total)
-
-            index = build_index(where, Path(data.index), workers, (self.rank, self.ranks), told)
+            index = build_index(where, Path(data.index), workers, (self.rank, self.world), _Teller(source.path))
             table = _Table(index, data, self.shapes, captions)
             broken = [*index.broken, *table.refused]
             self.account.listed(source.path, len(index.items) + len(index.broken), broken, write=self.rank == 0)
-            if not len(table.clip_items):
+            if not len(table.trained):
                 raise WaltError(f'sources: nothing in "{source.path}" can be used: {"; ".join(self.account.lines())}')
             self.tables.append(table)
         self.quotas = _quotas([source.weight for source in data.sources])
@@ -217,8 +222,8 @@ class Clips:
         order, counts, chance = self._block(block)
         source = int(order[place])
         table = self.tables[source]
-        epoch, row = divmod(block * self.quotas[source] + int(counts[place]), len(table.clip_items))
-        clip = int(self._permutation(source, epoch)[row])
+        epoch, row = divmod(block * self.quotas[source] + int(counts[place]), len(table.trained))
+        clip = int(table.trained[self._permutation(source, epoch)[row]])
         item = int(table.clip_items[clip])
         allowed = table.allowed(item, self.shapes)
         steps = _cumulative(tuple(self.shapes[i].weight for i in allowed))
@@ -238,7 +243,7 @@ class Clips:
     @functools.lru_cache(maxsize=16)  # noqa: B019
     def _permutation(self, source: int, epoch: int) -> np.ndarray:
         rng = np.random.default_rng((self.data.seed, 2, source, epoch))
-        return rng.permutation(len(self.tables[source].clip_items))
+        return rng.permutation(len(self.tables[source].trained))
 
     def windows(self, source: int, item: int) -> Iterator[Draw]:
         """Every draw that any epoch can make of an item, in order."""
@@ -325,10 +330,31 @@ class Clips:
         low = F.avg_pool2d(video, 2) if self.low_res else None
         return MediaClip(video, low, self.caption(draw, item), self.shapes[draw.shape].start)
 
-    def pack(self, step: int, rank: int, load: Callable[[Draw], Any] | None = None) -> list[Any]:
-        """The samples of one step and rank; one that turns out to be broken is accounted for and replaced.
+    def held_out(self, shape: int, number: int, load: Callable[[Draw], Any] | None = None) -> Any:
+        """The `number`-th held-out sample of a shape, cycled; broken items are passed over.
 
-        The stand-in is the largest sample that fits from the rank's own next packs, so ranks stay disjoint.
+        Raises:
+            WaltError: the recipe holds out no item that can fill the shape.
+        """
+        found = [
+            Draw(source, int(item), 0, shape, 0)
+            for source, table in enumerate(self.tables)
+            for item in table.held_out
+            if shape in table.allowed(int(item), self.shapes)
+        ]
+        for place in range(len(found)):
+            clip = self._try(found[(number + place) % len(found)], load or self.load)
+            if clip is not None:
+                return clip
+        raise WaltError(
+            f"data.heldout_share: no item that can fill shape {shape} is held out (run.heldout_every needs some), "
+            f"got {self.data.heldout_share:g}"
+        )
+
+    def pack(self, step: int, rank: int, load: Callable[[Draw], Any] | None = None) -> list[Any]:
+        """The samples of one step and lane; one that turns out to be broken is accounted for and replaced.
+
+        The stand-in is the largest sample that fits from the same lane of coming steps, so ranks stay disjoint.
 
         Args:
             load: how a draw is read; None: `self.load`.
@@ -366,10 +392,10 @@ class Clips:
 
     def identity(self) -> str:
         """Changes with all that the order of samples depends on."""
-        counts = [(len(table.clip_items), int(table.clip_items.sum())) for table in self.tables]
+        counts = [(len(table.trained), int(table.trained.sum())) for table in self.tables]
         fields = self.data.model_dump(mode="json", exclude={"index", "latents", "max_broken"})
         rows = [shape.model_dump() for shape in self.shapes]
-        text = json.dumps([fields, rows, counts, self.budget, self.multiple, self.ranks, self.low_res], sort_keys=True)
+        text = json.dumps([fields, rows, counts, self.budget, self.multiple, self.packs, self.low_res], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -397,7 +423,7 @@ class Plan:
         return self.rounds[step][rank]
 
     def _begin(self, step: int) -> None:
-        self.packer = Packer(self.clips.budget, ranks=self.clips.ranks)
+        self.packer = Packer(self.clips.budget, ranks=self.clips.packs)
         self.position, self.next, self.first = 0, 0, 0
         self.rounds: dict[int, list[list[Draw]]] = {}
         self.ready: list[list[Draw]] = []
@@ -414,12 +440,12 @@ class Plan:
                 return
 
     def _round(self) -> None:
-        while len(self.ready) < self.clips.ranks:
+        while len(self.ready) < self.clips.packs:
             draw = self.clips.draw(self.position)
             self.position += 1
             packs = self.packer.add((self.clips.units(draw), list(draw)))
             self.ready += [[Draw(*payload) for payload in pack.payloads] for pack in packs]
-        self.rounds[self.next], self.ready = self.ready[: self.clips.ranks], self.ready[self.clips.ranks :]
+        self.rounds[self.next], self.ready = self.ready[: self.clips.packs], self.ready[self.clips.packs :]
         self.next += 1
         path = self._path(self.next) if self.next % SNAPSHOT == 0 else None
         if path is not None and not path.exists():
@@ -431,6 +457,19 @@ class Plan:
 
     def _path(self, step: int) -> Path | None:
         return None if self.folder is None else self.folder / f"{self.name}-{step:08d}.json"
+
+
+class _Teller:
+    """Says every few seconds how far a long probing of a source has come, on stderr."""
+
+    def __init__(self, source: str) -> None:
+        self.source, self.last = source, time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self.last >= 5:
+            self.last = now
+            print(f"looking through {self.source}: {done} of {total} units", file=sys.stderr, flush=True)
 
 
 def _quotas(weights: Sequence[float]) -> list[int]:

@@ -105,7 +105,7 @@ def encode_media(
     else:
         _write_json(head, identity)
     units = [(s, u) for s, table in enumerate(clips.tables) for u in range(len(table.index.units))]
-    mine = units[clips.rank :: clips.ranks]
+    mine = units[clips.rank :: clips.world]
     tally = Tally()
     plans = [(s, u, _draws(clips, s, u)) for s, u in mine]
     tally.total = sum(len(draws) for *_, draws in plans)

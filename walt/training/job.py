@@ -81,6 +81,9 @@ class MediaJob(Frozen):
     )
     variants: int = Field(default=1, gt=0, description="random windows (start, cut) of each clip that epochs alternate")
     max_clips: int = Field(default=64, gt=0, description="clips of one video per epoch, spread evenly over it")
+    heldout_share: float = Field(
+        default=0.0, ge=0, lt=1, description="share of each source's items that is never trained on (run.heldout_every)"
+    )
     max_broken: float = Field(default=0.5, ge=0, le=1, description="a source with a larger broken share stops the run")
     index: str = Field(default="cache/index", description="folder of what is known about the sources")
     latents: str | None = Field(
@@ -93,6 +96,7 @@ AnyData = Annotated[DataJob | MediaJob, Field(discriminator="kind")]
 
 
 class OptimizerJob(Frozen):
+    kind: Literal["adamw", "adafactor"] = "adamw"
     lr: float = Field(gt=0)
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = Field(default=0.0, ge=0)
@@ -108,16 +112,28 @@ class RunJob(Frozen):
     output: str
     steps: int = Field(gt=0)
     seed: int = 0
-    accumulate: int = Field(default=1, gt=0)
+    packs: int | None = Field(
+        default=None, gt=0, description="packs per step, divided among the ranks and accumulated; None: one per rank"
+    )
+    parallel: Literal["ddp", "fsdp"] = Field(default="ddp", description="among several ranks: whole copies, or FSDP2")
+    cpu_offload: bool = Field(default=False, description="fsdp: weights, gradients and moments wait in host memory")
     precision: Literal["no", "bf16"] = "no"
-    ema_decay: float = Field(default=0.999, ge=0, lt=1)
+    gradient_checkpointing: bool = False
+    ema_decay: float = Field(default=0.999, ge=0, lt=1, description="0: no average is kept")
+    spike_factor: float = Field(
+        default=20.0, ge=0, description="skip a step whose gradient norm is this many times the usual; 0: never"
+    )
+    max_skips: int = Field(default=10, gt=0, description="stop after so many skipped steps in a row")
     checkpoint_every: int = Field(default=500, gt=0)
+    checkpoint_async: bool = Field(default=True, description="training goes on while a checkpoint is written")
     keep_checkpoints: int = Field(default=2, gt=0)
     log_every: int = Field(default=10, gt=0)
     sheet_every: int = Field(default=0, ge=0, description="sample sheets every this many steps; 0: only at the end")
+    heldout_every: int = Field(default=0, ge=0, description="held-out loss every this many steps; 0: never")
+    heldout_clips: int = Field(default=4, gt=0, description="held-out clips per shape")
     workers: int = Field(default=0, ge=0)
     wandb: bool = True
-    gradient_checkpointing: bool = False
+    tensorboard: bool = False
 
 
 class TokenizerLoss(Frozen):
@@ -153,7 +169,13 @@ class DiffusionJob(Frozen):
     )
     self_conditioning_probability: float = Field(default=0.9, ge=0, le=1)
     condition_dropout: float = Field(default=0.1, ge=0, le=1)
-    frame_prediction_probability: float = Field(default=0.2, ge=0, le=1)
+    frame_prediction_probability: float = Field(default=0.2, ge=0, le=1, description="p_fp")
+    given_frames: tuple[int, ...] = Field(
+        default=(1, 2), min_length=1, description="latent frames given in frame prediction, drawn evenly"
+    )
+    mask_probability: float = Field(
+        default=0.0, ge=0, le=1, description="chance that random frames, or all but a random box, are given instead"
+    )
     max_noise_level: int = Field(default=300, ge=0, lt=1000, description="t_max of the low-resolution augmentation")
     loss_weighting: Literal["token", "sample"] = "token"
 

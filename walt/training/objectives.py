@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from walt.conditioning import draw_given_frames, drop, frame_mask
+from walt.conditioning import draw_given_frames, drop, frame_mask, random_mask
 from walt.data.clips import Clips, Draw, stack_equal
 from walt.data.latents import LatentShards
 from walt.data.packing import fill_budget
@@ -21,7 +22,12 @@ from walt.data.scenes import Scenes
 from walt.diffusion import add_noise, draw_timesteps, make_scheduler, velocity, x0_from_velocity
 from walt.errors import WaltError, suggest
 from walt.latents import normalize
-from walt.training.job import DenoiserJob, MediaJob, TokenizerJob
+from walt.training.job import DenoiserJob, MediaJob, Shape, TokenizerJob
+from walt.training.loop import Objective
+from walt.training.plan import ForwardCounter
+
+HELD_OUT_SEED = 500_009  # added to a recipe's data seed: its training scenes never reach that far
+NOISE_BINS = 5  # of the noise levels, in the held-out loss
 
 
 def build_model(cls: type[Any], config: dict[str, Any]) -> Any:
@@ -39,7 +45,7 @@ def build_model(cls: type[Any], config: dict[str, Any]) -> Any:
 # Tokenizer
 
 
-class TokenizerObjective:
+class TokenizerObjective(Objective):
     """Reconstruction + VGG perceptual loss on mixed image and clip cuts; records latent statistics at the end.
 
     The adversarial part of MAGVIT-v2 is not built. `latent_penalty` and `latent_noise` stand in for a KL term: they
@@ -51,6 +57,7 @@ class TokenizerObjective:
     def __init__(self, job: TokenizerJob, autoencoder: type[Any], perceptual: nn.Module | None) -> None:
         self.job = job
         self.scenes = None if isinstance(job.data, MediaJob) else Scenes(job.data)
+        self.unseen: Scenes | None = None
         torch.manual_seed(job.run.seed)
         self.model = build_model(autoencoder, job.model)
         self.clips = (
@@ -62,6 +69,7 @@ class TokenizerObjective:
                 budget=job.batch_pixels,
                 captions=False,
                 report=Path(job.run.output) / "skipped.jsonl",
+                packs=job.run.packs,
                 workers=job.run.workers,
             )
             if isinstance(job.data, MediaJob)
@@ -79,6 +87,7 @@ class TokenizerObjective:
                 raise WaltError("freeze_encoder: an untrained encoder cannot be frozen; give init=FOLDER")
             self.model.encoder.requires_grad_(False)
         self.perceptual = perceptual
+        self.counter = ForwardCounter(autoencoder, dict(self.model.config))
         self.device = torch.device("cpu")
 
     def to(self, device: torch.device) -> None:
@@ -103,12 +112,13 @@ class TokenizerObjective:
         return [torch.stack(videos) for _, videos in sorted(groups.items())]
 
     def loss(
-        self, model: nn.Module, batch: list[Tensor], generator: torch.Generator
+        self, model: nn.Module, batch: list[Tensor], generator: torch.Generator, shared: torch.Generator | None = None
     ) -> tuple[Tensor, dict[str, float | Tensor]]:
         weights = self.job.loss
         total = sum(video.numel() for video in batch)
         loss = torch.zeros((), device=self.device)
-        seen: dict[str, float | Tensor] = {"pixels": total / 3, "samples": sum(len(video) for video in batch)}
+        samples = sum(len(video) for video in batch)
+        seen: dict[str, float | Tensor] = {"weight": total / 3, "pixels": total / 3, "samples": samples}
         error = torch.zeros((), device=self.device)
         distances: list[Tensor] = []
         outputs: list[tuple[Tensor, Tensor]] = []
@@ -143,6 +153,38 @@ class TokenizerObjective:
         # A random strength per sample, up to latent_noise: clean latents must decode sharply too.
         strength = torch.rand((b, 1, 1, 1, 1), generator=generator) * self.job.loss.latent_noise
         return (torch.randn(shape, generator=generator) * strength).to(self.device)
+
+    def flops(self, batch: list[Tensor]) -> float | None:
+        return sum(len(video) * self.counter(tuple(video.shape[2:])) for video in batch)
+
+    @torch.no_grad()
+    def heldout(self, model: nn.Module) -> dict[str, float]:
+        """PSNR (dB) and mean absolute error of scenes of other seeds, per shape and over all of them."""
+        found: dict[str, float] = {}
+        for place, shape in enumerate(self.job.shapes):
+            square, absolute = [], []
+            for video in self._held_out(place):
+                video = video[None].to(self.device)
+                difference = model(video, return_dict=False)[0].float() - video
+                square.append(float(difference.square().mean()))
+                absolute.append(float(difference.abs().mean()))
+            name = f"tokenizer/{_shape_name(shape)}"
+            found[f"{name}/psnr"] = -10.0 * math.log10(max(sum(square) / len(square) / 4.0, 1e-12))
+            found[f"{name}/loss"] = sum(absolute) / len(absolute)
+        losses = [value for name, value in found.items() if name.endswith("/loss")]
+        return {**found, "loss": sum(losses) / len(losses)}
+
+    def _held_out(self, place: int) -> Iterator[Tensor]:
+        """Videos of a shape that are never trained on: scenes of other seeds, or the items that the recipe sets aside."""
+        data, shape = self.job.data, self.job.shapes[place]
+        for number in range(self.job.run.heldout_clips):
+            if self.clips is not None:
+                yield self.clips.held_out(place, number).video
+            else:
+                assert not isinstance(data, MediaJob)
+                if self.unseen is None:
+                    self.unseen = Scenes(data.model_copy(update={"seed": data.seed + HELD_OUT_SEED}))
+                yield self.unseen.clip(number, shape).video
 
     def export(self, model: nn.Module, folder: Path) -> None:
         if not self.job.freeze_encoder:
@@ -184,6 +226,7 @@ class Sample:
     low_res: Tensor | None
     caption: str
     start: int
+    label: int | None = None  # of a model with num_classes
     states: Tensor | None = None
 
 
@@ -210,11 +253,12 @@ def open_clips(job: DenoiserJob, vae: Any, captions: bool, report: Path) -> Clip
         captions=captions,
         low_res=twins,
         report=report,
+        packs=job.run.packs,
         workers=job.run.workers,
     )
 
 
-class DenoiserObjective:
+class DenoiserObjective(Objective):
     """v-prediction on packs of images and clips (W.A.L.T. sections 3.2-3.4, 4.1).
 
     Each sample has its own timestep, noise, text dropout, given frames and (super-resolution) noise level; all are
@@ -223,6 +267,7 @@ class DenoiserObjective:
     """
 
     model: Any
+    shardable = True
 
     def __init__(self, job: DenoiserJob, transformer: type[Any], vae: Any, words: TextStates | None) -> None:
         self.job = job
@@ -231,8 +276,9 @@ class DenoiserObjective:
         if job.init is not None:
             start_from(self.model, job.init)
         config = self.model.config
+        held = job.run.heldout_clips if job.run.heldout_every else 0
         media = isinstance(job.data, MediaJob)
-        self.shards = LatentShards(Path(job.data.latents), job) if job.data.latents and not media else None
+        self.shards = LatentShards(Path(job.data.latents), job, held) if job.data.latents and not media else None
         self.scenes = None if self.shards or isinstance(job.data, MediaJob) else Scenes(job.data)
         self.vae = vae.eval().requires_grad_(False)
         if job.diffusion.latent_normalization and self.vae.config.latents_mean is None:
@@ -260,6 +306,8 @@ class DenoiserObjective:
             MediaLatents(Path(job.data.latents), job, self.clips) if self.clips and job.data.latents else None
         )
         self.device = torch.device("cpu")
+        self.unseen: Scenes | None = None
+        self.counter = ForwardCounter(transformer, dict(self.model.config))
         if job.init is None and self.super_resolution and config.sigma_data is not None:
             self.model.fit_low_res_embed(
                 (self._latent(sample.low_res_video, sample.low_res), self._latent(sample.video, sample.latent))
@@ -315,61 +363,177 @@ class DenoiserObjective:
         return normalize(latent, self.vae.config.latents_mean, self.vae.config.latents_std)
 
     def loss(
-        self, model: nn.Module, batch: list[Sample], generator: torch.Generator
+        self,
+        model: nn.Module,
+        batch: list[Sample],
+        generator: torch.Generator,
+        shared: torch.Generator | None = None,
     ) -> tuple[Tensor, dict[str, float | Tensor]]:
         knobs = self.job.diffusion
         clean = [self._latent(sample.video, sample.latent) for sample in batch]
         count = len(batch)
         steps = draw_timesteps(count, len(self.scheduler), knobs.timestep_logit_normal, generator)
         noise = [torch.randn(z.shape, generator=generator).to(self.device) for z in clean]
+        masks = self._masks(clean, batch, generator)
+        lost = drop(count, knobs.condition_dropout, generator)
+        levels = None
+        if self.super_resolution:
+            levels = torch.randint(knobs.max_noise_level + 1, (count,), generator=generator)
+        told = self._told(batch, clean, masks, lost, levels, generator)
+        twice = False
+        if self.model.config.self_conditioning:
+            # Alike on all ranks: sharded weights are gathered by all of them in every forward pass.
+            chance = float(torch.rand((), generator=generator if shared is None else shared))
+            twice = chance < knobs.self_conditioning_probability
+        errors, sizes = self._errors(model, clean, noise, steps, masks, told, twice)
+        if knobs.loss_weighting == "token":
+            weight = torch.stack(sizes).sum()
+            loss = torch.stack(errors).sum() / weight
+        else:
+            weight = torch.tensor(float(count))
+            loss = torch.stack([e / s for e, s in zip(errors, sizes, strict=True)]).mean()
+        tokens = sum(z[0].numel() for z in clean) // self.model.config.patch_size**2
+        videos = sum(z.shape[1] > 1 for z in clean)
+        figures = {"weight": weight, "tokens": tokens, "samples": count, "clips": videos, "padding": 0}
+        return loss, {**figures, "forwards": 1.0 + twice}
+
+    def _masks(self, clean: list[Tensor], batch: list[Sample], generator: torch.Generator) -> list[Tensor]:
+        """`(1, t, h, w)` per sample, ones where its clean latents are given: first frames, or anything at all."""
+        knobs, conditional = self.job.diffusion, self.model.config.frame_conditioning
         given = draw_given_frames(
             [z.shape[1] for z in clean],
             [sample.start for sample in batch],
-            knobs.frame_prediction_probability if self.model.config.frame_conditioning else 0.0,
-            knobs.condition_dropout if self.model.config.frame_conditioning else 1.0,
+            knobs.frame_prediction_probability if conditional else 0.0,
+            knobs.condition_dropout if conditional else 1.0,
             generator,
+            knobs.given_frames,
         )
         masks = [frame_mask(z, k) for z, k in zip(clean, given, strict=True)]
-        noisy = [add_noise(self.scheduler, z, e, int(t)) for z, e, t in zip(clean, noise, steps, strict=True)]
-        target = [velocity(self.scheduler, z, e, int(t)) for z, e, t in zip(clean, noise, steps, strict=True)]
+        if conditional and knobs.mask_probability:
+            chosen = drop(len(clean), knobs.mask_probability, generator)
+            masks = [random_mask(m, generator) if yes else m for m, yes in zip(masks, chosen, strict=True)]
+        return masks
+
+    def _told(
+        self,
+        batch: list[Sample],
+        clean: list[Tensor],
+        masks: list[Tensor],
+        lost: list[bool],
+        levels: Tensor | None,
+        generator: torch.Generator,
+    ) -> dict[str, Any]:
+        """The model's conditions: given frames, words, classes, noisy low resolution. `lost` ones miss words or class."""
         told: dict[str, Any] = {}
-        if self.model.config.frame_conditioning:
+        config = self.model.config
+        if config.frame_conditioning:
             told |= {"frame_latents": clean, "frame_mask": masks}
         if self.words is not None:
-            lost = drop(count, knobs.condition_dropout, generator)
             told["encoder_hidden_states"] = self._states(batch, lost)
-        if self.super_resolution:
-            levels = torch.randint(knobs.max_noise_level + 1, (count,), generator=generator)
+        if config.num_classes is not None:
+            labels = [sample.label for sample in batch]
+            if any(label is None for label in labels):
+                raise WaltError("data: a model with num_classes needs a class label with every sample; these have none")
+            null = config.num_classes
+            told["class_labels"] = torch.tensor(
+                [null if gone else label for gone, label in zip(lost, labels, strict=True)], device=self.device
+            )
+        if levels is not None:
             low = [self._latent(sample.low_res_video, sample.low_res) for sample in batch]
             told["low_res_hidden_states"] = [
                 add_noise(self.scheduler, z, torch.randn(z.shape, generator=generator).to(self.device), int(t))
                 for z, t in zip(low, levels, strict=True)
             ]
             told["low_res_noise_level"] = levels.to(self.device)
+        return told
+
+    def _errors(
+        self,
+        model: Any,
+        clean: list[Tensor],
+        noise: list[Tensor],
+        steps: Tensor,
+        masks: list[Tensor],
+        told: dict[str, Any],
+        twice: bool,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Of each sample, the squared error of v summed over what is not given (and averaged over channels), and how
+        many latent places that is."""
+        noisy = [add_noise(self.scheduler, z, e, int(t)) for z, e, t in zip(clean, noise, steps, strict=True)]
+        target = [velocity(self.scheduler, z, e, int(t)) for z, e, t in zip(clean, noise, steps, strict=True)]
         timestep = steps.to(self.device)
-        if self.model.config.self_conditioning:
-            chance = float(torch.rand((), generator=generator))
-            if chance < knobs.self_conditioning_probability:
-                with torch.no_grad():
-                    first = model(noisy, timestep, **told).sample
-                told["self_conditioning"] = [
+        if twice:
+            with torch.no_grad():
+                first = model(noisy, timestep, **told).sample
+            told = told | {
+                "self_conditioning": [
                     x0_from_velocity(self.scheduler, v.float(), x, int(t))
                     for v, x, t in zip(first, noisy, steps, strict=True)
                 ]
+            }
         predicted = model(noisy, timestep, **told).sample
         # Given frames are known: they carry no loss.
         errors = [
             ((v.float() - y).square() * (1.0 - m)).sum() / v.shape[0]
             for v, y, m in zip(predicted, target, masks, strict=True)
         ]
-        sizes = [(1.0 - m).sum() for m in masks]
-        if knobs.loss_weighting == "token":
-            loss = torch.stack(errors).sum() / torch.stack(sizes).sum()
-        else:
-            loss = torch.stack([e / s for e, s in zip(errors, sizes, strict=True)]).mean()
-        tokens = sum(z[0].numel() for z in clean) // self.model.config.patch_size**2
-        videos = sum(z.shape[1] > 1 for z in clean)
-        return loss, {"tokens": tokens, "samples": count, "clips": videos}
+        return errors, [(1.0 - m).sum() for m in masks]
+
+    def held_out(self, shape: int, number: int) -> Sample:
+        """The `number`-th sample of a shape that is never trained on."""
+        start = self.job.shapes[shape].start
+        if self.clips is not None:
+            return self.clips.held_out(shape, number, self._media_sample)
+        assert not isinstance(self.job.data, MediaJob)
+        if self.shards is not None:
+            latent, low_res, caption = self.shards.held_out(shape, number)
+            return Sample(None, None, latent, low_res, caption, start)
+        if self.unseen is None:
+            # Other seeds make other scenes.
+            self.unseen = Scenes(self.job.data.model_copy(update={"seed": self.job.data.seed + HELD_OUT_SEED}))
+        clip = self.unseen.clip(number, self.job.shapes[shape], self.super_resolution)
+        return Sample(clip.video, clip.low_res, None, None, clip.caption, start)
+
+    @torch.no_grad()
+    def heldout(self, model: nn.Module) -> dict[str, float]:
+        """Mean squared error of v per noise level and shape, named `stage/shape/tLOW-HIGH`, and over all of them.
+
+        No frame is given, no condition is lost, nothing is predicted beforehand; low resolution carries half the
+        recipe's noise. Every clip is seen at the middle of every bin.
+        """
+        stage = "sr" if self.super_resolution else "base"
+        length = len(self.scheduler)
+        found: dict[str, float] = {}
+        for place, shape in enumerate(self.job.shapes):
+            batch = [self.held_out(place, number) for number in range(self.job.run.heldout_clips)]
+            clean = [self._latent(sample.video, sample.latent) for sample in batch]
+            masks = [frame_mask(z, 0) for z in clean]
+            for part in range(NOISE_BINS):
+                low, high = part * length // NOISE_BINS, (part + 1) * length // NOISE_BINS
+                generator = torch.Generator().manual_seed(1_000_003 * place + part)
+                noise = [torch.randn(z.shape, generator=generator).to(self.device) for z in clean]
+                levels = None
+                if self.super_resolution:
+                    levels = torch.full((len(batch),), self.job.diffusion.max_noise_level // 2)
+                told = self._told(batch, clean, masks, [False] * len(batch), levels, generator)
+                steps = torch.full((len(batch),), (low + high) // 2)
+                errors, sizes = self._errors(model, clean, noise, steps, masks, told, False)
+                value = float(torch.stack(errors).sum() / torch.stack(sizes).sum())
+                found[f"{stage}/{_shape_name(shape)}/t{low}-{high - 1}"] = value
+        return {**found, "loss": sum(found.values()) / len(found)}
+
+    def flops(self, batch: list[Sample]) -> float | None:
+        total = 0.0
+        for sample in batch:
+            if sample.latent is not None:
+                grid = tuple(sample.latent.shape[1:])
+            else:
+                assert sample.video is not None
+                frames, height, width = sample.video.shape[1:]
+                space = self.vae.spatial_compression_ratio
+                grid = (1 + (frames - 1) // self.vae.temporal_compression_ratio, height // space, width // space)
+            total += self.counter(grid)
+        return total
 
     def _states(self, batch: list[Sample], lost: list[bool]) -> list[Tensor]:
         """Text states of every sample, those of "" where the caption is dropped; precomputed ones are taken as such."""
@@ -412,6 +576,16 @@ class TextStates:
             for prompt, row, mask in zip(fresh, states, ids.attention_mask, strict=True):
                 self.cache[prompt] = row[: int(mask.sum())].float().clone()
         return [self.cache[prompt] for prompt in prompts]
+
+
+def _shape_name(shape: Shape) -> str:
+    """Frames and size of a shape, and where its window starts and what is cut out of it, for figures by resolution."""
+    size = f"{shape.cut}x{shape.cut}" if shape.cut else f"{shape.height}x{shape.width}"
+    return (
+        f"{shape.frames}x{size}"
+        + (f"+{shape.start}" if shape.start else "")
+        + (f"@{shape.height}" if shape.cut else "")
+    )
 
 
 def start_from(model: Any, folder: str) -> Any:
