@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,15 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from walt.conditioning import draw_given_frames, drop, frame_mask, random_mask
+from walt.data.clips import Clips, Draw, stack_equal
 from walt.data.latents import LatentShards
 from walt.data.packing import fill_budget
+from walt.data.precompute import MediaLatents
 from walt.data.scenes import Scenes
 from walt.diffusion import add_noise, draw_timesteps, make_scheduler, velocity, x0_from_velocity
 from walt.errors import WaltError, suggest
 from walt.latents import normalize
-from walt.training.job import DenoiserJob, Shape, TokenizerJob
+from walt.training.job import DenoiserJob, MediaJob, Shape, TokenizerJob
 from walt.training.loop import Objective
 from walt.training.plan import ForwardCounter
 
@@ -53,9 +56,25 @@ class TokenizerObjective(Objective):
 
     def __init__(self, job: TokenizerJob, autoencoder: type[Any], perceptual: nn.Module | None) -> None:
         self.job = job
-        self.scenes = Scenes(job.data)
+        self.scenes = None if isinstance(job.data, MediaJob) else Scenes(job.data)
+        self.unseen: Scenes | None = None
         torch.manual_seed(job.run.seed)
         self.model = build_model(autoencoder, job.model)
+        self.clips = (
+            Clips(
+                job.data,
+                job.shapes,
+                multiple=self.model.spatial_compression_ratio,
+                cost=lambda frames, height, width: frames * height * width,
+                budget=job.batch_pixels,
+                captions=False,
+                report=Path(job.run.output) / "skipped.jsonl",
+                packs=job.run.packs,
+                workers=job.run.workers,
+            )
+            if isinstance(job.data, MediaJob)
+            else None
+        )
         if job.init is not None:
             trained = start_from(self.model, job.init)
             self.model.register_to_config(
@@ -78,6 +97,9 @@ class TokenizerObjective(Objective):
 
     def batch(self, step: int, rank: int) -> list[Tensor]:
         """Groups of equal shape, each `(N, 3, T, H, W)` in [-1, 1]; about `batch_pixels` video pixels in all."""
+        if self.clips is not None:
+            return stack_equal(self.clips.pack(step, rank))
+        assert self.scenes is not None and not isinstance(self.job.data, MediaJob)
         shapes = self.job.shapes
         rng = np.random.default_rng((self.job.run.seed, step, rank))
         sides = [(s.cut or s.height, s.cut or s.width) for s in shapes]
@@ -138,12 +160,11 @@ class TokenizerObjective(Objective):
     @torch.no_grad()
     def heldout(self, model: nn.Module) -> dict[str, float]:
         """PSNR (dB) and mean absolute error of scenes of other seeds, per shape and over all of them."""
-        scenes = Scenes(self.job.data.model_copy(update={"seed": self.job.data.seed + HELD_OUT_SEED}))
         found: dict[str, float] = {}
-        for shape in self.job.shapes:
+        for place, shape in enumerate(self.job.shapes):
             square, absolute = [], []
-            for number in range(self.job.run.heldout_clips):
-                video = scenes.clip(number, shape).video[None].to(self.device)
+            for video in self._held_out(place):
+                video = video[None].to(self.device)
                 difference = model(video, return_dict=False)[0].float() - video
                 square.append(float(difference.square().mean()))
                 absolute.append(float(difference.abs().mean()))
@@ -152,6 +173,18 @@ class TokenizerObjective(Objective):
             found[f"{name}/loss"] = sum(absolute) / len(absolute)
         losses = [value for name, value in found.items() if name.endswith("/loss")]
         return {**found, "loss": sum(losses) / len(losses)}
+
+    def _held_out(self, place: int) -> Iterator[Tensor]:
+        """Videos of a shape that are never trained on: scenes of other seeds, or the items that the recipe sets aside."""
+        data, shape = self.job.data, self.job.shapes[place]
+        for number in range(self.job.run.heldout_clips):
+            if self.clips is not None:
+                yield self.clips.held_out(place, number).video
+            else:
+                assert not isinstance(data, MediaJob)
+                if self.unseen is None:
+                    self.unseen = Scenes(data.model_copy(update={"seed": data.seed + HELD_OUT_SEED}))
+                yield self.unseen.clip(number, shape).video
 
     def export(self, model: nn.Module, folder: Path) -> None:
         if not self.job.freeze_encoder:
@@ -182,7 +215,10 @@ class TokenizerObjective(Objective):
 
 @dataclass(frozen=True)
 class Sample:
-    """One clip or image of a pack. Pixels `(3, T, H, W)` or raw latents `(8, t, h, w)`, whichever the data gives."""
+    """One clip or image of a pack. Pixels `(3, T, H, W)` or raw latents `(8, t, h, w)`, whichever the data gives.
+
+    `states`: the caption's text states `(S, D)` if they were precomputed.
+    """
 
     video: Tensor | None
     low_res_video: Tensor | None
@@ -191,6 +227,35 @@ class Sample:
     caption: str
     start: int
     label: int | None = None  # of a model with num_classes
+    states: Tensor | None = None
+
+
+def open_clips(job: DenoiserJob, vae: Any, captions: bool, report: Path) -> Clips | None:
+    """The clips of a denoiser recipe on a user's media; None for the theatre.
+
+    Args:
+        job: the recipe.
+        vae: its tokenizer, for the sizes.
+        captions: whether the model reads them.
+        report: the account's file.
+    """
+    if not isinstance(job.data, MediaJob):
+        return None
+    twins = job.model.get("low_res_channels") is not None
+    space, time = vae.spatial_compression_ratio * job.model.get("patch_size", 1), vae.temporal_compression_ratio
+    return Clips(
+        job.data,
+        job.shapes,
+        # The half-size twin must be whole latents too.
+        multiple=math.lcm(space, 2 * vae.spatial_compression_ratio) if twins else space,
+        cost=lambda frames, height, width: (1 + (frames - 1) // time) * (height // space) * (width // space),
+        budget=job.batch_tokens,
+        captions=captions,
+        low_res=twins,
+        report=report,
+        packs=job.run.packs,
+        workers=job.run.workers,
+    )
 
 
 class DenoiserObjective(Objective):
@@ -212,8 +277,9 @@ class DenoiserObjective(Objective):
             start_from(self.model, job.init)
         config = self.model.config
         held = job.run.heldout_clips if job.run.heldout_every else 0
-        self.shards = LatentShards(Path(job.data.latents), job, held) if job.data.latents else None
-        self.scenes = None if self.shards else Scenes(job.data)
+        media = isinstance(job.data, MediaJob)
+        self.shards = LatentShards(Path(job.data.latents), job, held) if job.data.latents and not media else None
+        self.scenes = None if self.shards or isinstance(job.data, MediaJob) else Scenes(job.data)
         self.vae = vae.eval().requires_grad_(False)
         if job.diffusion.latent_normalization and self.vae.config.latents_mean is None:
             raise WaltError(f"{job.tokenizer}: the tokenizer has no latents_mean; export it with `walt train`")
@@ -235,6 +301,10 @@ class DenoiserObjective(Objective):
             * ((s.cut or s.width) // space)
             for s in job.shapes
         ]
+        self.clips = open_clips(job, self.vae, words is not None, Path(job.run.output) / "skipped.jsonl")
+        self.media_latents = (
+            MediaLatents(Path(job.data.latents), job, self.clips) if self.clips and job.data.latents else None
+        )
         self.device = torch.device("cpu")
         self.unseen: Scenes | None = None
         self.counter = ForwardCounter(transformer, dict(self.model.config))
@@ -251,8 +321,21 @@ class DenoiserObjective(Objective):
         if self.words is not None:
             self.words.to(device)
 
+    def _media_sample(self, draw: Draw) -> Sample:
+        """A sample of a user's media: pixels, or precomputed latents and text states."""
+        assert self.clips is not None
+        start = self.job.shapes[draw.shape].start
+        if self.media_latents is not None:
+            latent, low_res, caption, states = self.media_latents.get(draw)
+            return Sample(None, None, latent, low_res, caption, start, states)
+        clip = self.clips.load(draw)
+        return Sample(clip.video, clip.low_res, None, None, clip.caption, start)
+
     def batch(self, step: int, rank: int) -> list[Sample]:
         """A pack: samples of mixed shape that fill `batch_tokens`, a pure function of (recipe, step, rank)."""
+        if self.clips is not None:
+            return self.clips.pack(step, rank, self._media_sample)
+        assert not isinstance(self.job.data, MediaJob)
         rng = np.random.default_rng((self.job.run.seed, step, rank))
         weights = [shape.weight for shape in self.job.shapes]
         pack: list[Sample] = []
@@ -346,8 +429,7 @@ class DenoiserObjective(Objective):
         if config.frame_conditioning:
             told |= {"frame_latents": clean, "frame_mask": masks}
         if self.words is not None:
-            captions = ["" if gone else sample.caption for gone, sample in zip(lost, batch, strict=True)]
-            told["encoder_hidden_states"] = self.words(captions)
+            told["encoder_hidden_states"] = self._states(batch, lost)
         if config.num_classes is not None:
             labels = [sample.label for sample in batch]
             if any(label is None for label in labels):
@@ -400,6 +482,9 @@ class DenoiserObjective(Objective):
     def held_out(self, shape: int, number: int) -> Sample:
         """The `number`-th sample of a shape that is never trained on."""
         start = self.job.shapes[shape].start
+        if self.clips is not None:
+            return self.clips.held_out(shape, number, self._media_sample)
+        assert not isinstance(self.job.data, MediaJob)
         if self.shards is not None:
             latent, low_res, caption = self.shards.held_out(shape, number)
             return Sample(None, None, latent, low_res, caption, start)
@@ -449,6 +534,15 @@ class DenoiserObjective(Objective):
                 grid = (1 + (frames - 1) // self.vae.temporal_compression_ratio, height // space, width // space)
             total += self.counter(grid)
         return total
+
+    def _states(self, batch: list[Sample], lost: list[bool]) -> list[Tensor]:
+        """Text states of every sample, those of "" where the caption is dropped; precomputed ones are taken as such."""
+        assert self.words is not None
+        states = [None if gone else sample.states for gone, sample in zip(lost, batch, strict=True)]
+        unknown = [i for i, known in enumerate(states) if known is None]
+        fresh = self.words(["" if lost[i] else batch[i].caption for i in unknown]) if unknown else []
+        made = dict(zip(unknown, fresh, strict=True))
+        return [made[i] if known is None else known.to(self.device) for i, known in enumerate(states)]
 
     def export(self, model: nn.Module, folder: Path) -> None:
         model.save_pretrained(folder)  # type: ignore[operator]
