@@ -12,6 +12,7 @@ from walt import register as _register
 
 if TYPE_CHECKING:
     from walt.errors import WaltError
+    from walt.models.transformer_nuwa import NuwaTransformer3DModel
     from walt.models.transformer_walt import WaltTransformer3DModel
     from walt.pipelines.pipeline_walt import WaltPipeline
     from walt.pipelines.pipeline_walt_cascade import WaltCascadePipeline
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AutoencoderKLWalt",
     "CompactTextEncoder",
+    "NuwaTransformer3DModel",
     "WaltCascadePipeline",
     "WaltError",
     "WaltPipeline",
@@ -39,6 +41,7 @@ LOADABLE_BASES = ("ModelMixin", "SchedulerMixin")
 _HOMES = {
     "AutoencoderKLWalt": "walt.tokenizers.autoencoder_kl_walt",
     "CompactTextEncoder": "walt.tokenizers.text",
+    "NuwaTransformer3DModel": "walt.models.transformer_nuwa",
     "WaltCascadePipeline": "walt.pipelines.pipeline_walt_cascade",
     "WaltPipeline": "walt.pipelines.pipeline_walt",
     "WaltSuperResolutionPipeline": "walt.pipelines.pipeline_walt_super_resolution",

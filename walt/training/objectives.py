@@ -89,11 +89,7 @@ class TokenizerObjective(Objective):
             else None
         )
         if job.init is not None:
-            trained = start_from(self.model, job.init)
-            if self.quantizer is None:
-                self.model.register_to_config(
-                    latents_mean=trained.config.latents_mean, latents_std=trained.config.latents_std
-                )
+            self._start_from(job.init)
         elif self.model.config.block_shortcut:
             self.model.fit_block_shortcut(video for i in range(job.shortcut_batches) for video in self.batch(i, 0))
         if job.freeze_encoder:
@@ -124,6 +120,23 @@ class TokenizerObjective(Objective):
             if self.model.config.in_channels != classes:
                 given = self.model.config.in_channels
                 raise WaltError(f"model.in_channels: background and subjects are {classes} classes, got {given}")
+
+    def _start_from(self, folder: str) -> None:
+        """Takes over a trained tokenizer; a decoder shortcut that it has otherwise, or not at all, is fitted anew."""
+        trained = load_folder(type(self.model), folder, "init")
+        overlap = self.model.config.get("shortcut_overlap", 0)
+        refit = trained.config.get("shortcut_overlap", 0) != overlap
+        weights = {k: v for k, v in trained.state_dict().items() if not (refit and k.startswith("decoder.shortcut."))}
+        kept = {k: v for k, v in self.model.state_dict().items() if k not in weights} if refit else {}
+        copy_weights(self.model, weights | kept, folder)
+        if self.quantizer is None:
+            self.model.register_to_config(
+                latents_mean=trained.config.latents_mean, latents_std=trained.config.latents_std
+            )
+        if refit and overlap:
+            generator = torch.Generator().manual_seed(self.job.run.seed)
+            videos = (video for i in range(self.job.shortcut_batches) for video in self.batch(i, 0))
+            self.model.fit_decoder_shortcut(videos, self.job.loss.latent_noise, generator)
 
     def to(self, device: torch.device) -> None:
         self.device = device
@@ -717,11 +730,16 @@ def _shape_name(shape: Shape) -> str:
 def start_from(model: Any, folder: str) -> Any:
     """Copies the weights of a trained model of the same shape into `model`; returns the trained one."""
     trained = load_folder(type(model), folder, "init")
+    copy_weights(model, trained.state_dict(), folder)
+    return trained
+
+
+def copy_weights(model: Any, weights: dict[str, Tensor], folder: str) -> None:
+    """Loads `weights`, which came from `folder`, into a model that must have the same shape."""
     try:
-        model.load_state_dict(trained.state_dict())
+        model.load_state_dict(weights)
     except RuntimeError as error:
         raise WaltError(f"init: {folder!r} has another shape than the recipe's model") from error
-    return trained
 
 
 def load_folder(cls: type[Any], folder: str, what: str) -> Any:
