@@ -53,7 +53,7 @@ def frames_job(output: Path, steps: int = 20, **changes: Any) -> TokenizerJob:
 
 
 def seg_job(output: Path, steps: int = 20) -> TokenizerJob:
-    model = {**FRAMES, "in_channels": 4, "segmentation": True, "block_shortcut": False}
+    model = {**FRAMES, "in_channels": 4, "segmentation": True, "num_vq_embeddings": 48}
     shape = Shape(frames=1, height=32, width=32)
     return frames_job(output, steps, model=model, shapes=(shape,), batch_pixels=8 * 32 * 32)
 
@@ -107,22 +107,25 @@ def test_fitted_codes_stay_and_the_decoder_learns(tmp_path: Path) -> None:
     after = load_file(final / "diffusion_pytorch_model.safetensors")
     kept = [name for name in before if name.startswith(("encoder.", "quantize."))]
     assert kept and all(torch.equal(before[name], after[name]) for name in kept)
-    curve = losses(tmp_path / "run")
-    assert np.mean([curve[i] for i in range(26, 31)]) < np.mean([curve[i] for i in range(1, 6)])
     model = WaltVQModel.from_pretrained(final).eval()
-    video = fitted.batch(0, 0)[0]
+    video = fitted.batch(99, 0)[0]
+    with torch.no_grad():
+        errors = [float((m(video).sample - video).abs().mean()) for m in (fitted.model.eval(), model)]
+    assert errors[1] < 0.97 * errors[0]
     assert torch.equal(model.encode_indices(video), fitted.model.eval().encode_indices(video))
 
 
 def test_class_maps_are_learned(tmp_path: Path) -> None:
-    job = seg_job(tmp_path / "run", steps=80)
+    job = seg_job(tmp_path / "run", steps=40)
     objective = build_objective(job)
     (maps,) = objective.batch(0, 0)
     assert maps.dtype == torch.int64 and maps.shape == (8, 1, 32, 32) and set(maps.unique().tolist()) == {0, 1, 2, 3}
     final = run(job)
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     accuracy = [row["pixel_accuracy"] for row in rows if "pixel_accuracy" in row]
-    assert np.mean(accuracy[-10:]) > 0.9 > accuracy[0]
+    curve = losses(tmp_path / "run")
+    assert np.mean(accuracy[-10:]) > 0.93
+    assert np.mean([curve[i] for i in range(31, 41)]) < 0.5 * np.mean([curve[i] for i in range(1, 4)])
     assert WaltVQModel.from_pretrained(final).config.segmentation
     from walt.commands import draw_sheet
 
@@ -147,11 +150,12 @@ def test_adversarial_step_trains_both_and_each_alone(tmp_path: Path) -> None:
     later = objective.losses(objective.batch(0, 0), generator, generator, 2)
     assert "generator_loss" in next(later).figures
     run(job)
-    assert any(not torch.equal(first[k], v) for k, v in objective.adversary.state_dict().items()) is True or True
     state = saved(tmp_path / "run" / "checkpoint-00000004")
-    assert any(name.startswith("adversary") for name in state)
+    moved = {k: v for k, v in state.items() if k.startswith("adversary") and k.endswith("conv_in.weight")}
+    assert moved and all(not torch.equal(v, first["discriminator.conv_in.weight"]) for v in moved.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_resume_of_both_players_after_sigkill_is_exact(tmp_path: Path, adaptive: bool) -> None:
     loss = TokenizerLoss(adversarial=adversarial(adaptive=adaptive, loss="hinge" if adaptive else "non_saturating"))
