@@ -11,6 +11,7 @@ Tiling: every layer also takes a `carry`, by which a frame passes in stripes of 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from walt.errors import WaltError
+from walt.tokenizers.quantizers import Quantizer, make_quantizer
 from walt.tokenizers.tiling import Canvas, Carry, Queue, run
 
 Past = Any  # None | () | nested tuples of tensors
@@ -728,6 +730,9 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin):
         detail_threshold: size below which the decoder's Haar details fade (`DetailShrinkage`), in units of the front
             end's coefficients; 0 for none, as in the paper. Needs `front_end` "haar".
         latents_mean, latents_std: per-channel statistics of encoded training data; consumers normalise by them.
+        quantizer: None (continuous latents, W.A.L.T.), "lfq" (MAGVIT-v2), "fsq" or "vq": latents become codes, which
+            `encode` returns and `encode_indices` numbers.
+        quantizer_config: arguments of the quantizer beside its channels (`walt.tokenizers.quantizers`).
 
     Memory, all without any change of the result: `enable_slicing()` (one clip of a batch at a time),
     `enable_tiling(...)` (stripes of a frame), `use_framewise_encoding` / `use_framewise_decoding = True` (one latent at a
@@ -761,6 +766,8 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin):
         latents_mean: tuple[float, ...] | None = None,
         latents_std: tuple[float, ...] | None = None,
         scaling_factor: float = 1.0,
+        quantizer: str | None = None,
+        quantizer_config: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         _check_config(patch_size, front_end, norm, adaptation, encoder_widths, decoder_widths, temporal_downsample)
@@ -781,6 +788,11 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin):
         if detail_threshold:
             space = 2 ** (len(decoder_widths) - 1)
             shrinkage = DetailShrinkage(in_channels, patch_size, math.prod(times), space, detail_threshold)
+        self.quantize: Quantizer | None = None
+        if quantizer is not None:
+            self.quantize = make_quantizer(quantizer, latent_channels, quantizer_config)
+        elif quantizer_config is not None:
+            raise WaltError("quantizer_config: there is no quantizer to configure")
         self.decoder = Decoder3d(
             latent_channels,
             blocks,
@@ -814,6 +826,7 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin):
             z = torch.cat([self._encode(part) for part in x.split(1)])
         else:
             z = self._encode(x)
+        z = self._codes(z)
         # A Gaussian of variance zero: `.mode()` and `.sample()` are both the latent itself.
         dist = DiagonalGaussianDistribution(torch.cat([z, torch.zeros_like(z)], dim=1), deterministic=True)
         return AutoencoderKLOutput(latent_dist=dist) if return_dict else (dist,)
@@ -833,11 +846,18 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin):
         """Reconstructs `(B, 3, 1+4k, 8h, 8w)`.
 
         With `noise` (as the latent; zeros are fine), added before decoding, and `return_dict=False`, training gets
-        `(reconstruction, latent)`, the latent without the noise.
+        `(reconstruction, latent)`, the latent without the noise; with a quantizer, which takes no noise,
+        `(reconstruction, Quantized)`.
         """
         self._check_video(sample, first=True)
         self._check_pixels(sample)
         z = self._encode(sample)
+        if self.quantize is not None:
+            if noise is not None:
+                raise WaltError("noise: codes take none")
+            quantized = self.quantize(z)
+            x = self._decode(quantized.z)
+            return DecoderOutput(sample=x) if return_dict else (x, quantized)
         x = self._decode(z if noise is None else z + noise.to(z.dtype))
         return DecoderOutput(sample=x) if return_dict else (x, z)
 
@@ -914,6 +934,46 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin):
             top += piece.shape[3]
 
         return self.decoder(z, past, Stripes(z.shape[3], rows, read, emit, owned))[1]
+
+    # -- codes -------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode_indices(self, x: Tensor) -> Tensor:
+        """Codes int64 `(B, 1+k, h, w)` of whole clips `(B, 3, 1+4k, 8h, 8w)`; needs a quantizer."""
+        self._check_video(x, first=True)
+        return self._codebook().latents_to_indices(self._encode(x))
+
+    @torch.no_grad()
+    def decode_indices(self, indices: Tensor) -> Tensor:
+        """Video `(B, 3, 1+4k, 8h, 8w)` in [-1, 1] of codes `(B, 1+k, h, w)`; needs a quantizer."""
+        if indices.ndim != 4 or 0 in indices.shape:
+            raise WaltError(f"indices must be (B, t, h, w), got shape {tuple(indices.shape)}")
+        codes = self._codebook().indices_to_codes(indices)
+        return self._decode(codes.to(self.decoder.conv_in.weight.dtype)).clamp(-1.0, 1.0)
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of codes; needs a quantizer."""
+        return self._codebook().size
+
+    def _codebook(self) -> Quantizer:
+        if self.quantize is None:
+            raise WaltError("this tokenizer has continuous latents: only one with a quantizer has codes")
+        return self.quantize
+
+    def _codes(self, z: Tensor) -> Tensor:
+        """The codes of latents where there is a quantizer, the latents themselves where there is none."""
+        if self.quantize is None:
+            return z
+        return self.quantize.indices_to_codes(self.quantize.latents_to_indices(z)).to(z.dtype)
+
+    def to_json_string(self) -> str:
+        """The config file: that of continuous latents says nothing of quantizers, as before there were any."""
+        config = json.loads(super().to_json_string())
+        if config.get("quantizer") is None:
+            config.pop("quantizer", None)
+            config.pop("quantizer_config", None)
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     # -- start of training -------------------------------------------------------------------------------------------
 
@@ -1057,7 +1117,8 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin):
         self._check_pixels(x)
         count = -(-x.shape[2] // self.temporal_compression_ratio)
         rows = self._plan(self.encoder, x.shape[0], count, x.shape[3:], x, stream=True).rows
-        return self._encode_part(x, START if first else cache, first, rows)
+        z, present = self._encode_part(x, START if first else cache, first, rows)
+        return self._codes(z), present
 
     @apply_forward_hook
     def decode_chunk(self, z: Tensor, cache: Past = None) -> tuple[Tensor, Past]:

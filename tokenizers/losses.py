@@ -1,4 +1,4 @@
-"""What a tokenizer is trained against: pixels, and the distance a VGG sees between two images (LPIPS).
+"""What a tokenizer is trained against: pixels, the distance a VGG sees between two images (LPIPS), a discriminator.
 
 Letters: B batch, C channels, T frames, H W pixels.
 
@@ -15,9 +15,9 @@ import io
 import os
 import pickle
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -176,6 +176,139 @@ def reconstruction_loss(
         terms["perceptual"] = perceptual(ours, theirs).mean()
         terms["loss"] = terms["loss"] + perceptual_weight * terms["perceptual"]
     return terms
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# adversarial; logits `(B, n)` are high for real samples
+
+GanKind = Literal["non_saturating", "hinge"]
+
+
+def generator_loss(fake: Tensor, kind: GanKind = "non_saturating") -> Tensor:
+    """What the generator minimises: `mean softplus(-D(fake))` (Goodfellow et al. 2014) or `-mean D(fake)`."""
+    return F.softplus(-fake).mean() if _gan(kind) == "non_saturating" else -fake.mean()
+
+
+def discriminator_loss(real: Tensor, fake: Tensor, kind: GanKind = "non_saturating") -> Tensor:
+    """What the discriminator minimises: logistic loss, or the hinge (Lim and Ye 2017)."""
+    if _gan(kind) == "non_saturating":
+        return F.softplus(-real).mean() + F.softplus(fake).mean()
+    return F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean()
+
+
+def lecam_loss(real: Tensor, fake: Tensor, mean_real: Tensor, mean_fake: Tensor) -> Tensor:
+    """LeCAM (Tseng et al. 2021, eq. 5) with running means of the logits: keeps the two from drifting apart.
+
+    One-sided, as MAGVIT-v2 has it: only logits beyond the other side's mean count.
+    """
+    return F.relu(real - mean_fake).square().mean() + F.relu(mean_real - fake).square().mean()
+
+
+def r1_penalty(logits: Tensor, samples: Tensor) -> Tensor:
+    """`1/2 E |grad D(x)|^2` at real `samples` (Mescheder et al. 2018, eq. 9); D is the mean of a sample's logits.
+
+    `samples` need `requires_grad`; the result can be differentiated again.
+    """
+    (gradient,) = torch.autograd.grad(logits.mean(dim=1).sum(), samples, create_graph=True)
+    return 0.5 * gradient.square().flatten(1).sum(dim=1).mean()
+
+
+def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, layer: Tensor, limit: float = 1e4) -> Tensor:
+    """VQ-GAN's weight (Esser et al. 2021, eq. 7): ratio of the two losses' gradients at the decoder's last `layer`."""
+    ours, theirs = (
+        torch.linalg.vector_norm(torch.autograd.grad(loss, layer, retain_graph=True)[0].float())
+        for loss in (reconstruction, adversarial)
+    )
+    return (ours / (theirs + 1e-6)).clamp(0.0, limit).detach()
+
+
+class AdversarialLoss(nn.Module):
+    """A discriminator and what the two sides minimise (MAGVIT-v2, appendix A), on groups of samples of unlike sizes.
+
+    Args:
+        discriminator: `(B, C, T, H, W)` -> logits `(B, n)`.
+        kind: "non_saturating" or "hinge".
+        weight: of the generator's side; with `adaptive`, times `adaptive_weight`.
+        lecam, r1: weights of the two penalties; `r1_every`: steps between R1's, each weighted by as many.
+        decay: of the running means of the logits that LeCAM compares with; buffers, so that a resume is exact.
+    """
+
+    def __init__(
+        self,
+        discriminator: nn.Module,
+        kind: GanKind = "non_saturating",
+        weight: float = 0.1,
+        adaptive: bool = False,
+        lecam: float = 0.001,
+        r1: float = 10.0,
+        r1_every: int = 1,
+        decay: float = 0.999,
+    ) -> None:
+        super().__init__()
+        self.discriminator, self.kind = discriminator, cast(GanKind, _gan(kind))
+        self.weight, self.adaptive, self.lecam, self.r1, self.r1_every = weight, adaptive, lecam, r1, r1_every
+        self.decay = decay
+        for name in ("mean_real", "mean_fake", "begun"):
+            self.register_buffer(name, torch.zeros(()))
+
+    def fool(self, made: Sequence[Tensor], reconstruction: Tensor, layer: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The generator's weighted loss on groups `made`, and figures; the discriminator gets no gradient from it.
+
+        `reconstruction` is the generator's other loss and `layer` its last weight, for the adaptive weight.
+        """
+        self.discriminator.requires_grad_(False)
+        total = sum(x.numel() for x in made)
+        losses = [x.numel() / total * generator_loss(self.discriminator(x).float(), self.kind) for x in made]
+        self.discriminator.requires_grad_(True)
+        loss = torch.stack(losses).sum()
+        figures = {"generator_loss": loss.detach()}
+        weight = torch.as_tensor(self.weight, device=loss.device)
+        if self.adaptive:
+            weight = weight * adaptive_weight(reconstruction, loss, layer)
+            figures["generator_weight"] = weight
+        return weight * loss, figures
+
+    def judge(self, pairs: Sequence[tuple[Tensor, Tensor]], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The discriminator's loss on groups of (real, made) samples at a step, and figures."""
+        total = sum(real.numel() for real, _ in pairs)
+        penalise = self.r1 > 0 and step % self.r1_every == 0
+        parts: list[tuple[float, Tensor, Tensor]] = []
+        penalty = torch.zeros((), device=pairs[0][0].device)
+        for samples, made in pairs:
+            share = samples.numel() / total
+            samples = samples.detach().clone().requires_grad_(penalise)
+            real = self.discriminator(samples).float()
+            parts.append((share, real, self.discriminator(made.detach()).float()))
+            if penalise:
+                penalty = penalty + share * r1_penalty(real, samples)
+        means = torch.stack([torch.stack([s * r.detach().mean(), s * f.detach().mean()]) for s, r, f in parts]).sum(0)
+        mean_real, mean_fake = self._running_means(means)
+        loss = torch.stack([s * discriminator_loss(r, f, self.kind) for s, r, f in parts]).sum()
+        lecam = torch.stack([s * lecam_loss(r, f, mean_real, mean_fake) for s, r, f in parts]).sum()
+        figures = {"real": means[0], "fake": means[1], "lecam": lecam.detach(), "r1": penalty.detach()}
+        return loss + self.lecam * lecam + self.r1 * self.r1_every * penalty, figures
+
+    @torch.no_grad()
+    def _running_means(self, means: Tensor) -> tuple[Tensor, Tensor]:
+        """Moves the running means towards `means` (real, fake), averaged over ranks, and returns them."""
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(means)
+            means /= torch.distributed.get_world_size()
+        running = [self.get_buffer(name) for name in ("mean_real", "mean_fake")]
+        for buffer, mean in zip(running, means, strict=True):
+            buffer.lerp_(mean, 1.0 - self.decay * self.get_buffer("begun"))  # the first means as they are
+        self.get_buffer("begun").fill_(1.0)
+        return running[0].clone(), running[1].clone()
+
+
+def _gan(kind: str) -> str:
+    if kind not in ("non_saturating", "hinge"):
+        raise WaltError(f'kind: expected "non_saturating" or "hinge", got {kind!r}')
+    return kind
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# published weights
 
 
 def convert_lpips(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> Path:

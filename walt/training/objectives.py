@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from walt.conditioning import draw_given_frames, drop, frame_mask
+from walt.conditioning import draw_given_frames, drop, frame_mask, random_mask
+from walt.data.clips import Clips, Draw, stack_equal
 from walt.data.latents import LatentShards
 from walt.data.packing import fill_budget
+from walt.data.precompute import MediaLatents
 from walt.data.scenes import Scenes
 from walt.diffusion import add_noise, draw_timesteps, make_scheduler, velocity, x0_from_velocity
 from walt.errors import WaltError, suggest
 from walt.latents import normalize
-from walt.training.job import DenoiserJob, TokenizerJob
+from walt.training.job import DenoiserJob, MediaJob, Shape, TokenizerJob
+from walt.training.loop import Loss, Objective, Part
+from walt.training.plan import ForwardCounter
+
+HELD_OUT_SEED = 500_009  # added to a recipe's data seed: its training scenes never reach that far
+NOISE_BINS = 5  # of the noise levels, in the held-out loss
 
 
 def build_model(cls: type[Any], config: dict[str, Any]) -> Any:
@@ -36,40 +46,94 @@ def build_model(cls: type[Any], config: dict[str, Any]) -> Any:
 # Tokenizer
 
 
-class TokenizerObjective:
-    """Reconstruction + VGG perceptual loss on mixed image and clip cuts; records latent statistics at the end.
+class TokenizerObjective(Objective):
+    """Reconstruction + VGG perceptual loss on mixed image and clip cuts, and the discriminator's if the recipe has one.
 
-    The adversarial part of MAGVIT-v2 is not built. `latent_penalty` and `latent_noise` stand in for a KL term: they
-    keep the latents' scale and make the decoder tolerant of a denoiser's errors.
+    Continuous latents: `latent_penalty` and `latent_noise` stand in for a KL term, they keep the latents' scale and make
+    the decoder tolerant of a denoiser's errors; the latents' statistics are recorded at the end. Codes: the quantizer's
+    losses with the recipe's weights. Segmentation models are given class maps, and the cross-entropy.
+
+    Args:
+        job: the recipe.
+        autoencoder: AutoencoderKLWalt or WaltVQModel.
+        perceptual: `walt.tokenizers.losses.PerceptualLoss` or None.
+        adversary: `walt.tokenizers.losses.AdversarialLoss` for a recipe with `loss.adversarial`, else None.
     """
 
     model: Any
 
-    def __init__(self, job: TokenizerJob, autoencoder: type[Any], perceptual: nn.Module | None) -> None:
+    def __init__(
+        self, job: TokenizerJob, autoencoder: type[Any], perceptual: nn.Module | None, adversary: Any = None
+    ) -> None:
         self.job = job
-        self.scenes = Scenes(job.data)
+        self.scenes = None if isinstance(job.data, MediaJob) else Scenes(job.data)
+        self.unseen: Scenes | None = None
         torch.manual_seed(job.run.seed)
         self.model = build_model(autoencoder, job.model)
+        self.segmentation = bool(self.model.config.get("segmentation", False))
+        self.quantizer = getattr(self.model, "quantize", None)
+        self._check(job, adversary)
+        self.clips = (
+            Clips(
+                job.data,
+                job.shapes,
+                multiple=self.model.spatial_compression_ratio,
+                cost=lambda frames, height, width: frames * height * width,
+                budget=job.batch_pixels,
+                captions=False,
+                report=Path(job.run.output) / "skipped.jsonl",
+                packs=job.run.packs,
+                workers=job.run.workers,
+            )
+            if isinstance(job.data, MediaJob)
+            else None
+        )
         if job.init is not None:
             self._start_from(job.init)
         elif self.model.config.block_shortcut:
             self.model.fit_block_shortcut(video for i in range(job.shortcut_batches) for video in self.batch(i, 0))
         if job.freeze_encoder:
-            if job.init is None:
-                raise WaltError("freeze_encoder: an untrained encoder cannot be frozen; give init=FOLDER")
             self.model.encoder.requires_grad_(False)
-        self.perceptual = perceptual
+            if self.quantizer is not None:
+                self.quantizer.requires_grad_(False)
+                self.quantizer.frozen = True
+        self.perceptual, self.adversary = perceptual, adversary
+        self.counter = ForwardCounter(autoencoder, dict(self.model.config))
         self.device = torch.device("cpu")
+
+    def _check(self, job: TokenizerJob, adversary: Any) -> None:
+        if job.freeze_encoder and job.init is None and (self.quantizer is None or not self.model.config.block_shortcut):
+            raise WaltError(
+                "freeze_encoder: an untrained encoder cannot be frozen; give init=FOLDER (codes may be fitted instead: "
+                "model.block_shortcut=true)"
+            )
+        if self.quantizer is not None and job.loss.latent_noise:
+            raise WaltError(f"loss.latent_noise: codes take no noise, got {job.loss.latent_noise}; set it to 0")
+        if (adversary is None) != (job.loss.adversarial is None):
+            raise WaltError("loss.adversarial: the objective needs an adversary with it, and takes none without")
+        if self.segmentation:
+            if job.loss.perceptual_weights is not None or adversary is not None:
+                raise WaltError("loss: class maps have neither a perceptual nor an adversarial loss; leave them out")
+            if self.scenes is None:
+                raise WaltError("data: class maps are drawn by the emoji theatre alone; user media have none")
+            classes = 1 + len(self.scenes.theatre.subjects)
+            if self.model.config.in_channels != classes:
+                given = self.model.config.in_channels
+                raise WaltError(f"model.in_channels: background and subjects are {classes} classes, got {given}")
 
     def _start_from(self, folder: str) -> None:
         """Takes over a trained tokenizer; a decoder shortcut that it has otherwise, or not at all, is fitted anew."""
         trained = load_folder(type(self.model), folder, "init")
-        refit = trained.config.shortcut_overlap != self.model.config.shortcut_overlap
+        overlap = self.model.config.get("shortcut_overlap", 0)
+        refit = trained.config.get("shortcut_overlap", 0) != overlap
         weights = {k: v for k, v in trained.state_dict().items() if not (refit and k.startswith("decoder.shortcut."))}
         kept = {k: v for k, v in self.model.state_dict().items() if k not in weights} if refit else {}
         copy_weights(self.model, weights | kept, folder)
-        self.model.register_to_config(latents_mean=trained.config.latents_mean, latents_std=trained.config.latents_std)
-        if refit and self.model.config.shortcut_overlap:
+        if self.quantizer is None:
+            self.model.register_to_config(
+                latents_mean=trained.config.latents_mean, latents_std=trained.config.latents_std
+            )
+        if refit and overlap:
             generator = torch.Generator().manual_seed(self.job.run.seed)
             videos = (video for i in range(self.job.shortcut_batches) for video in self.batch(i, 0))
             self.model.fit_decoder_shortcut(videos, self.job.loss.latent_noise, generator)
@@ -80,7 +144,13 @@ class TokenizerObjective:
             self.perceptual.to(device)
 
     def batch(self, step: int, rank: int) -> list[Tensor]:
-        """Groups of equal shape, each `(N, 3, T, H, W)` in [-1, 1]; about `batch_pixels` video pixels in all."""
+        """Groups of equal shape, about `batch_pixels` pixels in all.
+
+        Each `(N, 3, T, H, W)` in [-1, 1], or class maps int64 `(N, T, H, W)` for a segmentation model.
+        """
+        if self.clips is not None:
+            return stack_equal(self.clips.pack(step, rank))
+        assert self.scenes is not None and not isinstance(self.job.data, MediaJob)
         shapes = self.job.shapes
         rng = np.random.default_rng((self.job.run.seed, step, rank))
         sides = [(s.cut or s.height, s.cut or s.width) for s in shapes]
@@ -88,41 +158,114 @@ class TokenizerObjective:
         chosen = fill_budget(self.job.batch_pixels, pixels, [s.weight for s in shapes], rng)
         groups: dict[tuple[int, ...], list[Tensor]] = {}
         for index in chosen:
-            video = self.scenes.clip(int(rng.integers(self.job.data.scenes)), shapes[index]).video
+            video = self._draw(self.scenes, int(rng.integers(self.job.data.scenes)), shapes[index])
             groups.setdefault(tuple(video.shape), []).append(video)
         return [torch.stack(videos) for _, videos in sorted(groups.items())]
 
+    def _draw(self, scenes: Scenes, number: int, shape: Shape) -> Tensor:
+        return scenes.sketch(number, shape) if self.segmentation else scenes.clip(number, shape).video
+
+    def parts(self) -> dict[str, Part]:
+        parts = super().parts()
+        if self.job.loss.adversarial is not None:
+            parts["adversary"] = Part(self.adversary, self.job.loss.adversarial.optimizer)
+        return parts
+
+    def losses(
+        self, batch: list[Tensor], generator: torch.Generator, shared: torch.Generator, step: int
+    ) -> Generator[Loss | None]:
+        """The generator's loss, then the discriminator's on the same samples."""
+        loss, figures, pairs = self._forward(self.model, batch, generator, step)
+        weight = figures.pop("weight")
+        yield Loss(loss * weight, weight, figures)
+        if self.adversary is not None:
+            loss, seen = self.adversary.judge([(video, output.detach()) for output, video in pairs], step)
+            yield Loss(loss * weight, weight, seen)
+
     def loss(
-        self, model: nn.Module, batch: list[Tensor], generator: torch.Generator
+        self, model: nn.Module, batch: list[Tensor], generator: torch.Generator, shared: torch.Generator | None = None
     ) -> tuple[Tensor, dict[str, float | Tensor]]:
+        loss, figures, _ = self._forward(model, batch, generator, 0)
+        return loss, figures
+
+    def _forward(
+        self, model: nn.Module, batch: list[Tensor], generator: torch.Generator, step: int
+    ) -> tuple[Tensor, dict[str, float | Tensor], list[tuple[Tensor, Tensor]]]:
+        """Loss and figures of the tokenizer, and pairs (output, target) of each group."""
         weights = self.job.loss
-        total = sum(video.numel() for video in batch)
+        total = sum(group.numel() for group in batch)
+        pixels = total / (1 if self.segmentation else 3)
+        samples = sum(len(group) for group in batch)
         loss = torch.zeros((), device=self.device)
-        seen: dict[str, float | Tensor] = {"pixels": total / 3, "samples": sum(len(video) for video in batch)}
-        error = torch.zeros((), device=self.device)
-        distances: list[Tensor] = []
+        seen: dict[str, float | Tensor] = {"weight": pixels, "pixels": pixels, "samples": samples}
         outputs: list[tuple[Tensor, Tensor]] = []
-        for video in batch:
-            video = video.to(self.device, non_blocking=True)
-            share = video.numel() / total
-            output, latent = model(video, noise=self._noise(video, generator), return_dict=False)
-            difference = output.float() - video
-            error = error + share * difference.detach().square().mean()
-            loss = loss + share * weights.reconstruction * difference.abs().mean()
-            loss = loss + share * weights.latent_penalty * latent.float().square().mean()
-            outputs.append((output, video))
+        if self.quantizer is not None:
+            self.quantizer.open = self._open(step)
+        for group in batch:
+            target = group.to(self.device, non_blocking=True)
+            share = target.numel() / total
+            output, latent = model(target, noise=self._noise(target, generator), return_dict=False)
+            loss = loss + share * weights.reconstruction * self._reconstruction(output.float(), target, share, seen)
+            if self.quantizer is None:
+                loss = loss + share * weights.latent_penalty * latent.float().square().mean()
+            else:
+                loss = loss + share * self._quantization(latent, step, share, seen)
+            outputs.append((output, target))
+        if "mse" in seen:
+            seen["psnr"] = -10.0 * torch.log10(torch.as_tensor(seen.pop("mse")) / 4.0)
         if self.perceptual is not None:
-            for _ in range(weights.perceptual_frames):
-                # A random frame of a random group: the VGG costs more than the tokenizer.
-                output, video = outputs[int(torch.randint(len(outputs), (), generator=generator))]
-                row, frame = (int(torch.randint(video.shape[dim], (), generator=generator)) for dim in (0, 2))
-                distances.append(self.perceptual(output[row : row + 1, :, frame], video[row : row + 1, :, frame]))
-        if distances:
-            distance = torch.cat(distances).float().mean()
+            distance = self._perceptual(self.perceptual, outputs, generator)
             loss = loss + weights.perceptual * distance
             seen["lpips"] = distance.detach()
-        seen["psnr"] = -10.0 * torch.log10(error / 4.0)
-        return loss, seen
+        if weights.adversarial is not None and step >= weights.adversarial.start:
+            last = self.model.decoder.conv_out.weight
+            fooling, figures = self.adversary.fool([output for output, _ in outputs], loss, last)
+            loss = loss + fooling
+            seen.update(figures)
+        return loss, seen, outputs
+
+    def _reconstruction(self, output: Tensor, target: Tensor, share: float, seen: dict[str, float | Tensor]) -> Tensor:
+        """The pixel loss of one group; adds to the figures."""
+        if self.segmentation:
+            _add(seen, "pixel_accuracy", share * (output.detach().argmax(dim=1) == target).float().mean())
+            return F.cross_entropy(output, target)
+        difference = output - target
+        squared = difference.square().mean()
+        _add(seen, "mse", share * squared.detach())
+        return difference.abs().mean() if self.job.loss.pixel == "l1" else squared
+
+    def _open(self, step: int) -> float:
+        """The share of samples that pass the quantizer unquantized: all, then ever fewer, then none."""
+        warm = self.job.loss.quantizer_warmup
+        return min(1.0, max(0.0, 2.0 - step / warm)) if warm else 0.0
+
+    def _quantization(self, quantized: Any, step: int, share: float, seen: dict[str, float | Tensor]) -> Tensor:
+        """The weighted losses of a quantizer on one group; adds to the figures."""
+        weights = self.job.loss
+        left = max(0.0, 1.0 - step / weights.entropy_steps) if weights.entropy_steps else 0.0
+        scale = {
+            "commitment": weights.commitment,
+            "codebook": weights.codebook,
+            "entropy": weights.entropy * (1.0 + (weights.entropy_start - 1.0) * left),
+        }
+        loss = torch.zeros((), device=self.device)
+        for name, value in quantized.losses.items():
+            loss = loss + scale[name] * value
+            _add(seen, name, share * value.detach())
+        for name, value in quantized.metrics.items():
+            _add(seen, name, share * value)
+        return loss
+
+    def _perceptual(
+        self, network: nn.Module, outputs: list[tuple[Tensor, Tensor]], generator: torch.Generator
+    ) -> Tensor:
+        distances: list[Tensor] = []
+        for _ in range(self.job.loss.perceptual_frames):
+            # A random frame of a random group: the VGG costs more than the tokenizer.
+            output, video = outputs[int(torch.randint(len(outputs), (), generator=generator))]
+            row, frame = (int(torch.randint(video.shape[dim], (), generator=generator)) for dim in (0, 2))
+            distances.append(network(output[row : row + 1, :, frame], video[row : row + 1, :, frame]))
+        return torch.cat(distances).float().mean()
 
     def _noise(self, video: Tensor, generator: torch.Generator) -> Tensor | None:
         if not self.job.loss.latent_noise:
@@ -134,8 +277,52 @@ class TokenizerObjective:
         strength = torch.rand((b, 1, 1, 1, 1), generator=generator) * self.job.loss.latent_noise
         return (torch.randn(shape, generator=generator) * strength).to(self.device)
 
+    def flops(self, batch: list[Tensor]) -> float | None:
+        if self.quantizer is not None:
+            return None  # its work depends on values, which a count on the meta device has not
+        return sum(len(video) * self.counter(tuple(video.shape[2:])) for video in batch)
+
+    @torch.no_grad()
+    def heldout(self, model: nn.Module) -> dict[str, float]:
+        """PSNR (dB) and mean absolute error of scenes of other seeds, per shape and over all of them.
+
+        Of class maps the pixel accuracy and the cross-entropy.
+        """
+        found: dict[str, float] = {}
+        for place, shape in enumerate(self.job.shapes):
+            score, loss = [], []
+            for video in self._held_out(place):
+                video = video[None].to(self.device)
+                output = model(video, return_dict=False)[0].float()
+                if self.segmentation:
+                    score.append(float((output.argmax(dim=1) == video).float().mean()))
+                    loss.append(float(F.cross_entropy(output, video)))
+                else:
+                    score.append(float((output - video).square().mean()))
+                    loss.append(float((output - video).abs().mean()))
+            name, mean = f"tokenizer/{_shape_name(shape)}", sum(score) / len(score)
+            if self.segmentation:
+                found[f"{name}/pixel_accuracy"] = mean
+            else:
+                found[f"{name}/psnr"] = -10.0 * math.log10(max(mean / 4.0, 1e-12))
+            found[f"{name}/loss"] = sum(loss) / len(loss)
+        losses = [value for name, value in found.items() if name.endswith("/loss")]
+        return {**found, "loss": sum(losses) / len(losses)}
+
+    def _held_out(self, place: int) -> Iterator[Tensor]:
+        """Videos of a shape that are never trained on: scenes of other seeds, or the items that the recipe sets aside."""
+        data, shape = self.job.data, self.job.shapes[place]
+        for number in range(self.job.run.heldout_clips):
+            if self.clips is not None:
+                yield self.clips.held_out(place, number).video
+            else:
+                assert not isinstance(data, MediaJob)
+                if self.unseen is None:
+                    self.unseen = Scenes(data.model_copy(update={"seed": data.seed + HELD_OUT_SEED}))
+                yield self._draw(self.unseen, number, shape)
+
     def export(self, model: nn.Module, folder: Path) -> None:
-        if not self.job.freeze_encoder:
+        if not self.job.freeze_encoder and self.quantizer is None:
             mean, std = self.statistics(model)
             model.register_to_config(latents_mean=mean, latents_std=std)  # type: ignore[operator]
         model.save_pretrained(folder)  # type: ignore[operator]
@@ -157,13 +344,20 @@ class TokenizerObjective:
         return [round(float(v), 6) for v in mean], [round(float(v), 6) for v in std]
 
 
+def _add(figures: dict[str, float | Tensor], name: str, value: Tensor) -> None:
+    figures[name] = figures[name] + value if name in figures else value
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Denoiser: base and super-resolution stages
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One clip or image of a pack. Pixels `(3, T, H, W)` or raw latents `(8, t, h, w)`, whichever the data gives."""
+    """One clip or image of a pack. Pixels `(3, T, H, W)` or raw latents `(8, t, h, w)`, whichever the data gives.
+
+    `states`: the caption's text states `(S, D)` if they were precomputed.
+    """
 
     video: Tensor | None
     low_res_video: Tensor | None
@@ -171,9 +365,39 @@ class Sample:
     low_res: Tensor | None
     caption: str
     start: int
+    label: int | None = None  # of a model with num_classes
+    states: Tensor | None = None
 
 
-class DenoiserObjective:
+def open_clips(job: DenoiserJob, vae: Any, captions: bool, report: Path) -> Clips | None:
+    """The clips of a denoiser recipe on a user's media; None for the theatre.
+
+    Args:
+        job: the recipe.
+        vae: its tokenizer, for the sizes.
+        captions: whether the model reads them.
+        report: the account's file.
+    """
+    if not isinstance(job.data, MediaJob):
+        return None
+    twins = job.model.get("low_res_channels") is not None
+    space, time = vae.spatial_compression_ratio * job.model.get("patch_size", 1), vae.temporal_compression_ratio
+    return Clips(
+        job.data,
+        job.shapes,
+        # The half-size twin must be whole latents too.
+        multiple=math.lcm(space, 2 * vae.spatial_compression_ratio) if twins else space,
+        cost=lambda frames, height, width: (1 + (frames - 1) // time) * (height // space) * (width // space),
+        budget=job.batch_tokens,
+        captions=captions,
+        low_res=twins,
+        report=report,
+        packs=job.run.packs,
+        workers=job.run.workers,
+    )
+
+
+class DenoiserObjective(Objective):
     """v-prediction on packs of images and clips (W.A.L.T. sections 3.2-3.4, 4.1).
 
     Each sample has its own timestep, noise, text dropout, given frames and (super-resolution) noise level; all are
@@ -182,6 +406,7 @@ class DenoiserObjective:
     """
 
     model: Any
+    shardable = True
 
     def __init__(self, job: DenoiserJob, transformer: type[Any], vae: Any, words: TextStates | None) -> None:
         self.job = job
@@ -190,8 +415,10 @@ class DenoiserObjective:
         if job.init is not None:
             start_from(self.model, job.init)
         config = self.model.config
-        self.shards = LatentShards(Path(job.data.latents), job) if job.data.latents else None
-        self.scenes = None if self.shards else Scenes(job.data)
+        held = job.run.heldout_clips if job.run.heldout_every else 0
+        media = isinstance(job.data, MediaJob)
+        self.shards = LatentShards(Path(job.data.latents), job, held) if job.data.latents and not media else None
+        self.scenes = None if self.shards or isinstance(job.data, MediaJob) else Scenes(job.data)
         self.vae = vae.eval().requires_grad_(False)
         if job.diffusion.latent_normalization and self.vae.config.latents_mean is None:
             raise WaltError(f"{job.tokenizer}: the tokenizer has no latents_mean; export it with `walt train`")
@@ -213,7 +440,13 @@ class DenoiserObjective:
             * ((s.cut or s.width) // space)
             for s in job.shapes
         ]
+        self.clips = open_clips(job, self.vae, words is not None, Path(job.run.output) / "skipped.jsonl")
+        self.media_latents = (
+            MediaLatents(Path(job.data.latents), job, self.clips) if self.clips and job.data.latents else None
+        )
         self.device = torch.device("cpu")
+        self.unseen: Scenes | None = None
+        self.counter = ForwardCounter(transformer, dict(self.model.config))
         if job.init is None and self.super_resolution and config.sigma_data is not None:
             self.model.fit_low_res_embed(
                 (self._latent(sample.low_res_video, sample.low_res), self._latent(sample.video, sample.latent))
@@ -227,8 +460,21 @@ class DenoiserObjective:
         if self.words is not None:
             self.words.to(device)
 
+    def _media_sample(self, draw: Draw) -> Sample:
+        """A sample of a user's media: pixels, or precomputed latents and text states."""
+        assert self.clips is not None
+        start = self.job.shapes[draw.shape].start
+        if self.media_latents is not None:
+            latent, low_res, caption, states = self.media_latents.get(draw)
+            return Sample(None, None, latent, low_res, caption, start, states)
+        clip = self.clips.load(draw)
+        return Sample(clip.video, clip.low_res, None, None, clip.caption, start)
+
     def batch(self, step: int, rank: int) -> list[Sample]:
         """A pack: samples of mixed shape that fill `batch_tokens`, a pure function of (recipe, step, rank)."""
+        if self.clips is not None:
+            return self.clips.pack(step, rank, self._media_sample)
+        assert not isinstance(self.job.data, MediaJob)
         rng = np.random.default_rng((self.job.run.seed, step, rank))
         weights = [shape.weight for shape in self.job.shapes]
         pack: list[Sample] = []
@@ -256,62 +502,186 @@ class DenoiserObjective:
         return normalize(latent, self.vae.config.latents_mean, self.vae.config.latents_std)
 
     def loss(
-        self, model: nn.Module, batch: list[Sample], generator: torch.Generator
+        self,
+        model: nn.Module,
+        batch: list[Sample],
+        generator: torch.Generator,
+        shared: torch.Generator | None = None,
     ) -> tuple[Tensor, dict[str, float | Tensor]]:
         knobs = self.job.diffusion
         clean = [self._latent(sample.video, sample.latent) for sample in batch]
         count = len(batch)
         steps = draw_timesteps(count, len(self.scheduler), knobs.timestep_logit_normal, generator)
         noise = [torch.randn(z.shape, generator=generator).to(self.device) for z in clean]
+        masks = self._masks(clean, batch, generator)
+        lost = drop(count, knobs.condition_dropout, generator)
+        levels = None
+        if self.super_resolution:
+            levels = torch.randint(knobs.max_noise_level + 1, (count,), generator=generator)
+        told = self._told(batch, clean, masks, lost, levels, generator)
+        twice = False
+        if self.model.config.self_conditioning:
+            # Alike on all ranks: sharded weights are gathered by all of them in every forward pass.
+            chance = float(torch.rand((), generator=generator if shared is None else shared))
+            twice = chance < knobs.self_conditioning_probability
+        errors, sizes = self._errors(model, clean, noise, steps, masks, told, twice)
+        if knobs.loss_weighting == "token":
+            weight = torch.stack(sizes).sum()
+            loss = torch.stack(errors).sum() / weight
+        else:
+            weight = torch.tensor(float(count))
+            loss = torch.stack([e / s for e, s in zip(errors, sizes, strict=True)]).mean()
+        tokens = sum(z[0].numel() for z in clean) // self.model.config.patch_size**2
+        videos = sum(z.shape[1] > 1 for z in clean)
+        figures = {"weight": weight, "tokens": tokens, "samples": count, "clips": videos, "padding": 0}
+        return loss, {**figures, "forwards": 1.0 + twice}
+
+    def _masks(self, clean: list[Tensor], batch: list[Sample], generator: torch.Generator) -> list[Tensor]:
+        """`(1, t, h, w)` per sample, ones where its clean latents are given: first frames, or anything at all."""
+        knobs, conditional = self.job.diffusion, self.model.config.frame_conditioning
         given = draw_given_frames(
             [z.shape[1] for z in clean],
             [sample.start for sample in batch],
-            knobs.frame_prediction_probability if self.model.config.frame_conditioning else 0.0,
-            knobs.condition_dropout if self.model.config.frame_conditioning else 1.0,
+            knobs.frame_prediction_probability if conditional else 0.0,
+            knobs.condition_dropout if conditional else 1.0,
             generator,
+            knobs.given_frames,
         )
         masks = [frame_mask(z, k) for z, k in zip(clean, given, strict=True)]
-        noisy = [add_noise(self.scheduler, z, e, int(t)) for z, e, t in zip(clean, noise, steps, strict=True)]
-        target = [velocity(self.scheduler, z, e, int(t)) for z, e, t in zip(clean, noise, steps, strict=True)]
+        if conditional and knobs.mask_probability:
+            chosen = drop(len(clean), knobs.mask_probability, generator)
+            masks = [random_mask(m, generator) if yes else m for m, yes in zip(masks, chosen, strict=True)]
+        return masks
+
+    def _told(
+        self,
+        batch: list[Sample],
+        clean: list[Tensor],
+        masks: list[Tensor],
+        lost: list[bool],
+        levels: Tensor | None,
+        generator: torch.Generator,
+    ) -> dict[str, Any]:
+        """The model's conditions: given frames, words, classes, noisy low resolution. `lost` ones miss words or class."""
         told: dict[str, Any] = {}
-        if self.model.config.frame_conditioning:
+        config = self.model.config
+        if config.frame_conditioning:
             told |= {"frame_latents": clean, "frame_mask": masks}
         if self.words is not None:
-            lost = drop(count, knobs.condition_dropout, generator)
-            captions = ["" if gone else sample.caption for gone, sample in zip(lost, batch, strict=True)]
-            told["encoder_hidden_states"] = self.words(captions)
-        if self.super_resolution:
-            levels = torch.randint(knobs.max_noise_level + 1, (count,), generator=generator)
+            told["encoder_hidden_states"] = self._states(batch, lost)
+        if config.num_classes is not None:
+            labels = [sample.label for sample in batch]
+            if any(label is None for label in labels):
+                raise WaltError("data: a model with num_classes needs a class label with every sample; these have none")
+            null = config.num_classes
+            told["class_labels"] = torch.tensor(
+                [null if gone else label for gone, label in zip(lost, labels, strict=True)], device=self.device
+            )
+        if levels is not None:
             low = [self._latent(sample.low_res_video, sample.low_res) for sample in batch]
             told["low_res_hidden_states"] = [
                 add_noise(self.scheduler, z, torch.randn(z.shape, generator=generator).to(self.device), int(t))
                 for z, t in zip(low, levels, strict=True)
             ]
             told["low_res_noise_level"] = levels.to(self.device)
+        return told
+
+    def _errors(
+        self,
+        model: Any,
+        clean: list[Tensor],
+        noise: list[Tensor],
+        steps: Tensor,
+        masks: list[Tensor],
+        told: dict[str, Any],
+        twice: bool,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Of each sample, the squared error of v summed over what is not given (and averaged over channels), and how
+        many latent places that is."""
+        noisy = [add_noise(self.scheduler, z, e, int(t)) for z, e, t in zip(clean, noise, steps, strict=True)]
+        target = [velocity(self.scheduler, z, e, int(t)) for z, e, t in zip(clean, noise, steps, strict=True)]
         timestep = steps.to(self.device)
-        if self.model.config.self_conditioning:
-            chance = float(torch.rand((), generator=generator))
-            if chance < knobs.self_conditioning_probability:
-                with torch.no_grad():
-                    first = model(noisy, timestep, **told).sample
-                told["self_conditioning"] = [
+        if twice:
+            with torch.no_grad():
+                first = model(noisy, timestep, **told).sample
+            told = told | {
+                "self_conditioning": [
                     x0_from_velocity(self.scheduler, v.float(), x, int(t))
                     for v, x, t in zip(first, noisy, steps, strict=True)
                 ]
+            }
         predicted = model(noisy, timestep, **told).sample
         # Given frames are known: they carry no loss.
         errors = [
             ((v.float() - y).square() * (1.0 - m)).sum() / v.shape[0]
             for v, y, m in zip(predicted, target, masks, strict=True)
         ]
-        sizes = [(1.0 - m).sum() for m in masks]
-        if knobs.loss_weighting == "token":
-            loss = torch.stack(errors).sum() / torch.stack(sizes).sum()
-        else:
-            loss = torch.stack([e / s for e, s in zip(errors, sizes, strict=True)]).mean()
-        tokens = sum(z[0].numel() for z in clean) // self.model.config.patch_size**2
-        videos = sum(z.shape[1] > 1 for z in clean)
-        return loss, {"tokens": tokens, "samples": count, "clips": videos}
+        return errors, [(1.0 - m).sum() for m in masks]
+
+    def held_out(self, shape: int, number: int) -> Sample:
+        """The `number`-th sample of a shape that is never trained on."""
+        start = self.job.shapes[shape].start
+        if self.clips is not None:
+            return self.clips.held_out(shape, number, self._media_sample)
+        assert not isinstance(self.job.data, MediaJob)
+        if self.shards is not None:
+            latent, low_res, caption = self.shards.held_out(shape, number)
+            return Sample(None, None, latent, low_res, caption, start)
+        if self.unseen is None:
+            # Other seeds make other scenes.
+            self.unseen = Scenes(self.job.data.model_copy(update={"seed": self.job.data.seed + HELD_OUT_SEED}))
+        clip = self.unseen.clip(number, self.job.shapes[shape], self.super_resolution)
+        return Sample(clip.video, clip.low_res, None, None, clip.caption, start)
+
+    @torch.no_grad()
+    def heldout(self, model: nn.Module) -> dict[str, float]:
+        """Mean squared error of v per noise level and shape, named `stage/shape/tLOW-HIGH`, and over all of them.
+
+        No frame is given, no condition is lost, nothing is predicted beforehand; low resolution carries half the
+        recipe's noise. Every clip is seen at the middle of every bin.
+        """
+        stage = "sr" if self.super_resolution else "base"
+        length = len(self.scheduler)
+        found: dict[str, float] = {}
+        for place, shape in enumerate(self.job.shapes):
+            batch = [self.held_out(place, number) for number in range(self.job.run.heldout_clips)]
+            clean = [self._latent(sample.video, sample.latent) for sample in batch]
+            masks = [frame_mask(z, 0) for z in clean]
+            for part in range(NOISE_BINS):
+                low, high = part * length // NOISE_BINS, (part + 1) * length // NOISE_BINS
+                generator = torch.Generator().manual_seed(1_000_003 * place + part)
+                noise = [torch.randn(z.shape, generator=generator).to(self.device) for z in clean]
+                levels = None
+                if self.super_resolution:
+                    levels = torch.full((len(batch),), self.job.diffusion.max_noise_level // 2)
+                told = self._told(batch, clean, masks, [False] * len(batch), levels, generator)
+                steps = torch.full((len(batch),), (low + high) // 2)
+                errors, sizes = self._errors(model, clean, noise, steps, masks, told, False)
+                value = float(torch.stack(errors).sum() / torch.stack(sizes).sum())
+                found[f"{stage}/{_shape_name(shape)}/t{low}-{high - 1}"] = value
+        return {**found, "loss": sum(found.values()) / len(found)}
+
+    def flops(self, batch: list[Sample]) -> float | None:
+        total = 0.0
+        for sample in batch:
+            if sample.latent is not None:
+                grid = tuple(sample.latent.shape[1:])
+            else:
+                assert sample.video is not None
+                frames, height, width = sample.video.shape[1:]
+                space = self.vae.spatial_compression_ratio
+                grid = (1 + (frames - 1) // self.vae.temporal_compression_ratio, height // space, width // space)
+            total += self.counter(grid)
+        return total
+
+    def _states(self, batch: list[Sample], lost: list[bool]) -> list[Tensor]:
+        """Text states of every sample, those of "" where the caption is dropped; precomputed ones are taken as such."""
+        assert self.words is not None
+        states = [None if gone else sample.states for gone, sample in zip(lost, batch, strict=True)]
+        unknown = [i for i, known in enumerate(states) if known is None]
+        fresh = self.words(["" if lost[i] else batch[i].caption for i in unknown]) if unknown else []
+        made = dict(zip(unknown, fresh, strict=True))
+        return [made[i] if known is None else known.to(self.device) for i, known in enumerate(states)]
 
     def export(self, model: nn.Module, folder: Path) -> None:
         model.save_pretrained(folder)  # type: ignore[operator]
@@ -345,6 +715,16 @@ class TextStates:
             for prompt, row, mask in zip(fresh, states, ids.attention_mask, strict=True):
                 self.cache[prompt] = row[: int(mask.sum())].float().clone()
         return [self.cache[prompt] for prompt in prompts]
+
+
+def _shape_name(shape: Shape) -> str:
+    """Frames and size of a shape, and where its window starts and what is cut out of it, for figures by resolution."""
+    size = f"{shape.cut}x{shape.cut}" if shape.cut else f"{shape.height}x{shape.width}"
+    return (
+        f"{shape.frames}x{size}"
+        + (f"+{shape.start}" if shape.start else "")
+        + (f"@{shape.height}" if shape.cut else "")
+    )
 
 
 def start_from(model: Any, folder: str) -> Any:
