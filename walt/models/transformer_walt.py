@@ -24,11 +24,18 @@ from torch import Tensor, nn
 
 from walt.attention import RelativeBias, Window, WindowPlan, plan_windows, rotate, rotation, window_attention
 from walt.diffusion import signal_level
-from walt.errors import WaltError, suggest
+from walt.errors import WaltError
 from walt.latents import Grid, pack, token_counts, unpack
-
-Samples = Tensor | Sequence[Tensor]
-"""A batch with B first, or a list of B samples of any sizes."""
+from walt.models.backbone import (
+    Samples,
+    check_labels,
+    check_latents,
+    conditions,
+    one_of,
+    pack_text,
+    per_sample,
+    samples,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -355,8 +362,8 @@ class WaltTransformer3DModel(
         sigma_data: float | None = None,
     ) -> None:
         super().__init__()
-        _one_of("relative_positions", relative_positions, ("bias", "rope", None))
-        _one_of("cross_attention_window", cross_attention_window, ("spatial", "same"))
+        one_of("relative_positions", relative_positions, ("bias", "rope", None))
+        one_of("cross_attention_window", cross_attention_window, ("spatial", "same"))
         for name, value in (("num_layers", num_layers), ("patch_size", patch_size), ("low_res_scale", low_res_scale)):
             if value < 1:
                 raise WaltError(f"{name}: {value} given, at least 1 needed")
@@ -516,11 +523,11 @@ class WaltTransformer3DModel(
             WaltError: an argument that the model needs is missing, one it cannot use is given, or shapes disagree.
         """
         noisy = list(hidden_states)
-        self._check_latents(noisy)
+        check_latents(noisy, self.config.in_channels, self.config.patch_size)
         batch, dtype, device = len(noisy), noisy[0].dtype, noisy[0].device
 
         pieces = [noisy]
-        pieces += self._conditions(noisy, frame_latents, frame_mask, self_conditioning)
+        pieces += conditions(self.config, noisy, frame_latents, frame_mask, self_conditioning)
         large = self._low_resolution(noisy, low_res_hidden_states)
         pieces += large
         tokens, grids = pack([torch.cat(parts) for parts in zip(*pieces, strict=True)], self.config.patch_size)
@@ -549,7 +556,7 @@ class WaltTransformer3DModel(
         x = _modulate(self.norm_out(x), scale, shift, tuple(token_counts(grids)))
         out = unpack(self.proj_out(x).to(dtype), grids, self.config.patch_size)
         if self.config.sigma_data is not None:
-            levels = _per_sample("timestep", timestep, batch, device)
+            levels = per_sample("timestep", timestep, batch, device)
             out = self._precondition(out, noisy, large, low_res_hidden_states, levels)
         sample: Samples = torch.stack(out) if isinstance(hidden_states, Tensor) else out
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
@@ -580,48 +587,6 @@ class WaltTransformer3DModel(
             rotary = (plan.gather(cos), plan.gather(sin))
         return Layout(tuple(token_counts(grids)), grids, plan, cross_plan, rotary)
 
-    def _check_latents(self, noisy: list[Tensor]) -> None:
-        channels, p = self.config.in_channels, self.config.patch_size
-        if not noisy:
-            raise WaltError("hidden_states: empty, at least one sample needed")
-        for i, z in enumerate(noisy):
-            if z.ndim != 4:
-                raise WaltError(
-                    f"hidden_states: sample {i} has shape {tuple(z.shape)}, a batch (B, {channels}, t, h, w) or a list "
-                    f"of ({channels}, t, h, w) needed"
-                )
-            if z.shape[0] != channels:
-                raise WaltError(f"hidden_states: sample {i} has {z.shape[0]} channels, {channels} needed")
-            if z.shape[2] % p or z.shape[3] % p or not z.numel():
-                raise WaltError(
-                    f"hidden_states: sample {i} is {z.shape[2]}x{z.shape[3]}, positive multiples of the patch size "
-                    f"{p} needed"
-                )
-
-    def _conditions(
-        self,
-        noisy: list[Tensor],
-        frame_latents: Samples | None,
-        frame_mask: Samples | None,
-        self_conditioning: Samples | None,
-    ) -> list[list[Tensor]]:
-        """Self-conditioning and given frames: lists of B tensors to lie beside the noisy latents, on channels."""
-        pieces = []
-        same = [tuple(z.shape) for z in noisy]
-        if self.config.self_conditioning:
-            pieces.append(_samples("self_conditioning", self_conditioning, same, noisy))
-        elif self_conditioning is not None:
-            raise WaltError("self_conditioning: given, but the model was built with self_conditioning=False")
-        if self.config.frame_conditioning:
-            if (frame_latents is None) != (frame_mask is None):
-                raise WaltError("frame_latents and frame_mask: only one given, both or neither needed")
-            mask = _samples("frame_mask", frame_mask, [(1, *s[1:]) for s in same], noisy)
-            given = _samples("frame_latents", frame_latents, same, noisy)
-            pieces += [[z * m for z, m in zip(given, mask, strict=True)], mask]
-        elif frame_latents is not None or frame_mask is not None:
-            raise WaltError("frame_latents: given, but the model was built with frame_conditioning=False")
-        return pieces
-
     def _low_resolution(self, noisy: list[Tensor], low_res: Samples | None) -> list[list[Tensor]]:
         """Depth-to-space convolution of the low-resolution latents, frame by frame (papers 1.6)."""
         if self.low_res_embed is None:
@@ -637,7 +602,7 @@ class WaltTransformer3DModel(
                     f"hidden_states: sample {i} is {z.shape[2]}x{z.shape[3]}, multiples of low_res_scale {scale} needed"
                 )
         sizes = [(channels, z.shape[1], z.shape[2] // scale, z.shape[3] // scale) for z in noisy]
-        small = _samples("low_res_hidden_states", low_res, sizes, noisy)
+        small = samples("low_res_hidden_states", low_res, sizes, noisy)
         if len(set(sizes)) == 1:  # one convolution for all frames of a uniform batch
             return [list(self._upsample(torch.stack(list(small))))]
         return [[self._upsample(z[None])[0] for z in small]]
@@ -747,25 +712,15 @@ class WaltTransformer3DModel(
         low_res_noise_level: Tensor | None,
     ) -> Tensor:
         """The paper's c + t, `(B, D)`: timestep, class and noise level."""
-        t = _per_sample("timestep", timestep, batch, device)
+        t = per_sample("timestep", timestep, batch, device)
         embedding = self.time_embedder(self.time_proj(t).to(dtype))
+        labels = check_labels(class_labels, self.config.num_classes, batch, device)
         if self.class_embedder is not None:
-            if class_labels is None:
-                null = self.config.num_classes
-                raise WaltError(f"class_labels: missing, (B,) labels needed (the null label is {null})")
-            labels = _per_sample("class_labels", class_labels, batch, device)
-            if labels.is_floating_point():
-                raise WaltError(f"class_labels: {labels.dtype} given, integers needed")
-            # On an accelerator the check would wait for the device.
-            if device.type == "cpu" and (int(labels.min()) < 0 or int(labels.max()) > self.config.num_classes):
-                raise WaltError(f"class_labels: {labels.tolist()} given, 0..{self.config.num_classes} allowed")
             embedding = embedding + self.class_embedder(labels)
-        elif class_labels is not None:
-            raise WaltError("class_labels: given, but the model was built with num_classes=None")
         if self.noise_level_embedder is not None:
             if low_res_noise_level is None:
                 raise WaltError("low_res_noise_level: missing, (B,) noise levels of the low-resolution latents needed")
-            level = _per_sample("low_res_noise_level", low_res_noise_level, batch, device)
+            level = per_sample("low_res_noise_level", low_res_noise_level, batch, device)
             embedding = embedding + self.noise_level_embedder(self.time_proj(level).to(dtype))
         elif low_res_noise_level is not None:
             raise WaltError("low_res_noise_level: given, but the model was built with low_res_channels=None")
@@ -775,34 +730,9 @@ class WaltTransformer3DModel(
         self, batch: int, dtype: torch.dtype, states: Samples | None, mask: Tensor | None
     ) -> tuple[Tensor | None, tuple[int, ...] | None]:
         """Text of all samples end to end `(S, D)`, without padding, and the length of each."""
-        if self.text_embedder is None or self.text_norm is None:
-            if states is not None:
-                raise WaltError("encoder_hidden_states: given, but the model was built with text_dim=None")
+        flat, lengths = pack_text(states, mask, self.config.text_dim, batch)
+        if flat is None or self.text_embedder is None or self.text_norm is None:
             return None, None
-        if states is None:
-            raise WaltError("encoder_hidden_states: missing, this model needs text states (an empty prompt's for none)")
-        if len(states) != batch:
-            raise WaltError(f"encoder_hidden_states: {len(states)} samples given for {batch} latents")
-        width = self.config.text_dim
-        for i, state in enumerate(states):
-            if state.ndim != 2 or state.shape[1] != width:
-                raise WaltError(
-                    f"encoder_hidden_states: sample {i} has shape {tuple(state.shape)}, (length, {width}) needed"
-                )
-        if mask is None:
-            lengths = tuple(state.shape[0] for state in states)
-            flat = states.flatten(0, 1) if isinstance(states, Tensor) else torch.cat(list(states))
-        else:
-            if not isinstance(states, Tensor) or mask.shape != states.shape[:2]:
-                raise WaltError(
-                    f"encoder_attention_mask: shape {tuple(mask.shape)} given, it goes with a batch of text states "
-                    "(B, S, text_dim) and is (B, S)"
-                )
-            kept = mask.bool().cpu()  # lengths shape the windows, so the host must know them
-            lengths = tuple(kept.sum(1).tolist())
-            flat = states.flatten(0, 1)
-            if sum(lengths) < flat.shape[0]:
-                flat = flat.index_select(0, kept.flatten().nonzero()[:, 0].to(flat.device))
         return self.text_norm(self.text_embedder(flat.to(dtype))), lengths
 
 
@@ -839,32 +769,3 @@ def _window(name: str, window: Sequence[int] | None, frames: int | None, allowed
         raise WaltError(f"{name}: {tuple(window)} given, positive {sizes} in tokens or None needed")
     t, h, w = (frames, *window) if len(window) == 2 else window
     return (t, h, w)
-
-
-def _one_of(name: str, value: str | None, allowed: tuple[str | None, ...]) -> None:
-    if value not in allowed:
-        choices = ", ".join(repr(a) for a in allowed)
-        raise WaltError(f"{name}: {value!r} given, one of {choices} needed{suggest(str(value), map(str, allowed))}")
-
-
-def _samples(
-    name: str, values: Samples | None, shapes: Sequence[tuple[int, ...]], like: Sequence[Tensor]
-) -> list[Tensor]:
-    """The B tensors of an argument in either form, with the dtype and device of `like`; zeros for None."""
-    if values is None:
-        return [z.new_zeros(shape) for z, shape in zip(like, shapes, strict=True)]
-    if len(values) != len(shapes):
-        raise WaltError(f"{name}: {len(values)} samples given for {len(shapes)} latents")
-    for i, (value, shape) in enumerate(zip(values, shapes, strict=True)):
-        if tuple(value.shape) != tuple(shape):
-            raise WaltError(f"{name}: sample {i} has shape {tuple(value.shape)}, {tuple(shape)} needed")
-    return [value.to(z) for value, z in zip(values, like, strict=True)]
-
-
-def _per_sample(name: str, value: Tensor, batch: int, device: torch.device) -> Tensor:
-    value = torch.as_tensor(value, device=device)
-    if value.ndim == 0:
-        value = value.expand(batch)
-    if tuple(value.shape) != (batch,):
-        raise WaltError(f"{name}: shape {tuple(value.shape)} given, ({batch},) needed, one per sample")
-    return value
