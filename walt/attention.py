@@ -9,7 +9,8 @@ Letters: L tokens, N heads, d head size, W windows of a group, n tokens of a win
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -278,6 +279,36 @@ def window_attention(
     return out[0] if len(out) == 1 else torch.cat(out)
 
 
+def context_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Sequence[int],
+    contexts: Sequence[int],
+    *,
+    backend: Any = None,
+    parallel_config: Any = None,
+) -> Tensor:
+    """Every token attends to the states of its sample alone; neighbouring samples of equal sizes are one call.
+
+    Args:
+        query: `(L, N, d)`, samples end to end.
+        key: `(S, N, d)`, the states of all samples end to end, at least one each; value likewise.
+        lengths: tokens of each sample; contexts: its states.
+
+    Returns:
+        `(L, N, d)`.
+    """
+    runs = [(n, s, len(list(run))) for (n, s), run in itertools.groupby(zip(lengths, contexts, strict=True))]
+    queries = query.split([n * count for n, _, count in runs])
+    keys, values = (x.split([s * count for _, s, count in runs]) for x in (key, value))
+    out = []
+    for (n, s, count), q, k, v in zip(runs, queries, keys, values, strict=True):
+        q, k, v = q.unflatten(0, (count, n)), k.unflatten(0, (count, s)), v.unflatten(0, (count, s))
+        out.append(dispatch_attention_fn(q, k, v, backend=backend, parallel_config=parallel_config).flatten(0, 1))
+    return out[0] if len(out) == 1 else torch.cat(out)
+
+
 class RelativeBias(nn.Module):
     """Swin's relative position bias: one learned number per head and offset inside the window (papers 1.3).
 
@@ -309,9 +340,11 @@ class RelativeBias(nn.Module):
             target.append(2 * n - 1)
         if table.shape[1:] != torch.Size(target):
             table = F.interpolate(table[None].float(), size=target, mode="trilinear", align_corners=True)[0]
-        n = shape[0] * shape[1] * shape[2]
         entries = table.flatten(1)
-        return (entries if offsets is None else entries.index_select(1, offsets)).view(1, -1, n, n)
+        if offsets is not None:
+            entries = entries.index_select(1, offsets)
+        n = math.isqrt(entries.shape[1])  # fewer than the window's tokens where some were dropped
+        return entries.view(1, -1, n, n)
 
 
 @lru_cache(maxsize=64)
