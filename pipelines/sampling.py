@@ -172,7 +172,7 @@ def predict(
     for start in range(0, len(rows), size):
         with transformer.cache_context(f"pack_{start}"):
             out += forward(rows[start : start + size])
-    v = torch.stack(out).float()
+    v = torch.stack(out)[:, : x.shape[1]].float()  # a learned variance beside it is not used
     return v[:batch], v[batch:] if guided else None
 
 

@@ -12,6 +12,8 @@ from walt import register as _register
 
 if TYPE_CHECKING:
     from walt.errors import WaltError
+    from walt.models.transformer_dit import DiTTransformer3DModel
+    from walt.models.transformer_uvit import UViTTransformer3DModel
     from walt.models.transformer_walt import WaltTransformer3DModel
     from walt.pipelines.pipeline_walt import WaltPipeline
     from walt.pipelines.pipeline_walt_cascade import WaltCascadePipeline
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 __all__ = [
     "AutoencoderKLWalt",
     "CompactTextEncoder",
+    "DiTTransformer3DModel",
+    "UViTTransformer3DModel",
     "WaltCascadePipeline",
     "WaltError",
     "WaltPipeline",
@@ -37,6 +41,8 @@ LOADABLE_BASES = ("ModelMixin", "SchedulerMixin")
 _HOMES = {
     "AutoencoderKLWalt": "walt.tokenizers.autoencoder_kl_walt",
     "CompactTextEncoder": "walt.tokenizers.text",
+    "DiTTransformer3DModel": "walt.models.transformer_dit",
+    "UViTTransformer3DModel": "walt.models.transformer_uvit",
     "WaltCascadePipeline": "walt.pipelines.pipeline_walt_cascade",
     "WaltPipeline": "walt.pipelines.pipeline_walt",
     "WaltSuperResolutionPipeline": "walt.pipelines.pipeline_walt_super_resolution",

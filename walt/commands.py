@@ -59,7 +59,7 @@ def train(args: argparse.Namespace) -> None:
 
 def build_objective(job: Any) -> Any:
     """The objective of a recipe with its models and folders loaded; every missing file is a WaltError."""
-    from walt.models.transformer_walt import WaltTransformer3DModel
+    from walt.models.backbone import backbone
     from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt
     from walt.tokenizers.losses import PerceptualLoss
     from walt.training.job import TokenizerJob
@@ -69,7 +69,7 @@ def build_objective(job: Any) -> Any:
         weights = job.loss.perceptual_weights
         return TokenizerObjective(job, AutoencoderKLWalt, PerceptualLoss(weights) if weights else None)
     vae = load_folder(AutoencoderKLWalt, job.tokenizer, "tokenizer")
-    return DenoiserObjective(job, WaltTransformer3DModel, vae, _words(job))
+    return DenoiserObjective(job, backbone(job.backbone), vae, _words(job))
 
 
 def _words(job: Any) -> Any:

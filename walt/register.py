@@ -17,14 +17,19 @@ from types import ModuleType
 from typing import Any
 
 _LOADING = "diffusers.pipelines.pipeline_loading_utils"
-_TRANSFORMER = "walt.models.transformer_walt"
+# Not U-ViT: what its later blocks take from earlier ones is no part of a step cache.
+_TRANSFORMERS = {
+    "walt.models.transformer_walt": "WaltTransformer3DModel",
+    "walt.models.transformer_dit": "DiTTransformer3DModel",
+}
 _METHODS = ["save_pretrained", "from_pretrained"]
 
 
 def install() -> None:
     """Registers walt now where diffusers is already imported, and otherwise when it is. Safe to call again."""
     _after_import(_LOADING, _register_classes)
-    _after_import(_TRANSFORMER, _register_blocks)
+    for name in _TRANSFORMERS:
+        _after_import(name, _register_blocks)
 
 
 def diffusers_cli() -> None:
@@ -66,13 +71,13 @@ def _register_classes(loading: ModuleType) -> None:
     vars(diffusers)["__getattr__"] = lookup
 
 
-def _register_blocks(transformer: ModuleType) -> None:
+def _register_blocks(module: ModuleType) -> None:
     """Tells diffusers' step caches (FirstBlockCache, MagCache, ...) which value walt's blocks return and take."""
     from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 
-    for name in transformer.WaltTransformer3DModel._repeated_blocks or ():
+    for name in getattr(module, _TRANSFORMERS[module.__name__])._repeated_blocks or ():
         TransformerBlockRegistry.register(
-            model_class=getattr(transformer, name),
+            model_class=getattr(module, name),
             metadata=TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=None),
         )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from walt.attention import RelativeBias, Window, WindowPlan, plan_windows, rotate, rotation, window_attention
 from walt.diffusion import signal_level
+from walt.dropping import Kept, drop_from_plan, dropped_lengths, kept_tokens
 from walt.errors import WaltError
 from walt.latents import Grid, pack, token_counts, unpack
 from walt.models.backbone import (
@@ -47,6 +49,7 @@ class Layout:
     plan: WindowPlan
     cross_plan: WindowPlan | None
     rotation: tuple[Tensor, Tensor] | None  # cosines and sines in the order of `plan`
+    dropped: Kept | None = None  # token dropping: which tokens of `grids` there are
 
 
 class WaltAttnProcessor:
@@ -174,6 +177,10 @@ class LocalMixing(nn.Module):
                 parts[i] = part
         return torch.cat(parts)
 
+    def among(self, x: Tensor, grids: tuple[Grid, ...], dropped: Kept) -> Tensor:
+        """`(K, D)` of the kept tokens: a neighbour that was dropped adds nothing, as one beyond the border."""
+        return dropped.take(self(dropped.put_back(x), grids))
+
 
 class _WaltBlock(nn.Module):
     """Windowed self-attention, cross-attention to text, MLP; the two kinds differ in the windows of their layout.
@@ -236,7 +243,8 @@ class _WaltBlock(nn.Module):
             x = x + self.cross_attn(self.norm_cross(x), encoder_hidden_states, layout.cross_plan)
         y = _modulate(self.norm2(x), scale2, shift2, layout.lengths)
         if self.local is not None:
-            y = self.local(y, layout.grids)
+            dropped = layout.dropped
+            y = self.local(y, layout.grids) if dropped is None else self.local.among(y, layout.grids, dropped)
         return x + _gate(self.ff(y), gate2, layout.lengths)
 
 
@@ -496,6 +504,7 @@ class WaltTransformer3DModel(
         frame_latents: Samples | None = None,
         frame_mask: Samples | None = None,
         self_conditioning: Samples | None = None,
+        kept: Sequence[Tensor | None] | None = None,
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[Samples]:
@@ -513,6 +522,8 @@ class WaltTransformer3DModel(
             frame_latents: clean latents like `hidden_states`, used where the mask is 1; None for no given frame.
             frame_mask: `(B, 1, t, h, w)` or a list of `(1, t, h, w)`, 1 where a latent is given.
             self_conditioning: the previous estimate of the clean latents, like `hidden_states`; None for zeros.
+            kept: token dropping in training: per sample which tokens are computed, bool `(t, h / p, w / p)` on the CPU,
+                or None for all; at dropped places the network's output is 0.
             attention_kwargs: {"scale": LoRA scale}.
             return_dict: `Transformer2DModelOutput(sample=)` or a 1-tuple.
 
@@ -531,9 +542,11 @@ class WaltTransformer3DModel(
         large = self._low_resolution(noisy, low_res_hidden_states)
         pieces += large
         tokens, grids = pack([torch.cat(parts) for parts in zip(*pieces, strict=True)], self.config.patch_size)
-        x = self.patch_embed(tokens)
+        dropped = kept_tokens(grids, kept, device)
+        x = self.patch_embed(tokens if dropped is None else dropped.take(tokens))
         if self.pos_embed is not None:
-            x = x + self.pos_embed(grids)
+            place = self.pos_embed(grids)
+            x = x + (place if dropped is None else dropped.take(place))
 
         embedding = self._embedding(batch, dtype, device, timestep, class_labels, low_res_noise_level)
         text, text_lengths = self._text(batch, dtype, encoder_hidden_states, encoder_attention_mask)
@@ -546,15 +559,15 @@ class WaltTransformer3DModel(
         for i, block in enumerate(self.transformer_blocks):
             kind = (i % 2, i // 2 % 2)  # spatial or spatiotemporal; successive layers of a kind alternate their shift
             if kind not in layouts:
-                layouts[kind] = self._layout(grids, text_lengths, device, *kind)
+                layouts[kind] = self._layout(grids, text_lengths, device, *kind, dropped)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 x = self._gradient_checkpointing_func(block, x, text, embedding, modulation, layouts[kind])
             else:
                 x = block(x, text, embedding, modulation, layouts[kind])
 
         scale, shift = self.adaln_out(F.silu(embedding)).chunk(2, dim=-1)
-        x = _modulate(self.norm_out(x), scale, shift, tuple(token_counts(grids)))
-        out = unpack(self.proj_out(x).to(dtype), grids, self.config.patch_size)
+        x = self.proj_out(_modulate(self.norm_out(x), scale, shift, dropped_lengths(grids, dropped))).to(dtype)
+        out = unpack(x if dropped is None else dropped.put_back(x), grids, self.config.patch_size)
         if self.config.sigma_data is not None:
             levels = per_sample("timestep", timestep, batch, device)
             out = self._precondition(out, noisy, large, low_res_hidden_states, levels)
@@ -568,24 +581,28 @@ class WaltTransformer3DModel(
         device: torch.device,
         temporal: int,
         odd: int,
+        dropped: Kept | None,
     ) -> Layout:
         config = self.config
         identity = bool(temporal) and config.image_identity
         window = self._spatiotemporal if temporal else self._spatial
         by_shape = config.relative_positions == "bias"
         shift = _half(window) if odd else (0, 0, 0)
-        plan = plan_windows(grids, window, shift, identity_images=identity, by_shape=by_shape).to(device)
+        place = partial(_place, kept=dropped, device=device)
+        plan = place(plan_windows(grids, window, shift, identity_images=identity, by_shape=by_shape))
         cross_plan = None
         if text_lengths is not None:
             if config.cross_attention_window == "spatial":
                 window, identity = self._spatial, False
                 shift = _half(window) if odd else (0, 0, 0)
-            cross_plan = plan_windows(grids, window, shift, identity_images=identity, contexts=text_lengths).to(device)
+            cross_plan = place(plan_windows(grids, window, shift, identity_images=identity, contexts=text_lengths))
         rotary = None
         if config.relative_positions == "rope":
             cos, sin = rotation(grids, config.attention_head_dim, device)
+            if dropped is not None:
+                cos, sin = dropped.take(cos), dropped.take(sin)
             rotary = (plan.gather(cos), plan.gather(sin))
-        return Layout(tuple(token_counts(grids)), grids, plan, cross_plan, rotary)
+        return Layout(dropped_lengths(grids, dropped), grids, plan, cross_plan, rotary, dropped)
 
     def _low_resolution(self, noisy: list[Tensor], low_res: Samples | None) -> list[list[Tensor]]:
         """Depth-to-space convolution of the low-resolution latents, frame by frame (papers 1.6)."""
@@ -753,6 +770,11 @@ def _gate(x: Tensor, gate: Tensor, lengths: tuple[int, ...]) -> Tensor:
 def _spread(vectors: Tensor, lengths: tuple[int, ...]) -> Tensor:
     """`(B, D)` to `(L, D)`. By expansion, whose gradient is a sum per sample, not an indexed scatter-add."""
     return torch.cat([v.expand(n, -1) for v, n in zip(vectors.split(1), lengths, strict=True)])
+
+
+def _place(plan: WindowPlan, kept: Kept | None, device: torch.device) -> WindowPlan:
+    """A plan on the device, of the kept tokens alone where some were dropped."""
+    return plan.to(device) if kept is None else drop_from_plan(plan, kept.mask, device)
 
 
 def _half(window: Window) -> Grid:

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from walt.conditioning import draw_given_frames, drop, frame_mask
 from walt.data.latents import LatentShards
-from walt.data.packing import fill_budget
+from walt.data.packing import Packer, draw_drop_rate, draw_kept, draw_size, fill_budget
 from walt.data.scenes import Scenes
-from walt.diffusion import add_noise, draw_timesteps, make_scheduler, velocity, x0_from_velocity
+from walt.diffusion import add_noise, draw_timesteps, make_scheduler, variance_bound, velocity, x0_from_velocity
 from walt.errors import WaltError, suggest
-from walt.latents import normalize
-from walt.training.job import DenoiserJob, TokenizerJob
+from walt.latents import Grid, normalize
+from walt.training.job import DenoiserJob, Shape, TokenizerJob
 
 
 def build_model(cls: type[Any], config: dict[str, Any]) -> Any:
@@ -161,6 +161,7 @@ class Sample:
     low_res: Tensor | None
     caption: str
     start: int
+    kept: Tensor | None = None  # bool (t, h / p, w / p), the tokens that are computed and scored; None: all
 
 
 class DenoiserObjective:
@@ -191,18 +192,21 @@ class DenoiserObjective:
             raise WaltError(
                 "text_encoder: a model with text_dim needs text_encoder and text_tokenizer, others take none"
             )
-        self.super_resolution = config.low_res_channels is not None
+        self.super_resolution = config.get("low_res_channels") is not None
+        if (job.resolution is not None or job.token_drop is not None) and self.super_resolution:
+            raise WaltError("resolution, token_drop: for base stages only, this model takes low-resolution latents")
+        if job.resolution is not None:
+            if job.data.latents is not None:
+                raise WaltError("resolution: needs pixels; precomputed latents (data.latents) have their size")
+            if job.resolution.low > job.resolution.high:
+                raise WaltError(f"resolution: low {job.resolution.low} is above high {job.resolution.high}")
         space = self.vae.spatial_compression_ratio * config.patch_size
         for shape in job.shapes:
             height, width = (shape.cut or shape.height), (shape.cut or shape.width)
             if height % space or width % space:
                 raise WaltError(f"shapes: {height}x{width} is not a multiple of {space} (tokenizer x patch_size)")
-        self.tokens = [
-            (1 + (s.frames - 1) // self.vae.temporal_compression_ratio)
-            * ((s.cut or s.height) // space)
-            * ((s.cut or s.width) // space)
-            for s in job.shapes
-        ]
+        self.space = space
+        self.tokens = [t * h * w for t, h, w in map(self._grid, job.shapes)]
         self.device = torch.device("cpu")
         if job.init is None and self.super_resolution and config.sigma_data is not None:
             self.model.fit_low_res_embed(
@@ -220,19 +224,49 @@ class DenoiserObjective:
     def batch(self, step: int, rank: int) -> list[Sample]:
         """A pack: samples of mixed shape that fill `batch_tokens`, a pure function of (recipe, step, rank)."""
         rng = np.random.default_rng((self.job.run.seed, step, rank))
-        weights = [shape.weight for shape in self.job.shapes]
         pack: list[Sample] = []
-        for index in fill_budget(self.job.batch_tokens, self.tokens, weights, rng):
+        for index, shape, kept in self._draw(step, rng):
             number = int(rng.integers(self.job.data.scenes))
-            shape = self.job.shapes[index]
             if self.shards is not None:
                 latent, low_res, caption = self.shards.get(index, number)
-                pack.append(Sample(None, None, latent, low_res, caption, shape.start))
+                pack.append(Sample(None, None, latent, low_res, caption, shape.start, kept))
             else:
                 assert self.scenes is not None
                 clip = self.scenes.clip(number, shape, self.super_resolution)
-                pack.append(Sample(clip.video, clip.low_res, None, None, clip.caption, shape.start))
+                pack.append(Sample(clip.video, clip.low_res, None, None, clip.caption, shape.start, kept))
         return pack
+
+    def _draw(self, step: int, rng: np.random.Generator) -> list[tuple[int, Shape, Tensor | None]]:
+        """The samples of a pack: index of their shape, the shape at its drawn size, and the tokens that stay."""
+        job = self.job
+        weights = np.array([shape.weight for shape in job.shapes], dtype=np.float64)
+        if job.resolution is None and job.token_drop is None:
+            return [(i, job.shapes[i], None) for i in fill_budget(job.batch_tokens, self.tokens, list(weights), rng)]
+        # Sizes are known only once drawn: the first pack of a stream of draws, of which nothing depends on the rest.
+        packer = Packer(job.batch_tokens, look_ahead=32, method="first_fit", oversize="report")
+        for _ in range(100_000):
+            index = int(rng.choice(len(weights), p=weights / weights.sum()))
+            shape = job.shapes[index]
+            if job.resolution is not None and not shape.cut:
+                knobs = job.resolution.model_dump()
+                height, width = draw_size(shape.height, shape.width, self.space, rng=rng, **knobs)
+                shape = shape.model_copy(update={"height": height, "width": width})
+            grid = self._grid(shape)
+            tokens, kept = grid[0] * grid[1] * grid[2], None
+            if job.token_drop is not None:
+                knobs = job.token_drop.model_dump()
+                spread = (tokens, min(self.tokens), max(self.tokens))
+                kept = draw_kept(grid, draw_drop_rate(**knobs, tokens=spread, step=step, rng=rng), rng)
+            packs = packer.add((tokens if kept is None else int(kept.sum()), (index, shape, kept)))
+            if packs:
+                return list(packs[0].payloads)
+        raise WaltError(f"batch_tokens is {job.batch_tokens}, less than the sizes that the recipe draws")
+
+    def _grid(self, shape: Shape) -> Grid:
+        """Frames, rows and columns of a shape in tokens."""
+        height, width = (shape.cut or shape.height), (shape.cut or shape.width)
+        frames = 1 + (shape.frames - 1) // self.vae.temporal_compression_ratio
+        return frames, height // self.space, width // self.space
 
     @torch.no_grad()
     def _latent(self, video: Tensor | None, latent: Tensor | None) -> Tensor:
@@ -278,6 +312,8 @@ class DenoiserObjective:
                 for z, t in zip(low, levels, strict=True)
             ]
             told["low_res_noise_level"] = levels.to(self.device)
+        if any(sample.kept is not None for sample in batch):
+            told["kept"] = [sample.kept for sample in batch]
         timestep = steps.to(self.device)
         if self.model.config.self_conditioning:
             chance = float(torch.rand((), generator=generator))
@@ -285,26 +321,41 @@ class DenoiserObjective:
                 with torch.no_grad():
                     first = model(noisy, timestep, **told).sample
                 told["self_conditioning"] = [
-                    x0_from_velocity(self.scheduler, v.float(), x, int(t))
+                    x0_from_velocity(self.scheduler, v[: len(x)].float(), x, int(t))
                     for v, x, t in zip(first, noisy, steps, strict=True)
                 ]
         predicted = model(noisy, timestep, **told).sample
-        # Given frames are known: they carry no loss.
+        # Given frames are known and dropped tokens were not computed: they carry no loss.
+        scored = [(1.0 - m) * _pixels(sample.kept, m) for sample, m in zip(batch, masks, strict=True)]
         errors = [
-            ((v.float() - y).square() * (1.0 - m)).sum() / v.shape[0]
-            for v, y, m in zip(predicted, target, masks, strict=True)
+            ((v[: len(y)].float() - y).square() * s).sum() / len(y)
+            for v, y, s in zip(predicted, target, scored, strict=True)
         ]
-        sizes = [(1.0 - m).sum() for m in masks]
+        if self.model.config.get("learned_variance"):
+            for i, (v, z, x, t, s) in enumerate(zip(predicted, clean, noisy, steps, scored, strict=True)):
+                bound = variance_bound(self.scheduler, v[: len(z)].float(), v[len(z) :].float(), z, x, int(t))
+                errors[i] = errors[i] + knobs.variance_weight * (bound * s).sum() / len(z)
+        sizes = [s.sum() for s in scored]
         if knobs.loss_weighting == "token":
             loss = torch.stack(errors).sum() / torch.stack(sizes).sum()
         else:
             loss = torch.stack([e / s for e, s in zip(errors, sizes, strict=True)]).mean()
-        tokens = sum(z[0].numel() for z in clean) // self.model.config.patch_size**2
+        whole = [z[0].numel() // self.model.config.patch_size**2 for z in clean]
+        tokens = sum(n if s.kept is None else int(s.kept.sum()) for n, s in zip(whole, batch, strict=True))
         videos = sum(z.shape[1] > 1 for z in clean)
-        return loss, {"tokens": tokens, "samples": count, "clips": videos}
+        figures = {"tokens": tokens, "samples": count, "clips": videos, "fill": tokens / self.job.batch_tokens}
+        return loss, figures
 
     def export(self, model: nn.Module, folder: Path) -> None:
         model.save_pretrained(folder)  # type: ignore[operator]
+
+
+def _pixels(kept: Tensor | None, like: Tensor) -> Tensor | float:
+    """1 at the latent pixels of kept tokens, in the shape `(1, t, h, w)` of `like`."""
+    if kept is None:
+        return 1.0
+    patch = like.shape[-1] // kept.shape[-1]
+    return kept.to(like).repeat_interleave(patch, dim=1).repeat_interleave(patch, dim=2)[None]
 
 
 class TextStates:
