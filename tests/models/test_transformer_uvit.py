@@ -130,8 +130,8 @@ def test_a_naive_u_vit_on_shared_weights() -> None:
         "proj_out.bias": state["out.bias"].unflatten(0, (4, 4)).transpose(0, 1).flatten(),
         "norm_out.weight": state["norm.weight"],
         "norm_out.bias": state["norm.bias"],
-        "final_conv.weight": state["conv.weight"],
-        "final_conv.bias": state["conv.bias"],
+        "smooth.weight": state["conv.weight"],
+        "smooth.bias": state["conv.bias"],
     }
     places = ["in_blocks.0", "in_blocks.1", "mid_block", "out_blocks.0", "out_blocks.1"]
     names = {"proj": "attn.to_out.0", "fc1": "ff.net.0.proj", "fc2": "ff.net.2", "skip": "skip_linear"}

@@ -185,7 +185,7 @@ class DiTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
         needed = 4 if positions != "spatiotemporal" else 16
         if width % needed:
             raise WaltError(f"positions: {positions!r} needs a width that {needed} divides, got {width}")
-        self.out_channels = out_channels or in_channels
+        out = out_channels or in_channels
         self.patch_embed = nn.Linear((in_channels + condition_channels(self.config)) * patch_size**2, width)
         self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=time_frequency_shift)
         self.time_embedder = TimestepEmbedding(256, width)
@@ -198,7 +198,7 @@ class DiTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
         adaptive = conditioning == "adaln_zero"
         self.norm_out = nn.LayerNorm(width, eps=1e-6, elementwise_affine=not adaptive)
         self.adaln_out = nn.Linear(width, 2 * width) if adaptive else None
-        self.proj_out = nn.Linear(width, self.out_channels * (1 + learned_variance) * patch_size**2)
+        self.proj_out = nn.Linear(width, out * (1 + learned_variance) * patch_size**2)
         self.gradient_checkpointing = False
         self.initialize_weights()
 

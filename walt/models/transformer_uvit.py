@@ -123,7 +123,7 @@ class UViTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMix
         ffn_dim, heads = ffn_dim or 4 * width, num_attention_heads
         self.grid: Grid = (t, h // patch_size, w // patch_size)
         self.extras = 1 + (num_classes is not None) + (text_length if text_dim is not None else 0)
-        self.out_channels = out_channels or in_channels
+        out = out_channels or in_channels
         self.patch_embed = nn.Linear((in_channels + condition_channels(self.config)) * patch_size**2, width)
         self.pos_embed = nn.Parameter(torch.zeros(self.extras + self.grid[0] * self.grid[1] * self.grid[2], width))
         self.time_proj = Timesteps(width, flip_sin_to_cos=True, downscale_freq_shift=0)
@@ -135,8 +135,8 @@ class UViTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMix
         self.mid_block = UViTBlock(width, heads, ffn_dim, False)
         self.out_blocks = nn.ModuleList(UViTBlock(width, heads, ffn_dim, True) for _ in range(half))
         self.norm_out = nn.LayerNorm(width)
-        self.proj_out = nn.Linear(width, self.out_channels * patch_size**2)
-        self.final_conv = nn.Conv2d(self.out_channels, self.out_channels, 3, padding=1) if final_conv else None
+        self.proj_out = nn.Linear(width, out * patch_size**2)
+        self.smooth = nn.Conv2d(out, out, 3, padding=1) if final_conv else None
         self.gradient_checkpointing = False
         self.initialize_weights()
 
@@ -174,7 +174,7 @@ class UViTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMix
         place = torch.cat([tables[grid] for grid in grids])
         dropped = kept_tokens(grids, kept, device)
         if dropped is not None:
-            if self.final_conv is not None:
+            if self.smooth is not None:
                 raise WaltError("kept: given, but the final convolution needs all tokens; build with final_conv=False")
             tokens, place = dropped.take(tokens), dropped.take(place)
         x = self.patch_embed(tokens) + place
@@ -211,8 +211,8 @@ class UViTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMix
 
         x = self.proj_out(self.norm_out(layout.patches(x))).to(dtype)
         out = unpack(x if dropped is None else dropped.put_back(x), grids, config.patch_size)
-        if self.final_conv is not None:
-            out = self._smooth(out)
+        if self.smooth is not None:
+            out = self._smoothed(out)
         sample: Samples = torch.stack(out) if isinstance(hidden_states, Tensor) else out
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
@@ -233,13 +233,13 @@ class UViTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMix
             table = lines.T.to(table.dtype).unflatten(1, (h, w, -1))
         return table[:t].flatten(0, 2)
 
-    def _smooth(self, out: list[Tensor]) -> list[Tensor]:
+    def _smoothed(self, out: list[Tensor]) -> list[Tensor]:
         """The final convolution; frames of one size are one call."""
-        assert self.final_conv is not None
+        assert self.smooth is not None
         result = list(out)
         for size in dict.fromkeys(z.shape[2:] for z in out):
             places = [i for i, z in enumerate(out) if z.shape[2:] == size]
-            frames = self.final_conv(torch.cat([out[i].transpose(0, 1) for i in places]))
+            frames = self.smooth(torch.cat([out[i].transpose(0, 1) for i in places]))
             for i, part in zip(places, frames.split([out[i].shape[1] for i in places]), strict=True):
                 result[i] = part.transpose(0, 1)
         return result
