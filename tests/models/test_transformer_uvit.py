@@ -151,7 +151,7 @@ def test_a_naive_u_vit_on_shared_weights() -> None:
     with torch.no_grad():
         expected = naive(z, t, y, words)
         found = model(z[:, :, None], t, encoder_hidden_states=words, class_labels=y).sample[:, :, 0]
-    assert expected.std() > 0.5
+    assert expected.std() > 0.1
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
