@@ -142,8 +142,9 @@ def test_dropped_packs_hold_more_samples_and_train(tmp_path: Path) -> None:
     assert early > 1.5 * late  # the rate falls with the steps
     train(objective.job, objective)
     assert all(np.isfinite(losses(tmp_path / "run")))
+    again = TokenDropJob(schedule="beta", high=0.6)
     walt = build_objective(
-        denoiser_job(tmp_path / "vae", tmp_path / "walt", steps=2, batch_tokens=600, token_drop=TokenDropJob(schedule="beta", high=0.6))
+        denoiser_job(tmp_path / "vae", tmp_path / "walt", steps=2, batch_tokens=600, token_drop=again)
     )
     train(walt.job, walt)
     assert all(np.isfinite(losses(tmp_path / "walt")))

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import Tensor
 
 from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt
 from walt.training.job import (
@@ -16,6 +23,7 @@ from walt.training.job import (
     TokenizerLoss,
 )
 
+ROOT = Path(__file__).parents[2]
 SPRITES = str(Path(__file__).parents[1] / "sprites")
 TOKENIZER = {
     "encoder_widths": (8, 8),
@@ -74,3 +82,57 @@ def denoiser_job(tokenizer: Path, output: Path, steps: int = 20, **changes: obje
         optimizer=OptimizerJob(lr=2e-3, warmup_steps=2),
         run=RunJob(output=str(output), steps=steps, wandb=False, checkpoint_every=10, log_every=1),
     ).model_copy(update=changes)
+
+
+def losses(output: Path) -> dict[int, float]:
+    """The loss of every step that a run has logged."""
+    rows = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+
+def saved(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint that one rank wrote."""
+    (file,) = folder.glob("*.safetensors")
+    return load_file(file)
+
+
+def small_job(
+    tokenizer: Path, output: Path, steps: int = 20, model: dict[str, object] | None = None, **run: object
+) -> DenoiserJob:
+    """A denoiser job whose steps take a few hundredths of a second: small packs of stills and short clips."""
+    job = denoiser_job(tokenizer, output, steps)
+    return job.model_copy(
+        update={
+            "model": {**job.model, "sample_size": (2, 4, 4), **(model or {})},
+            "shapes": (
+                Shape(frames=5, height=32, width=32),
+                Shape(frames=5, height=32, width=48),
+                Shape(frames=1, height=32, width=32),
+            ),
+            "batch_tokens": 128,
+            "run": job.run.model_copy(update=run),
+        }
+    )
+
+
+def start(job: TokenizerJob | DenoiserJob, ranks: int = 1, **environment: str) -> subprocess.Popen[str]:
+    """Starts a job in processes of its own; more than one rank through torchrun on gloo."""
+    path = Path(job.run.output).with_suffix(".job.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(job.model_dump_json())
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    return subprocess.Popen(
+        [sys.executable, *launcher, "-m", "tests.training.worker", str(path)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], code: int = 0) -> str:
+    """Waits for a job; returns what it said, which is shown when it ends otherwise than with `code`."""
+    said, _ = process.communicate()
+    assert process.returncode == code, said
+    return said

@@ -96,9 +96,10 @@ def write_latents(
 
 
 class LatentShards:
-    """The latents of one folder in memory, per shape of a recipe."""
+    """The latents of one folder in memory, per shape of a recipe; the last `held` of each shape are not for training."""
 
-    def __init__(self, folder: Path, job: DenoiserJob) -> None:
+    def __init__(self, folder: Path, job: DenoiserJob, held: int = 0) -> None:
+        self.held = held
         index = _read_index(folder / "index.json")
         if index["tokenizer"] != fingerprint(Path(job.tokenizer)):
             raise WaltError(f"{folder} holds latents of another tokenizer than {job.tokenizer}; encode them again")
@@ -114,13 +115,24 @@ class LatentShards:
                 raise WaltError(f"{folder} has no latents of shape {name}; run `walt encode` with this recipe")
             parts = [_read_shard(path) for path in files]
             self.latents.append(torch.cat([tensors["latents"] for tensors, _ in parts]))
+            if len(self.latents[-1]) <= held:
+                raise WaltError(
+                    f"{folder} has {len(self.latents[-1])} clips of shape {name}, and run.heldout_clips={held} of them are "
+                    "not for training; encode more"
+                )
             low = [tensors["low_res"] for tensors, _ in parts if "low_res" in tensors]
             self.low_res.append(torch.cat(low) if low else None)
             self.captions.append([caption for _, captions in parts for caption in captions])
 
     def get(self, shape: int, number: int) -> tuple[Tensor, Tensor | None, str]:
         """Clip `number` (cycled) of a shape: raw latent `(8, t, h, w)`, low-resolution latent or None, caption."""
-        row = number % len(self.latents[shape])
+        return self._row(shape, number % (len(self.latents[shape]) - self.held))
+
+    def held_out(self, shape: int, number: int) -> tuple[Tensor, Tensor | None, str]:
+        """Clip `number` (below `held`) of those that `get` never gives."""
+        return self._row(shape, len(self.latents[shape]) - 1 - number % self.held)
+
+    def _row(self, shape: int, row: int) -> tuple[Tensor, Tensor | None, str]:
         low = self.low_res[shape]
         return self.latents[shape][row].float(), None if low is None else low[row].float(), self.captions[shape][row]
 

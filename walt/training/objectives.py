@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,15 +12,25 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from walt.conditioning import draw_given_frames, drop, frame_mask
+from walt.attention import RelativeBias
+from walt.conditioning import draw_given_frames, drop, frame_mask, random_mask
+from walt.data.clips import Clips, Draw, stack_equal
 from walt.data.latents import LatentShards
 from walt.data.packing import Packer, draw_drop_rate, draw_kept, draw_size, fill_budget
+from walt.data.precompute import MediaLatents
 from walt.data.scenes import Scenes
 from walt.diffusion import add_noise, draw_timesteps, make_scheduler, variance_bound, velocity, x0_from_velocity
 from walt.errors import WaltError, suggest
 from walt.latents import Grid, normalize
-from walt.training.job import DenoiserJob, Shape, TokenizerJob
+from walt.models.transformer_walt import WaltPositionEmbedding
+from walt.training.job import DenoiserJob, LoraJob, MediaJob, Shape, TokenizerJob
+from walt.training.loop import Objective
+from walt.training.plan import ForwardCounter
+
+HELD_OUT_SEED = 500_009  # added to a recipe's data seed: its training scenes never reach that far
+NOISE_BINS = 5  # of the noise levels, in the held-out loss
 
 
 def build_model(cls: type[Any], config: dict[str, Any]) -> Any:
@@ -36,7 +48,7 @@ def build_model(cls: type[Any], config: dict[str, Any]) -> Any:
 # Tokenizer
 
 
-class TokenizerObjective:
+class TokenizerObjective(Objective):
     """Reconstruction + VGG perceptual loss on mixed image and clip cuts; records latent statistics at the end.
 
     The adversarial part of MAGVIT-v2 is not built. `latent_penalty` and `latent_noise` stand in for a KL term: they
@@ -47,9 +59,25 @@ class TokenizerObjective:
 
     def __init__(self, job: TokenizerJob, autoencoder: type[Any], perceptual: nn.Module | None) -> None:
         self.job = job
-        self.scenes = Scenes(job.data)
+        self.scenes = None if isinstance(job.data, MediaJob) else Scenes(job.data)
+        self.unseen: Scenes | None = None
         torch.manual_seed(job.run.seed)
         self.model = build_model(autoencoder, job.model)
+        self.clips = (
+            Clips(
+                job.data,
+                job.shapes,
+                multiple=self.model.spatial_compression_ratio,
+                cost=lambda frames, height, width: frames * height * width,
+                budget=job.batch_pixels,
+                captions=False,
+                report=Path(job.run.output) / "skipped.jsonl",
+                packs=job.run.packs,
+                workers=job.run.workers,
+            )
+            if isinstance(job.data, MediaJob)
+            else None
+        )
         if job.init is not None:
             trained = start_from(self.model, job.init)
             self.model.register_to_config(
@@ -62,6 +90,7 @@ class TokenizerObjective:
                 raise WaltError("freeze_encoder: an untrained encoder cannot be frozen; give init=FOLDER")
             self.model.encoder.requires_grad_(False)
         self.perceptual = perceptual
+        self.counter = ForwardCounter(autoencoder, dict(self.model.config))
         self.device = torch.device("cpu")
 
     def to(self, device: torch.device) -> None:
@@ -71,6 +100,9 @@ class TokenizerObjective:
 
     def batch(self, step: int, rank: int) -> list[Tensor]:
         """Groups of equal shape, each `(N, 3, T, H, W)` in [-1, 1]; about `batch_pixels` video pixels in all."""
+        if self.clips is not None:
+            return stack_equal(self.clips.pack(step, rank))
+        assert self.scenes is not None and not isinstance(self.job.data, MediaJob)
         shapes = self.job.shapes
         rng = np.random.default_rng((self.job.run.seed, step, rank))
         sides = [(s.cut or s.height, s.cut or s.width) for s in shapes]
@@ -83,12 +115,13 @@ class TokenizerObjective:
         return [torch.stack(videos) for _, videos in sorted(groups.items())]
 
     def loss(
-        self, model: nn.Module, batch: list[Tensor], generator: torch.Generator
+        self, model: nn.Module, batch: list[Tensor], generator: torch.Generator, shared: torch.Generator | None = None
     ) -> tuple[Tensor, dict[str, float | Tensor]]:
         weights = self.job.loss
         total = sum(video.numel() for video in batch)
         loss = torch.zeros((), device=self.device)
-        seen: dict[str, float | Tensor] = {"pixels": total / 3, "samples": sum(len(video) for video in batch)}
+        samples = sum(len(video) for video in batch)
+        seen: dict[str, float | Tensor] = {"weight": total / 3, "pixels": total / 3, "samples": samples}
         error = torch.zeros((), device=self.device)
         distances: list[Tensor] = []
         outputs: list[tuple[Tensor, Tensor]] = []
@@ -124,6 +157,38 @@ class TokenizerObjective:
         strength = torch.rand((b, 1, 1, 1, 1), generator=generator) * self.job.loss.latent_noise
         return (torch.randn(shape, generator=generator) * strength).to(self.device)
 
+    def flops(self, batch: list[Tensor]) -> float | None:
+        return sum(len(video) * self.counter(tuple(video.shape[2:])) for video in batch)
+
+    @torch.no_grad()
+    def heldout(self, model: nn.Module) -> dict[str, float]:
+        """PSNR (dB) and mean absolute error of scenes of other seeds, per shape and over all of them."""
+        found: dict[str, float] = {}
+        for place, shape in enumerate(self.job.shapes):
+            square, absolute = [], []
+            for video in self._held_out(place):
+                video = video[None].to(self.device)
+                difference = model(video, return_dict=False)[0].float() - video
+                square.append(float(difference.square().mean()))
+                absolute.append(float(difference.abs().mean()))
+            name = f"tokenizer/{_shape_name(shape)}"
+            found[f"{name}/psnr"] = -10.0 * math.log10(max(sum(square) / len(square) / 4.0, 1e-12))
+            found[f"{name}/loss"] = sum(absolute) / len(absolute)
+        losses = [value for name, value in found.items() if name.endswith("/loss")]
+        return {**found, "loss": sum(losses) / len(losses)}
+
+    def _held_out(self, place: int) -> Iterator[Tensor]:
+        """Videos of a shape that are never trained on: scenes of other seeds, or the items that the recipe sets aside."""
+        data, shape = self.job.data, self.job.shapes[place]
+        for number in range(self.job.run.heldout_clips):
+            if self.clips is not None:
+                yield self.clips.held_out(place, number).video
+            else:
+                assert not isinstance(data, MediaJob)
+                if self.unseen is None:
+                    self.unseen = Scenes(data.model_copy(update={"seed": data.seed + HELD_OUT_SEED}))
+                yield self.unseen.clip(number, shape).video
+
     def export(self, model: nn.Module, folder: Path) -> None:
         if not self.job.freeze_encoder:
             mean, std = self.statistics(model)
@@ -153,7 +218,10 @@ class TokenizerObjective:
 
 @dataclass(frozen=True)
 class Sample:
-    """One clip or image of a pack. Pixels `(3, T, H, W)` or raw latents `(8, t, h, w)`, whichever the data gives."""
+    """One clip or image of a pack. Pixels `(3, T, H, W)` or raw latents `(8, t, h, w)`, whichever the data gives.
+
+    `states`: the caption's text states `(S, D)` if they were precomputed.
+    """
 
     video: Tensor | None
     low_res_video: Tensor | None
@@ -161,10 +229,40 @@ class Sample:
     low_res: Tensor | None
     caption: str
     start: int
+    label: int | None = None  # of a model with num_classes
+    states: Tensor | None = None
     kept: Tensor | None = None  # bool (t, h / p, w / p), the tokens that are computed and scored; None: all
 
 
-class DenoiserObjective:
+def open_clips(job: DenoiserJob, vae: Any, captions: bool, report: Path) -> Clips | None:
+    """The clips of a denoiser recipe on a user's media; None for the theatre.
+
+    Args:
+        job: the recipe.
+        vae: its tokenizer, for the sizes.
+        captions: whether the model reads them.
+        report: the account's file.
+    """
+    if not isinstance(job.data, MediaJob):
+        return None
+    twins = job.model.get("low_res_channels") is not None
+    space, time = vae.spatial_compression_ratio * job.model.get("patch_size", 1), vae.temporal_compression_ratio
+    return Clips(
+        job.data,
+        job.shapes,
+        # The half-size twin must be whole latents too.
+        multiple=math.lcm(space, 2 * vae.spatial_compression_ratio) if twins else space,
+        cost=lambda frames, height, width: (1 + (frames - 1) // time) * (height // space) * (width // space),
+        budget=job.batch_tokens,
+        captions=captions,
+        low_res=twins,
+        report=report,
+        packs=job.run.packs,
+        workers=job.run.workers,
+    )
+
+
+class DenoiserObjective(Objective):
     """v-prediction on packs of images and clips (W.A.L.T. sections 3.2-3.4, 4.1).
 
     Each sample has its own timestep, noise, text dropout, given frames and (super-resolution) noise level; all are
@@ -173,16 +271,22 @@ class DenoiserObjective:
     """
 
     model: Any
+    shardable = True
 
     def __init__(self, job: DenoiserJob, transformer: type[Any], vae: Any, words: TextStates | None) -> None:
         self.job = job
         torch.manual_seed(job.run.seed)
         self.model = build_model(transformer, job.model)
         if job.init is not None:
-            start_from(self.model, job.init)
+            start_from(self.model, job.init, job.interpolate_positions)
+        if job.lora is not None:
+            add_lora(self.model, job.lora, job.init)
         config = self.model.config
-        self.shards = LatentShards(Path(job.data.latents), job) if job.data.latents else None
-        self.scenes = None if self.shards else Scenes(job.data)
+        self.classes = read_classes(job.classes, config.num_classes)
+        held = job.run.heldout_clips if job.run.heldout_every else 0
+        media = isinstance(job.data, MediaJob)
+        self.shards = LatentShards(Path(job.data.latents), job, held) if job.data.latents and not media else None
+        self.scenes = None if self.shards or isinstance(job.data, MediaJob) else Scenes(job.data)
         self.vae = vae.eval().requires_grad_(False)
         if job.diffusion.latent_normalization and self.vae.config.latents_mean is None:
             raise WaltError(f"{job.tokenizer}: the tokenizer has no latents_mean; export it with `walt train`")
@@ -195,6 +299,8 @@ class DenoiserObjective:
         self.super_resolution = config.get("low_res_channels") is not None
         if (job.resolution is not None or job.token_drop is not None) and self.super_resolution:
             raise WaltError("resolution, token_drop: for base stages only, this model takes low-resolution latents")
+        if (job.resolution is not None or job.token_drop is not None) and media:
+            raise WaltError("resolution, token_drop: for the theatre's scenes; media have sizes of their own")
         if job.resolution is not None:
             if job.data.latents is not None:
                 raise WaltError("resolution: needs pixels; precomputed latents (data.latents) have their size")
@@ -207,7 +313,13 @@ class DenoiserObjective:
                 raise WaltError(f"shapes: {height}x{width} is not a multiple of {space} (tokenizer x patch_size)")
         self.space = space
         self.tokens = [t * h * w for t, h, w in map(self._grid, job.shapes)]
+        self.clips = open_clips(job, self.vae, words is not None, Path(job.run.output) / "skipped.jsonl")
+        self.media_latents = (
+            MediaLatents(Path(job.data.latents), job, self.clips) if self.clips and job.data.latents else None
+        )
         self.device = torch.device("cpu")
+        self.unseen: Scenes | None = None
+        self.counter = ForwardCounter(transformer, dict(self.model.config))
         if job.init is None and self.super_resolution and config.sigma_data is not None:
             self.model.fit_low_res_embed(
                 (self._latent(sample.low_res_video, sample.low_res), self._latent(sample.video, sample.latent))
@@ -221,19 +333,32 @@ class DenoiserObjective:
         if self.words is not None:
             self.words.to(device)
 
+    def _media_sample(self, draw: Draw) -> Sample:
+        """A sample of a user's media: pixels, or precomputed latents and text states."""
+        assert self.clips is not None
+        start = self.job.shapes[draw.shape].start
+        if self.media_latents is not None:
+            latent, low_res, caption, states = self.media_latents.get(draw)
+            return Sample(None, None, latent, low_res, caption, start, states=states)
+        clip = self.clips.load(draw)
+        return Sample(clip.video, clip.low_res, None, None, clip.caption, start)
+
     def batch(self, step: int, rank: int) -> list[Sample]:
         """A pack: samples of mixed shape that fill `batch_tokens`, a pure function of (recipe, step, rank)."""
+        if self.clips is not None:
+            return self.clips.pack(step, rank, self._media_sample)
+        assert not isinstance(self.job.data, MediaJob)
         rng = np.random.default_rng((self.job.run.seed, step, rank))
         pack: list[Sample] = []
         for index, shape, kept in self._draw(step, rng):
             number = int(rng.integers(self.job.data.scenes))
             if self.shards is not None:
                 latent, low_res, caption = self.shards.get(index, number)
-                pack.append(Sample(None, None, latent, low_res, caption, shape.start, kept))
+                pack.append(Sample(None, None, latent, low_res, caption, shape.start, kept=kept))
             else:
                 assert self.scenes is not None
                 clip = self.scenes.clip(number, shape, self.super_resolution)
-                pack.append(Sample(clip.video, clip.low_res, None, None, clip.caption, shape.start, kept))
+                pack.append(Sample(clip.video, clip.low_res, None, None, clip.caption, shape.start, kept=kept))
         return pack
 
     def _draw(self, step: int, rng: np.random.Generator) -> list[tuple[int, Shape, Tensor | None]]:
@@ -280,32 +405,82 @@ class DenoiserObjective:
         return normalize(latent, self.vae.config.latents_mean, self.vae.config.latents_std)
 
     def loss(
-        self, model: nn.Module, batch: list[Sample], generator: torch.Generator
+        self,
+        model: nn.Module,
+        batch: list[Sample],
+        generator: torch.Generator,
+        shared: torch.Generator | None = None,
     ) -> tuple[Tensor, dict[str, float | Tensor]]:
         knobs = self.job.diffusion
         clean = [self._latent(sample.video, sample.latent) for sample in batch]
         count = len(batch)
         steps = draw_timesteps(count, len(self.scheduler), knobs.timestep_logit_normal, generator)
         noise = [torch.randn(z.shape, generator=generator).to(self.device) for z in clean]
+        masks = self._masks(clean, batch, generator)
+        lost = drop(count, knobs.condition_dropout, generator)
+        levels = None
+        if self.super_resolution:
+            levels = torch.randint(knobs.max_noise_level + 1, (count,), generator=generator)
+        told = self._told(batch, clean, masks, lost, levels, generator)
+        twice = False
+        if self.model.config.self_conditioning:
+            # Alike on all ranks: sharded weights are gathered by all of them in every forward pass.
+            chance = float(torch.rand((), generator=generator if shared is None else shared))
+            twice = chance < knobs.self_conditioning_probability
+        errors, sizes = self._errors(model, clean, noise, steps, masks, told, twice)
+        if knobs.loss_weighting == "token":
+            weight = torch.stack(sizes).sum()
+            loss = torch.stack(errors).sum() / weight
+        else:
+            weight = torch.tensor(float(count))
+            loss = torch.stack([e / s for e, s in zip(errors, sizes, strict=True)]).mean()
+        whole = [z[0].numel() // self.model.config.patch_size**2 for z in clean]
+        tokens = sum(n if s.kept is None else int(s.kept.sum()) for n, s in zip(whole, batch, strict=True))
+        videos = sum(z.shape[1] > 1 for z in clean)
+        figures = {"weight": weight, "tokens": tokens, "samples": count, "clips": videos, "padding": 0}
+        figures["fill"] = tokens / self.job.batch_tokens
+        return loss, {**figures, "forwards": 1.0 + twice}
+
+    def _masks(self, clean: list[Tensor], batch: list[Sample], generator: torch.Generator) -> list[Tensor]:
+        """`(1, t, h, w)` per sample, ones where its clean latents are given: first frames, or anything at all."""
+        knobs, conditional = self.job.diffusion, self.model.config.frame_conditioning
         given = draw_given_frames(
             [z.shape[1] for z in clean],
             [sample.start for sample in batch],
-            knobs.frame_prediction_probability if self.model.config.frame_conditioning else 0.0,
-            knobs.condition_dropout if self.model.config.frame_conditioning else 1.0,
+            knobs.frame_prediction_probability if conditional else 0.0,
+            knobs.condition_dropout if conditional else 1.0,
             generator,
+            knobs.given_frames,
         )
         masks = [frame_mask(z, k) for z, k in zip(clean, given, strict=True)]
-        noisy = [add_noise(self.scheduler, z, e, int(t)) for z, e, t in zip(clean, noise, steps, strict=True)]
-        target = [velocity(self.scheduler, z, e, int(t)) for z, e, t in zip(clean, noise, steps, strict=True)]
+        if conditional and knobs.mask_probability:
+            chosen = drop(len(clean), knobs.mask_probability, generator)
+            masks = [random_mask(m, generator) if yes else m for m, yes in zip(masks, chosen, strict=True)]
+        return masks
+
+    def _told(
+        self,
+        batch: list[Sample],
+        clean: list[Tensor],
+        masks: list[Tensor],
+        lost: list[bool],
+        levels: Tensor | None,
+        generator: torch.Generator,
+    ) -> dict[str, Any]:
+        """The model's conditions: given frames, words, classes, noisy low resolution. `lost` ones miss words or class."""
         told: dict[str, Any] = {}
-        if self.model.config.frame_conditioning:
+        config = self.model.config
+        if config.frame_conditioning:
             told |= {"frame_latents": clean, "frame_mask": masks}
         if self.words is not None:
-            lost = drop(count, knobs.condition_dropout, generator)
-            captions = ["" if gone else sample.caption for gone, sample in zip(lost, batch, strict=True)]
-            told["encoder_hidden_states"] = self.words(captions)
-        if self.super_resolution:
-            levels = torch.randint(knobs.max_noise_level + 1, (count,), generator=generator)
+            told["encoder_hidden_states"] = self._states(batch, lost)
+        if config.num_classes is not None:
+            labels = [self._label(sample) for sample in batch]
+            null = config.num_classes
+            told["class_labels"] = torch.tensor(
+                [null if gone else label for gone, label in zip(lost, labels, strict=True)], device=self.device
+            )
+        if levels is not None:
             low = [self._latent(sample.low_res_video, sample.low_res) for sample in batch]
             told["low_res_hidden_states"] = [
                 add_noise(self.scheduler, z, torch.randn(z.shape, generator=generator).to(self.device), int(t))
@@ -314,19 +489,46 @@ class DenoiserObjective:
             told["low_res_noise_level"] = levels.to(self.device)
         if any(sample.kept is not None for sample in batch):
             told["kept"] = [sample.kept for sample in batch]
+        return told
+
+    def _label(self, sample: Sample) -> int:
+        if sample.label is not None:
+            return sample.label
+        if not self.classes:
+            raise WaltError("classes: a model with num_classes needs the file that lists them, one a line")
+        if sample.caption not in self.classes:
+            known = suggest(sample.caption, self.classes)
+            raise WaltError(f"classes: {self.job.classes} has no {sample.caption!r}{known}, the caption of a sample")
+        return self.classes[sample.caption]
+
+    def _errors(
+        self,
+        model: Any,
+        clean: list[Tensor],
+        noise: list[Tensor],
+        steps: Tensor,
+        masks: list[Tensor],
+        told: dict[str, Any],
+        twice: bool,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Of each sample, the squared error of v summed over what is not given (and averaged over channels), and how
+        many latent places that is."""
+        noisy = [add_noise(self.scheduler, z, e, int(t)) for z, e, t in zip(clean, noise, steps, strict=True)]
+        target = [velocity(self.scheduler, z, e, int(t)) for z, e, t in zip(clean, noise, steps, strict=True)]
         timestep = steps.to(self.device)
-        if self.model.config.self_conditioning:
-            chance = float(torch.rand((), generator=generator))
-            if chance < knobs.self_conditioning_probability:
-                with torch.no_grad():
-                    first = model(noisy, timestep, **told).sample
-                told["self_conditioning"] = [
+        if twice:
+            with torch.no_grad():
+                first = model(noisy, timestep, **told).sample
+            told = told | {
+                "self_conditioning": [
                     x0_from_velocity(self.scheduler, v[: len(x)].float(), x, int(t))
                     for v, x, t in zip(first, noisy, steps, strict=True)
                 ]
+            }
         predicted = model(noisy, timestep, **told).sample
+        kept = told.get("kept") or [None] * len(clean)
         # Given frames are known and dropped tokens were not computed: they carry no loss.
-        scored = [(1.0 - m) * _pixels(sample.kept, m) for sample, m in zip(batch, masks, strict=True)]
+        scored = [(1.0 - m) * _pixels(mask, m) for mask, m in zip(kept, masks, strict=True)]
         errors = [
             ((v[: len(y)].float() - y).square() * s).sum() / len(y)
             for v, y, s in zip(predicted, target, scored, strict=True)
@@ -334,20 +536,82 @@ class DenoiserObjective:
         if self.model.config.get("learned_variance"):
             for i, (v, z, x, t, s) in enumerate(zip(predicted, clean, noisy, steps, scored, strict=True)):
                 bound = variance_bound(self.scheduler, v[: len(z)].float(), v[len(z) :].float(), z, x, int(t))
-                errors[i] = errors[i] + knobs.variance_weight * (bound * s).sum() / len(z)
-        sizes = [s.sum() for s in scored]
-        if knobs.loss_weighting == "token":
-            loss = torch.stack(errors).sum() / torch.stack(sizes).sum()
-        else:
-            loss = torch.stack([e / s for e, s in zip(errors, sizes, strict=True)]).mean()
-        whole = [z[0].numel() // self.model.config.patch_size**2 for z in clean]
-        tokens = sum(n if s.kept is None else int(s.kept.sum()) for n, s in zip(whole, batch, strict=True))
-        videos = sum(z.shape[1] > 1 for z in clean)
-        figures = {"tokens": tokens, "samples": count, "clips": videos, "fill": tokens / self.job.batch_tokens}
-        return loss, figures
+                errors[i] = errors[i] + self.job.diffusion.variance_weight * (bound * s).sum() / len(z)
+        return errors, [s.sum() for s in scored]
 
-    def export(self, model: nn.Module, folder: Path) -> None:
-        model.save_pretrained(folder)  # type: ignore[operator]
+    def held_out(self, shape: int, number: int) -> Sample:
+        """The `number`-th sample of a shape that is never trained on."""
+        start = self.job.shapes[shape].start
+        if self.clips is not None:
+            return self.clips.held_out(shape, number, self._media_sample)
+        assert not isinstance(self.job.data, MediaJob)
+        if self.shards is not None:
+            latent, low_res, caption = self.shards.held_out(shape, number)
+            return Sample(None, None, latent, low_res, caption, start)
+        if self.unseen is None:
+            # Other seeds make other scenes.
+            self.unseen = Scenes(self.job.data.model_copy(update={"seed": self.job.data.seed + HELD_OUT_SEED}))
+        clip = self.unseen.clip(number, self.job.shapes[shape], self.super_resolution)
+        return Sample(clip.video, clip.low_res, None, None, clip.caption, start)
+
+    @torch.no_grad()
+    def heldout(self, model: nn.Module) -> dict[str, float]:
+        """Mean squared error of v per noise level and shape, named `stage/shape/tLOW-HIGH`, and over all of them.
+
+        No frame is given, no condition is lost, nothing is predicted beforehand; low resolution carries half the
+        recipe's noise. Every clip is seen at the middle of every bin.
+        """
+        stage = "sr" if self.super_resolution else "base"
+        length = len(self.scheduler)
+        found: dict[str, float] = {}
+        for place, shape in enumerate(self.job.shapes):
+            batch = [self.held_out(place, number) for number in range(self.job.run.heldout_clips)]
+            clean = [self._latent(sample.video, sample.latent) for sample in batch]
+            masks = [frame_mask(z, 0) for z in clean]
+            for part in range(NOISE_BINS):
+                low, high = part * length // NOISE_BINS, (part + 1) * length // NOISE_BINS
+                generator = torch.Generator().manual_seed(1_000_003 * place + part)
+                noise = [torch.randn(z.shape, generator=generator).to(self.device) for z in clean]
+                levels = None
+                if self.super_resolution:
+                    levels = torch.full((len(batch),), self.job.diffusion.max_noise_level // 2)
+                told = self._told(batch, clean, masks, [False] * len(batch), levels, generator)
+                steps = torch.full((len(batch),), (low + high) // 2)
+                errors, sizes = self._errors(model, clean, noise, steps, masks, told, False)
+                value = float(torch.stack(errors).sum() / torch.stack(sizes).sum())
+                found[f"{stage}/{_shape_name(shape)}/t{low}-{high - 1}"] = value
+        return {**found, "loss": sum(found.values()) / len(found)}
+
+    def flops(self, batch: list[Sample]) -> float | None:
+        total = 0.0
+        for sample in batch:
+            if sample.latent is not None:
+                grid = tuple(sample.latent.shape[1:])
+            else:
+                assert sample.video is not None
+                frames, height, width = sample.video.shape[1:]
+                space = self.vae.spatial_compression_ratio
+                grid = (1 + (frames - 1) // self.vae.temporal_compression_ratio, height // space, width // space)
+            total += self.counter(grid)
+        return total
+
+    def _states(self, batch: list[Sample], lost: list[bool]) -> list[Tensor]:
+        """Text states of every sample, those of "" where the caption is dropped; precomputed ones are taken as such."""
+        assert self.words is not None
+        states = [None if gone else sample.states for gone, sample in zip(lost, batch, strict=True)]
+        unknown = [i for i, known in enumerate(states) if known is None]
+        fresh = self.words(["" if lost[i] else batch[i].caption for i in unknown]) if unknown else []
+        made = dict(zip(unknown, fresh, strict=True))
+        return [made[i] if known is None else known.to(self.device) for i, known in enumerate(states)]
+
+    def export(self, model: Any, folder: Path) -> None:
+        if self.job.lora is not None and self.job.lora.export == "adapter":
+            model.save_lora_adapter(folder)
+            return
+        if self.job.lora is not None:
+            model.fuse_lora()
+            model.unload_lora()
+        model.save_pretrained(folder)
 
 
 def _pixels(kept: Tensor | None, like: Tensor) -> Tensor | float:
@@ -388,14 +652,87 @@ class TextStates:
         return [self.cache[prompt] for prompt in prompts]
 
 
-def start_from(model: Any, folder: str) -> Any:
-    """Copies the weights of a trained model of the same shape into `model`; returns the trained one."""
-    trained = load_folder(type(model), folder, "init")
+def _shape_name(shape: Shape) -> str:
+    """Frames and size of a shape, and where its window starts and what is cut out of it, for figures by resolution."""
+    size = f"{shape.cut}x{shape.cut}" if shape.cut else f"{shape.height}x{shape.width}"
+    return (
+        f"{shape.frames}x{size}"
+        + (f"+{shape.start}" if shape.start else "")
+        + (f"@{shape.height}" if shape.cut else "")
+    )
+
+
+def add_lora(model: Any, job: LoraJob, init: str | None) -> None:
+    """Adapters on the layers that `job.targets` name; everything else is frozen."""
+    from peft import LoraConfig
+
+    if init is None:
+        raise WaltError("lora: adapters on an untrained model learn nothing; give init=FOLDER")
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for target in job.targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            ends = sorted({name.split(".", 2)[-1] if "blocks" in name else name for name in names})
+            raise WaltError(
+                f"lora.targets: no linear layer ends in {target!r}{suggest(target, ends)}; {', '.join(ends)}"
+            )
+    model.requires_grad_(False)
+    model.add_adapter(
+        LoraConfig(r=job.rank, lora_alpha=job.alpha or job.rank, target_modules=list(job.targets), lora_dropout=0.0)
+    )
+
+
+def read_classes(path: str | None, count: int | None) -> dict[str, int]:
+    """Class names by line, `{name: label}`; empty without a file."""
+    if path is None:
+        return {}
     try:
-        model.load_state_dict(trained.state_dict())
+        names = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise WaltError(f"classes: {path} cannot be read: {error}") from None
+    if len(set(names)) != count:
+        raise WaltError(f"classes: {path} lists {len(set(names))} classes, the model has num_classes={count}")
+    return {name: label for label, name in enumerate(names)}
+
+
+def start_from(model: Any, folder: str, interpolate: bool = False) -> Any:
+    """Copies the weights of a trained model of the same shape into `model`; returns the trained one.
+
+    With `interpolate` the shapes of position tables may differ (W.A.L.T. Table 6: a square model goes on at 16:9).
+    """
+    trained = load_folder(type(model), folder, "init")
+    state = interpolated_positions(trained, model) if interpolate else trained.state_dict()
+    try:
+        model.load_state_dict(state)
     except RuntimeError as error:
-        raise WaltError(f"init: {folder!r} has another shape than the recipe's model") from error
+        hint = "" if interpolate else " (interpolate_positions=true lets sample_size and windows differ)"
+        raise WaltError(f"init: {folder!r} has another shape than the recipe's model{hint}") from error
     return trained
+
+
+def interpolated_positions(trained: nn.Module, model: nn.Module) -> dict[str, Tensor]:
+    """The trained state with absolute and relative position tables resized to those of `model`.
+
+    A table is read where the model reads tables of another size: space bilinear, time and offsets in a window linear
+    from end to end. So the first step starts from what the trained model does at the new size.
+    """
+    state = trained.state_dict()
+    modules = dict(trained.named_modules())
+    for name, module in model.named_modules():
+        old = modules.get(name)
+        if isinstance(module, WaltPositionEmbedding) and isinstance(old, WaltPositionEmbedding):
+            frames, height, width = module.grid
+            table = state[f"{name}.space"].T.reshape(1, -1, *old.grid[1:])
+            state[f"{name}.space"] = F.interpolate(table, size=(height, width), mode="bilinear").flatten(2)[0].T
+            times = state[f"{name}.time"]
+            if frames > len(times):
+                times = F.interpolate(times.T[None], size=frames, mode="linear", align_corners=True)[0].T
+            state[f"{name}.time"] = times[:frames]
+        elif isinstance(module, RelativeBias) and isinstance(old, RelativeBias):
+            table, size = state[f"{name}.table"], tuple(module.table.shape[1:])
+            if tuple(table.shape[1:]) != size:
+                table = F.interpolate(table[None], size=size, mode="trilinear", align_corners=True)[0]
+            state[f"{name}.table"] = table
+    return {name: value.contiguous() for name, value in state.items()}
 
 
 def load_folder(cls: type[Any], folder: str, what: str) -> Any:
