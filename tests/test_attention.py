@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from walt.attention import RelativeBias, WindowPlan, plan_windows, rotate, rotation, window_attention
+from walt.attention import RelativeBias, WindowPlan, plan_windows, rotation, window_attention
 from walt.errors import WaltError
+from walt.fused import rotate
 from walt.latents import Grid, positions, token_counts
 
 GRIDS: tuple[Grid, ...] = ((3, 4, 5), (1, 4, 4), (2, 7, 3), (1, 2, 6), (3, 4, 5))

@@ -349,9 +349,3 @@ def rotation(
             angles.append(place[:, axis, None] * frequency)
         angle = torch.cat(angles, dim=1)[:, None]
         return angle.cos().to(device), angle.sin().to(device)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the pairs (i, i + d/2) of `x` `(L, N, d)`; the result has the wider dtype of `x` and float32."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)

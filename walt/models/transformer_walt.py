@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import FromOriginalModelMixin, PeftAdapterMixin
+from diffusers.models.activations import GELU
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
@@ -22,9 +23,10 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
-from walt.attention import RelativeBias, Window, WindowPlan, plan_windows, rotate, rotation, window_attention
+from walt.attention import RelativeBias, Window, WindowPlan, plan_windows, rotation, window_attention
 from walt.diffusion import signal_level
 from walt.errors import WaltError, suggest
+from walt.fused import add_frames, gated_add, gelu, modulate, rotate
 from walt.latents import Grid, pack, token_counts, unpack
 
 Samples = Tensor | Sequence[Tensor]
@@ -155,17 +157,25 @@ class LocalMixing(nn.Module):
 
     def forward(self, x: Tensor, grids: tuple[Grid, ...]) -> Tensor:
         """`(L, D)` of a pack of `grids` to `(L, D)`."""
+        if len(set(grids)) == 1:
+            return self._mix(x.view(len(grids), *grids[0], -1)).flatten(0, 3)
         parts: list[Tensor] = list(x.split(list(token_counts(grids))))
         for grid in dict.fromkeys(grids):
             places = [i for i, other in enumerate(grids) if other == grid]
             y = torch.stack([parts[i] for i in places]).unflatten(1, grid)
-            mixed = self.space(y.flatten(0, 1).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).unflatten(0, y.shape[:2])
-            if grid[0] > 1:
-                mixed = mixed + F.pad(y[:, :-1] * self.time[0], (0, 0, 0, 0, 0, 0, 1, 0))
-                mixed = mixed + F.pad(y[:, 1:] * self.time[1], (0, 0, 0, 0, 0, 0, 0, 1))
-            for i, part in zip(places, (y + mixed).flatten(1, 3).unbind(), strict=True):
+            for i, part in zip(places, self._mix(y).flatten(1, 3).unbind(), strict=True):
                 parts[i] = part
         return torch.cat(parts)
+
+    def _mix(self, y: Tensor) -> Tensor:
+        """`(B, t, h, w, D)`."""
+        mixed = self.space(y.flatten(0, 1).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).unflatten(0, y.shape[:2])
+        return add_frames(mixed, y, self.time) if y.shape[1] > 1 else y + mixed
+
+
+class _GELU(GELU):
+    def gelu(self, gate: Tensor) -> Tensor:
+        return gelu(gate)
 
 
 class _WaltBlock(nn.Module):
@@ -195,6 +205,7 @@ class _WaltBlock(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.local = LocalMixing(width) if local_mixing else None
         self.ff = FeedForward(width, inner_dim=ffn_dim, activation_fn="gelu-approximate")
+        self.ff.net[0] = _GELU(width, ffn_dim, approximate="tanh")
         self.adaln = nn.Linear(width, 6 * width) if adaln == "full" else None
         self.adaln_down = nn.Linear(width, rank, bias=False) if adaln == "lora" else None
         self.adaln_up = nn.Linear(rank, 6 * width, bias=False) if adaln == "lora" else None
@@ -223,14 +234,14 @@ class _WaltBlock(nn.Module):
         assert modulation is not None
         scale1, shift1, gate1, scale2, shift2, gate2 = modulation.chunk(6, dim=-1)
         x = hidden_states
-        y = _modulate(self.norm1(x), scale1, shift1, layout.lengths)
-        x = x + _gate(self.attn(y, None, layout.plan, layout.rotation), gate1, layout.lengths)
+        y = modulate(self.norm1(x), scale1, shift1, layout.lengths)
+        x = gated_add(x, self.attn(y, None, layout.plan, layout.rotation), gate1, layout.lengths)
         if self.cross_attn is not None and self.norm_cross is not None:
             x = x + self.cross_attn(self.norm_cross(x), encoder_hidden_states, layout.cross_plan)
-        y = _modulate(self.norm2(x), scale2, shift2, layout.lengths)
+        y = modulate(self.norm2(x), scale2, shift2, layout.lengths)
         if self.local is not None:
             y = self.local(y, layout.grids)
-        return x + _gate(self.ff(y), gate2, layout.lengths)
+        return gated_add(x, self.ff(y), gate2, layout.lengths)
 
 
 class WaltSpatialBlock(_WaltBlock):
@@ -546,7 +557,7 @@ class WaltTransformer3DModel(
                 x = block(x, text, embedding, modulation, layouts[kind])
 
         scale, shift = self.adaln_out(F.silu(embedding)).chunk(2, dim=-1)
-        x = _modulate(self.norm_out(x), scale, shift, tuple(token_counts(grids)))
+        x = modulate(self.norm_out(x), scale, shift, tuple(token_counts(grids)))
         out = unpack(self.proj_out(x).to(dtype), grids, self.config.patch_size)
         if self.config.sigma_data is not None:
             levels = _per_sample("timestep", timestep, batch, device)
