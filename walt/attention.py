@@ -305,7 +305,17 @@ def window_attention(
 
 # -- backends ----------------------------------------------------------------------------------------------------------
 
-NO_BIAS = ("walt_varlen", "flash_varlen", "flex", "flash", "_flash_3", "_flash_varlen_3", "_native_flash", "sage", "aiter")
+NO_BIAS = (
+    "walt_varlen",
+    "flash_varlen",
+    "flex",
+    "flash",
+    "_flash_3",
+    "_flash_varlen_3",
+    "_native_flash",
+    "sage",
+    "aiter",
+)
 """Backends that take no additive bias, so refuse a model with `relative_positions="bias"`."""
 
 
@@ -339,7 +349,7 @@ def choose_backend(backend: Any, query: Tensor, plan: WindowPlan, biased: bool) 
 @lru_cache(maxsize=1)
 def _has_varlen() -> bool:
     try:
-        import torch.nn.attention.varlen  # noqa: F401
+        import torch.nn.attention.varlen
     except ImportError:
         return False
     return bool(torch.cuda.get_device_capability() >= (8, 0))

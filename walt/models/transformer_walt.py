@@ -7,7 +7,7 @@ Inside, a pack is always `(L, D)`; a `(B, C, t, h, w)` batch is a pack of equal 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -44,6 +44,19 @@ class Layout:
     rotation: tuple[Tensor, Tensor] | None  # cosines and sines in the order of `plan`
 
 
+@dataclass(eq=False)
+class TextCache:
+    """What the text of a pack becomes, kept by the caller from step to step: a new one is empty, the first call fills it.
+
+    It holds the embedded text, and for every layer the keys and values of cross-attention. It belongs to one model, one
+    set of texts in one order, and one scale of adapters; make a new one when any of these changes.
+    """
+
+    states: Tensor | None = None
+    lengths: tuple[int, ...] | None = None
+    layers: dict[int, list[Tensor]] = field(default_factory=dict)
+
+
 class WaltAttnProcessor:
     """Projects, normalises, rotates, and hands windows to `walt.attention.window_attention`."""
 
@@ -57,6 +70,7 @@ class WaltAttnProcessor:
         encoder_hidden_states: Tensor | None,
         plan: WindowPlan,
         rotary: tuple[Tensor, Tensor] | None = None,
+        text_pair: list[Tensor] | None = None,
     ) -> Tensor:
         x = plan.gather(hidden_states)
         first = plan.singles  # tokens alone in their window need no query and no key
@@ -77,13 +91,17 @@ class WaltAttnProcessor:
             query, key = rotate(query, cos[first:], sin[first:]), rotate(key, cos[first:], sin[first:])
 
         context_key = context_value = None
-        if encoder_hidden_states is not None:
+        if text_pair:
+            context_key, context_value = text_pair
+        elif encoder_hidden_states is not None:
             if attn.fused_projections:
                 context_key, context_value = attn.to_kv(encoder_hidden_states).chunk(2, dim=-1)
             else:
                 context_key, context_value = attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
             context_key = attn.norm_k(attn.split_heads(context_key)).to(value.dtype)
             context_value = attn.split_heads(context_value)
+            if text_pair is not None:
+                text_pair += [context_key, context_value]
 
         out = window_attention(
             query.to(value.dtype),
@@ -140,8 +158,10 @@ class WaltAttention(nn.Module, AttentionModuleMixin):
         encoder_hidden_states: Tensor | None,
         plan: WindowPlan,
         rotary: tuple[Tensor, Tensor] | None = None,
+        text_pair: list[Tensor] | None = None,
     ) -> Tensor:
-        return self.processor(self, hidden_states, encoder_hidden_states, plan, rotary)
+        """Attention of `(L, D)`; `text_pair` is a layer of a TextCache, [] to be filled with the text's key and value."""
+        return self.processor(self, hidden_states, encoder_hidden_states, plan, rotary, text_pair)
 
 
 class LocalMixing(nn.Module):
@@ -217,6 +237,7 @@ class _WaltBlock(nn.Module):
         embedding: Tensor,
         modulation: Tensor | None,
         layout: Layout,
+        text_pair: list[Tensor] | None = None,
     ) -> Tensor:
         """One layer.
 
@@ -226,6 +247,7 @@ class _WaltBlock(nn.Module):
             embedding: `(B, D)`, the paper's c + t.
             modulation: `(B, 6 D)`, A_1 of AdaLN-LoRA; None when every layer has its own.
             layout: the windows.
+            text_pair: this layer's entry of a TextCache, None for none.
         """
         if self.adaln is not None:
             modulation = self.adaln(F.silu(embedding))
@@ -237,7 +259,7 @@ class _WaltBlock(nn.Module):
         y = modulate(self.norm1(x), scale1, shift1, layout.lengths)
         x = gated_add(x, self.attn(y, None, layout.plan, layout.rotation), gate1, layout.lengths)
         if self.cross_attn is not None and self.norm_cross is not None:
-            x = x + self.cross_attn(self.norm_cross(x), encoder_hidden_states, layout.cross_plan)
+            x = x + self.cross_attn(self.norm_cross(x), encoder_hidden_states, layout.cross_plan, text_pair=text_pair)
         y = modulate(self.norm2(x), scale2, shift2, layout.lengths)
         if self.local is not None:
             y = self.local(y, layout.grids)
@@ -325,6 +347,7 @@ class WaltTransformer3DModel(
     _supports_gradient_checkpointing = True
     _no_split_modules = ["WaltSpatialBlock", "WaltSpatioTemporalBlock"]
     _repeated_blocks = ["WaltSpatialBlock", "WaltSpatioTemporalBlock"]
+    _skip_keys = ["text_cache"]  # filled in place: offload hooks must not pass a copy
     _skip_layerwise_casting_patterns = [
         "patch_embed",
         "pos_embed",
@@ -502,6 +525,7 @@ class WaltTransformer3DModel(
         self_conditioning: Samples | None = None,
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
+        text_cache: TextCache | None = None,
     ) -> Transformer2DModelOutput | tuple[Samples]:
         """Predicts v.
 
@@ -519,6 +543,8 @@ class WaltTransformer3DModel(
             self_conditioning: the previous estimate of the clean latents, like `hidden_states`; None for zeros.
             attention_kwargs: {"scale": LoRA scale}.
             return_dict: `Transformer2DModelOutput(sample=)` or a 1-tuple.
+            text_cache: with it the text is embedded and projected in the first of the calls that share it; the later
+                ones do not look at `encoder_hidden_states`. For sampling: without gradients.
 
         Returns:
             v in the form and dtype of `hidden_states`, with `out_channels`.
@@ -540,7 +566,18 @@ class WaltTransformer3DModel(
             x = x + self.pos_embed(grids)
 
         embedding = self._embedding(batch, dtype, device, timestep, class_labels, low_res_noise_level)
-        text, text_lengths = self._text(batch, dtype, encoder_hidden_states, encoder_attention_mask)
+        if text_cache is not None and torch.is_grad_enabled():
+            raise WaltError("text_cache: given with gradients enabled, it is for sampling (torch.no_grad)")
+        if text_cache is not None and text_cache.lengths is not None:
+            if len(text_cache.lengths) != batch:
+                raise WaltError(
+                    f"text_cache: holds the text of {len(text_cache.lengths)} samples, {batch} latents given"
+                )
+            text, text_lengths = text_cache.states, text_cache.lengths
+        else:
+            text, text_lengths = self._text(batch, dtype, encoder_hidden_states, encoder_attention_mask)
+            if text_cache is not None:
+                text_cache.states, text_cache.lengths = text, text_lengths
         if self.config.pooled_text and text is not None and text_lengths is not None:
             pooled = [part.sum(dim=0) / max(1, len(part)) for part in text.split(text_lengths)]
             embedding = embedding + torch.stack(pooled)
@@ -554,7 +591,8 @@ class WaltTransformer3DModel(
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 x = self._gradient_checkpointing_func(block, x, text, embedding, modulation, layouts[kind])
             else:
-                x = block(x, text, embedding, modulation, layouts[kind])
+                pair = None if text_cache is None or text is None else text_cache.layers.setdefault(i, [])
+                x = block(x, text, embedding, modulation, layouts[kind], pair)
 
         scale, shift = self.adaln_out(F.silu(embedding)).chunk(2, dim=-1)
         x = modulate(self.norm_out(x), scale, shift, tuple(token_counts(grids)))
