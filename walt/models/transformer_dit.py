@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from walt.attention import context_attention
 from walt.dropping import dropped_lengths, kept_tokens
 from walt.errors import WaltError
+from walt.fused import gated_add, modulate
 from walt.latents import Grid, pack, positions, unpack
 from walt.models.backbone import (
     Samples,
@@ -36,7 +37,7 @@ from walt.models.backbone import (
     per_sample,
 )
 from walt.models.full_attention import FullLayout, full_layout
-from walt.models.transformer_walt import WaltAttention, _gate, _modulate
+from walt.models.transformer_walt import WaltAttention
 
 CONDITIONINGS = ("adaln_zero", "cross_attention", "in_context")
 POSITIONS = ("2d", "factorised", "spatiotemporal")
@@ -111,10 +112,10 @@ class DiTBlock(nn.Module):
         x, lengths = hidden_states, layout.lengths
         if self.adaln is not None:
             shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(embedding).chunk(6, dim=-1)
-            y = _modulate(self.norm1(x), scale1, shift1, lengths)
-            x = x + _gate(self.attn(y, None, layout.plan), gate1, lengths)
-            y = _modulate(self.norm2(x), scale2, shift2, lengths)
-            return x + _gate(self.ff(y), gate2, lengths)
+            y = modulate(self.norm1(x), scale1, shift1, lengths)
+            x = gated_add(x, self.attn(y, None, layout.plan), gate1, lengths)
+            y = modulate(self.norm2(x), scale2, shift2, lengths)
+            return gated_add(x, self.ff(y), gate2, lengths)
         x = x + self.attn(self.norm1(x), None, layout.plan)
         if self.cross_attn is not None and self.norm_cross is not None:
             x = x + self.cross_attn(self.norm_cross(x), context, layout)
@@ -282,7 +283,7 @@ class DiTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
         x = self.norm_out(x)
         if self.adaln_out is not None:
             shift, scale = self.adaln_out(embedding).chunk(2, dim=-1)
-            x = _modulate(x, scale, shift, layout.lengths)
+            x = modulate(x, scale, shift, layout.lengths)
         x = self.proj_out(layout.patches(x)).to(dtype)
         out = unpack(x if dropped is None else dropped.put_back(x), grids, config.patch_size)
         sample: Samples = torch.stack(out) if isinstance(hidden_states, Tensor) else out

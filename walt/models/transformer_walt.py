@@ -7,7 +7,7 @@ Inside, a pack is always `(L, D)`; a `(B, C, t, h, w)` batch is a pack of equal 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import FromOriginalModelMixin, PeftAdapterMixin
+from diffusers.models.activations import GELU
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
@@ -23,10 +24,11 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
-from walt.attention import RelativeBias, Window, WindowPlan, plan_windows, rotate, rotation, window_attention
+from walt.attention import RelativeBias, Window, WindowPlan, plan_windows, rotation, window_attention
 from walt.diffusion import signal_level
 from walt.dropping import Kept, drop_from_plan, dropped_lengths, kept_tokens
 from walt.errors import WaltError
+from walt.fused import add_frames, gated_add, gelu, modulate, rotate
 from walt.latents import Grid, pack, token_counts, unpack
 from walt.models.backbone import (
     Samples,
@@ -52,6 +54,19 @@ class Layout:
     dropped: Kept | None = None  # token dropping: which tokens of `grids` there are
 
 
+@dataclass(eq=False)
+class TextCache:
+    """What the text of a pack becomes, kept by the caller from step to step: a new one is empty, the first call fills it.
+
+    It holds the embedded text, and for every layer the keys and values of cross-attention. It belongs to one model, one
+    set of texts in one order, and one scale of adapters; make a new one when any of these changes.
+    """
+
+    states: Tensor | None = None
+    lengths: tuple[int, ...] | None = None
+    layers: dict[int, list[Tensor]] = field(default_factory=dict)
+
+
 class WaltAttnProcessor:
     """Projects, normalises, rotates, and hands windows to `walt.attention.window_attention`."""
 
@@ -65,6 +80,7 @@ class WaltAttnProcessor:
         encoder_hidden_states: Tensor | None,
         plan: WindowPlan,
         rotary: tuple[Tensor, Tensor] | None = None,
+        text_pair: list[Tensor] | None = None,
     ) -> Tensor:
         x = plan.gather(hidden_states)
         first = plan.singles  # tokens alone in their window need no query and no key
@@ -85,13 +101,17 @@ class WaltAttnProcessor:
             query, key = rotate(query, cos[first:], sin[first:]), rotate(key, cos[first:], sin[first:])
 
         context_key = context_value = None
-        if encoder_hidden_states is not None:
+        if text_pair:
+            context_key, context_value = text_pair
+        elif encoder_hidden_states is not None:
             if attn.fused_projections:
                 context_key, context_value = attn.to_kv(encoder_hidden_states).chunk(2, dim=-1)
             else:
                 context_key, context_value = attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
             context_key = attn.norm_k(attn.split_heads(context_key)).to(value.dtype)
             context_value = attn.split_heads(context_value)
+            if text_pair is not None:
+                text_pair += [context_key, context_value]
 
         out = window_attention(
             query.to(value.dtype),
@@ -148,8 +168,10 @@ class WaltAttention(nn.Module, AttentionModuleMixin):
         encoder_hidden_states: Tensor | None,
         plan: WindowPlan,
         rotary: tuple[Tensor, Tensor] | None = None,
+        text_pair: list[Tensor] | None = None,
     ) -> Tensor:
-        return self.processor(self, hidden_states, encoder_hidden_states, plan, rotary)
+        """Attention of `(L, D)`; `text_pair` is a layer of a TextCache, [] to be filled with the text's key and value."""
+        return self.processor(self, hidden_states, encoder_hidden_states, plan, rotary, text_pair)
 
 
 class LocalMixing(nn.Module):
@@ -165,21 +187,29 @@ class LocalMixing(nn.Module):
 
     def forward(self, x: Tensor, grids: tuple[Grid, ...]) -> Tensor:
         """`(L, D)` of a pack of `grids` to `(L, D)`."""
+        if len(set(grids)) == 1:
+            return self._mix(x.view(len(grids), *grids[0], -1)).flatten(0, 3)
         parts: list[Tensor] = list(x.split(list(token_counts(grids))))
         for grid in dict.fromkeys(grids):
             places = [i for i, other in enumerate(grids) if other == grid]
             y = torch.stack([parts[i] for i in places]).unflatten(1, grid)
-            mixed = self.space(y.flatten(0, 1).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).unflatten(0, y.shape[:2])
-            if grid[0] > 1:
-                mixed = mixed + F.pad(y[:, :-1] * self.time[0], (0, 0, 0, 0, 0, 0, 1, 0))
-                mixed = mixed + F.pad(y[:, 1:] * self.time[1], (0, 0, 0, 0, 0, 0, 0, 1))
-            for i, part in zip(places, (y + mixed).flatten(1, 3).unbind(), strict=True):
+            for i, part in zip(places, self._mix(y).flatten(1, 3).unbind(), strict=True):
                 parts[i] = part
         return torch.cat(parts)
 
     def among(self, x: Tensor, grids: tuple[Grid, ...], dropped: Kept) -> Tensor:
         """`(K, D)` of the kept tokens: a neighbour that was dropped adds nothing, as one beyond the border."""
         return dropped.take(self(dropped.put_back(x), grids))
+
+    def _mix(self, y: Tensor) -> Tensor:
+        """`(B, t, h, w, D)`."""
+        mixed = self.space(y.flatten(0, 1).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).unflatten(0, y.shape[:2])
+        return add_frames(mixed, y, self.time) if y.shape[1] > 1 else y + mixed
+
+
+class _GELU(GELU):
+    def gelu(self, gate: Tensor) -> Tensor:
+        return gelu(gate)
 
 
 class _WaltBlock(nn.Module):
@@ -209,6 +239,7 @@ class _WaltBlock(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.local = LocalMixing(width) if local_mixing else None
         self.ff = FeedForward(width, inner_dim=ffn_dim, activation_fn="gelu-approximate")
+        self.ff.net[0] = _GELU(width, ffn_dim, approximate="tanh")
         self.adaln = nn.Linear(width, 6 * width) if adaln == "full" else None
         self.adaln_down = nn.Linear(width, rank, bias=False) if adaln == "lora" else None
         self.adaln_up = nn.Linear(rank, 6 * width, bias=False) if adaln == "lora" else None
@@ -220,6 +251,7 @@ class _WaltBlock(nn.Module):
         embedding: Tensor,
         modulation: Tensor | None,
         layout: Layout,
+        text_pair: list[Tensor] | None = None,
     ) -> Tensor:
         """One layer.
 
@@ -229,6 +261,7 @@ class _WaltBlock(nn.Module):
             embedding: `(B, D)`, the paper's c + t.
             modulation: `(B, 6 D)`, A_1 of AdaLN-LoRA; None when every layer has its own.
             layout: the windows.
+            text_pair: this layer's entry of a TextCache, None for none.
         """
         if self.adaln is not None:
             modulation = self.adaln(F.silu(embedding))
@@ -237,15 +270,15 @@ class _WaltBlock(nn.Module):
         assert modulation is not None
         scale1, shift1, gate1, scale2, shift2, gate2 = modulation.chunk(6, dim=-1)
         x = hidden_states
-        y = _modulate(self.norm1(x), scale1, shift1, layout.lengths)
-        x = x + _gate(self.attn(y, None, layout.plan, layout.rotation), gate1, layout.lengths)
+        y = modulate(self.norm1(x), scale1, shift1, layout.lengths)
+        x = gated_add(x, self.attn(y, None, layout.plan, layout.rotation), gate1, layout.lengths)
         if self.cross_attn is not None and self.norm_cross is not None:
-            x = x + self.cross_attn(self.norm_cross(x), encoder_hidden_states, layout.cross_plan)
-        y = _modulate(self.norm2(x), scale2, shift2, layout.lengths)
+            x = x + self.cross_attn(self.norm_cross(x), encoder_hidden_states, layout.cross_plan, text_pair=text_pair)
+        y = modulate(self.norm2(x), scale2, shift2, layout.lengths)
         if self.local is not None:
             dropped = layout.dropped
             y = self.local(y, layout.grids) if dropped is None else self.local.among(y, layout.grids, dropped)
-        return x + _gate(self.ff(y), gate2, layout.lengths)
+        return gated_add(x, self.ff(y), gate2, layout.lengths)
 
 
 class WaltSpatialBlock(_WaltBlock):
@@ -329,6 +362,7 @@ class WaltTransformer3DModel(
     _supports_gradient_checkpointing = True
     _no_split_modules = ["WaltSpatialBlock", "WaltSpatioTemporalBlock"]
     _repeated_blocks = ["WaltSpatialBlock", "WaltSpatioTemporalBlock"]
+    _skip_keys = ["text_cache"]  # filled in place: offload hooks must not pass a copy
     _skip_layerwise_casting_patterns = [
         "patch_embed",
         "pos_embed",
@@ -507,6 +541,7 @@ class WaltTransformer3DModel(
         kept: Sequence[Tensor | None] | None = None,
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
+        text_cache: TextCache | None = None,
     ) -> Transformer2DModelOutput | tuple[Samples]:
         """Predicts v.
 
@@ -526,6 +561,8 @@ class WaltTransformer3DModel(
                 or None for all; at dropped places the network's output is 0.
             attention_kwargs: {"scale": LoRA scale}.
             return_dict: `Transformer2DModelOutput(sample=)` or a 1-tuple.
+            text_cache: with it the text is embedded and projected in the first of the calls that share it; the later
+                ones do not look at `encoder_hidden_states`. For sampling: without gradients.
 
         Returns:
             v in the form and dtype of `hidden_states`, with `out_channels`.
@@ -549,7 +586,18 @@ class WaltTransformer3DModel(
             x = x + (place if dropped is None else dropped.take(place))
 
         embedding = self._embedding(batch, dtype, device, timestep, class_labels, low_res_noise_level)
-        text, text_lengths = self._text(batch, dtype, encoder_hidden_states, encoder_attention_mask)
+        if text_cache is not None and torch.is_grad_enabled():
+            raise WaltError("text_cache: given with gradients enabled, it is for sampling (torch.no_grad)")
+        if text_cache is not None and text_cache.lengths is not None:
+            if len(text_cache.lengths) != batch:
+                raise WaltError(
+                    f"text_cache: holds the text of {len(text_cache.lengths)} samples, {batch} latents given"
+                )
+            text, text_lengths = text_cache.states, text_cache.lengths
+        else:
+            text, text_lengths = self._text(batch, dtype, encoder_hidden_states, encoder_attention_mask)
+            if text_cache is not None:
+                text_cache.states, text_cache.lengths = text, text_lengths
         if self.config.pooled_text and text is not None and text_lengths is not None:
             pooled = [part.sum(dim=0) / max(1, len(part)) for part in text.split(text_lengths)]
             embedding = embedding + torch.stack(pooled)
@@ -563,10 +611,11 @@ class WaltTransformer3DModel(
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 x = self._gradient_checkpointing_func(block, x, text, embedding, modulation, layouts[kind])
             else:
-                x = block(x, text, embedding, modulation, layouts[kind])
+                pair = None if text_cache is None or text is None else text_cache.layers.setdefault(i, [])
+                x = block(x, text, embedding, modulation, layouts[kind], pair)
 
         scale, shift = self.adaln_out(F.silu(embedding)).chunk(2, dim=-1)
-        x = self.proj_out(_modulate(self.norm_out(x), scale, shift, dropped_lengths(grids, dropped))).to(dtype)
+        x = self.proj_out(modulate(self.norm_out(x), scale, shift, dropped_lengths(grids, dropped))).to(dtype)
         out = unpack(x if dropped is None else dropped.put_back(x), grids, self.config.patch_size)
         if self.config.sigma_data is not None:
             levels = per_sample("timestep", timestep, batch, device)
@@ -751,25 +800,6 @@ class WaltTransformer3DModel(
         if flat is None or self.text_embedder is None or self.text_norm is None:
             return None, None
         return self.text_norm(self.text_embedder(flat.to(dtype))), lengths
-
-
-def _modulate(x: Tensor, scale: Tensor, shift: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    """`x (L, D)` by 1 + scale and shift, each `(B, D)`."""
-    if len(set(lengths)) == 1:
-        return (x.unflatten(0, (len(lengths), lengths[0])) * (1 + scale[:, None]) + shift[:, None]).flatten(0, 1)
-    return x * (1 + _spread(scale, lengths)) + _spread(shift, lengths)
-
-
-def _gate(x: Tensor, gate: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    """`x (L, D)` times a gate `(B, D)`."""
-    if len(set(lengths)) == 1:
-        return (x.unflatten(0, (len(lengths), lengths[0])) * gate[:, None]).flatten(0, 1)
-    return x * _spread(gate, lengths)
-
-
-def _spread(vectors: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    """`(B, D)` to `(L, D)`. By expansion, whose gradient is a sum per sample, not an indexed scatter-add."""
-    return torch.cat([v.expand(n, -1) for v, n in zip(vectors.split(1), lengths, strict=True)])
 
 
 def _place(plan: WindowPlan, kept: Kept | None, device: torch.device) -> WindowPlan:
