@@ -611,10 +611,19 @@ def rotation(
     The pairs of a head are divided among frame, row and column (what three does not divide goes to the frame);
     positions are absolute in the token's own sample.
     """
+    tables = [_rotation_of(grid, head_dim, device, theta) for grid in grids]
+    with torch.inference_mode(False):
+        cos, sin = (torch.cat(parts) for parts in zip(*tables, strict=True))
+    return cos, sin
+
+
+@lru_cache(maxsize=256)
+def _rotation_of(grid: Grid, head_dim: int, device: torch.device, theta: float) -> tuple[Tensor, Tensor]:
+    """The rows of one sample: packs differ, their samples' sizes come again."""
     with torch.inference_mode(False):
         pairs = head_dim // 2
         share = pairs // 3
-        place = positions(grids).to(torch.float32)
+        place = positions([grid]).to(torch.float32)
         angles = []
         for axis, n in enumerate((pairs - 2 * share, share, share)):
             frequency = theta ** -(torch.arange(n, dtype=torch.float32, device="cpu") / max(n, 1))

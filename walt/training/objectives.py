@@ -346,7 +346,7 @@ class DenoiserObjective(Objective):
     def batch(self, step: int, rank: int) -> list[Sample]:
         """A pack: samples of mixed shape that fill `batch_tokens`, a pure function of (recipe, step, rank)."""
         if self.clips is not None:
-            return self.clips.pack(step, rank, self._media_sample)
+            return self._by_frame(self.clips.pack(step, rank, self._media_sample))
         assert not isinstance(self.job.data, MediaJob)
         rng = np.random.default_rng((self.job.run.seed, step, rank))
         pack: list[Sample] = []
@@ -359,7 +359,18 @@ class DenoiserObjective(Objective):
                 assert self.scenes is not None
                 clip = self.scenes.clip(number, shape, self.super_resolution)
                 pack.append(Sample(clip.video, clip.low_res, None, None, clip.caption, shape.start, kept=kept))
-        return pack
+        return self._by_frame(pack)
+
+    @staticmethod
+    def _by_frame(pack: list[Sample]) -> list[Sample]:
+        """Samples of one frame size lie side by side: whole-frame windows are then in order and nothing is permuted."""
+
+        def size(sample: Sample) -> tuple[int, ...]:
+            x = sample.video if sample.latent is None else sample.latent
+            assert x is not None
+            return x.shape[2] * x.shape[3], x.shape[2], x.shape[1]
+
+        return sorted(pack, key=size)
 
     def _draw(self, step: int, rng: np.random.Generator) -> list[tuple[int, Shape, Tensor | None]]:
         """The samples of a pack: index of their shape, the shape at its drawn size, and the tokens that stay."""
