@@ -32,6 +32,7 @@ from walt.chunking import (
 from walt.diffusion import add_noise, guide, x0_from_velocity
 from walt.errors import WaltError
 from walt.latents import denormalize, normalize
+from walt.models.transformer_walt import TextCache, WaltTransformer3DModel
 from walt.tokenizers.adapter import adapt
 from walt.tokenizers.text import CompactTextEncoder
 
@@ -139,6 +140,7 @@ def predict(
     x0: Tensor | None,
     guided: bool,
     attention_kwargs: dict[str, Any] | None = None,
+    texts: dict[Any, Any] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """v of every sample, and without its text or class where `guided`: all of it in one packed forward if it fits.
 
@@ -146,6 +148,8 @@ def predict(
         x: noisy latents `(B, C, t, h, w)`.
         timestep: one number, the same for all.
         x0: the previous estimate of the clean latents (self-conditioning), None for zeros.
+        texts: one dictionary for all calls with this transformer and `attention_kwargs`: holds what the text becomes,
+            so that it is projected once per prompt and not once per step.
 
     Returns:
         (conditional, unconditional or None), float32 `(B, C, t, h, w)`.
@@ -154,6 +158,9 @@ def predict(
     branches = (False, True) if guided else (False,)
     rows = [(i, negative) for negative in branches for i in range(batch)]
     text = {negative: prompt.rows(negative) for negative in branches}
+    if texts is not None and texts.get("prompt") is not prompt:
+        texts.clear()
+        texts["prompt"] = prompt
 
     def pick(values: Tensor | None, part: list[tuple[int, bool]]) -> list[Tensor] | None:
         return None if values is None else [values[i].to(dtype) for i, _ in part]
@@ -163,6 +170,8 @@ def predict(
         if config.text_dim is not None:
             states = [(text[negative] or [])[i].to(dtype) for i, negative in part]
             given["encoder_hidden_states"] = states
+            if texts is not None and isinstance(transformer, WaltTransformer3DModel):
+                given["text_cache"] = texts.setdefault(tuple(part), TextCache())
         if conditions.class_labels is not None:
             null = torch.full_like(conditions.class_labels[0], config.num_classes)
             given["class_labels"] = torch.stack([null if neg else conditions.class_labels[i] for i, neg in part])
@@ -183,12 +192,18 @@ def predict(
     for start in range(0, len(rows), size):
         with transformer.cache_context(f"pack_{start}"):
             out += forward(rows[start : start + size])
-    v = torch.stack(out).float()
+    v = torch.stack(out)[:, : x.shape[1]].float()  # a learned variance beside it is not used
     return v[:batch], v[batch:] if guided else None
 
 
 def denoise(
-    pipe: SamplingPipeline, transformer: Any, noise: Tensor, steps: int, prompt: Prompt, conditions: Conditions
+    pipe: SamplingPipeline,
+    transformer: Any,
+    noise: Tensor,
+    steps: int,
+    prompt: Prompt,
+    conditions: Conditions,
+    texts: dict[Any, Any] | None = None,
 ) -> tuple[Tensor, Prompt]:
     """One chunk from noise to clean latents with the pipeline's scheduler.
 
@@ -198,11 +213,13 @@ def denoise(
     Args:
         noise: standard normal `(B, C, t, h, w)`.
         steps: inference steps.
+        texts: as for `predict`, to share the text of one chunk with the next.
 
     Returns:
         Clean normalised latents like `noise`, and the prompt (a callback may have changed it).
     """
     scheduler = pipe.scheduler
+    texts = {} if texts is None else texts
     # Anew for every chunk: multistep schedulers remember past predictions.
     scheduler.set_timesteps(steps, device=noise.device)
     keep = None if conditions.frame_mask is None else conditions.frame_mask.bool()
@@ -216,7 +233,7 @@ def denoise(
         if keep is not None and conditions.frame_latents is not None:
             x_t = torch.where(keep, add_noise(scheduler, conditions.frame_latents, noise, step), x_t)
         guided = pipe.do_classifier_free_guidance
-        cond, uncond = predict(transformer, x_t, t, prompt, conditions, x0, guided, pipe.attention_kwargs)
+        cond, uncond = predict(transformer, x_t, t, prompt, conditions, x0, guided, pipe.attention_kwargs, texts)
         v = cond if uncond is None else guide(cond, uncond, pipe.guidance_scale, pipe.guidance_rescale)
         x0 = x0_from_velocity(scheduler, v, x_t, step)
         x = scheduler.step(v, t, x, return_dict=False)[0]
@@ -263,6 +280,7 @@ def denoise_chunks(
         expected = (len(seeds), shape[0], shape[1] * len(starts), *size)
         if tuple(latents.shape) != expected:
             raise WaltError(f"latents must have the shape {expected}, got {tuple(latents.shape)}")
+    texts: dict[Any, Any] = {}
     videos: list[Tensor] = []
     results: list[Tensor] = []
     for k, start in enumerate(starts):
@@ -282,7 +300,7 @@ def denoise_chunks(
             noise = seeded_noise(seeds, k, START_NOISE, shape, device)
         else:
             noise = latents[:, :, k * shape[1] : (k + 1) * shape[1]].to(device, torch.float32)
-        x, prompt = denoise(pipe, transformer, noise, steps, prompt, conditions)
+        x, prompt = denoise(pipe, transformer, noise, steps, prompt, conditions, texts)
         results.append(x)
         if decode or k + 1 < len(starts):
             videos.append(decode_latents(vae, x))

@@ -12,7 +12,9 @@ from walt import register as _register
 
 if TYPE_CHECKING:
     from walt.errors import WaltError
+    from walt.models.transformer_dit import DiTTransformer3DModel
     from walt.models.transformer_nuwa import NuwaTransformer3DModel
+    from walt.models.transformer_uvit import UViTTransformer3DModel
     from walt.models.transformer_walt import WaltTransformer3DModel
     from walt.pipelines.pipeline_walt import WaltPipeline
     from walt.pipelines.pipeline_walt_cascade import WaltCascadePipeline
@@ -24,7 +26,9 @@ if TYPE_CHECKING:
 __all__ = [
     "AutoencoderKLWalt",
     "CompactTextEncoder",
+    "DiTTransformer3DModel",
     "NuwaTransformer3DModel",
+    "UViTTransformer3DModel",
     "WaltCascadePipeline",
     "WaltError",
     "WaltPipeline",
@@ -41,7 +45,9 @@ LOADABLE_BASES = ("ModelMixin", "SchedulerMixin")
 _HOMES = {
     "AutoencoderKLWalt": "walt.tokenizers.autoencoder_kl_walt",
     "CompactTextEncoder": "walt.tokenizers.text",
+    "DiTTransformer3DModel": "walt.models.transformer_dit",
     "NuwaTransformer3DModel": "walt.models.transformer_nuwa",
+    "UViTTransformer3DModel": "walt.models.transformer_uvit",
     "WaltCascadePipeline": "walt.pipelines.pipeline_walt_cascade",
     "WaltPipeline": "walt.pipelines.pipeline_walt",
     "WaltSuperResolutionPipeline": "walt.pipelines.pipeline_walt_super_resolution",

@@ -191,10 +191,8 @@ class Clips:
             raise WaltError("data.sources: at least one is needed, such as data.sources=[{path: videos}]")
         self.data, self.shapes, self.multiple, self.low_res = data, tuple(shapes), multiple, low_res
         self.cost, self.budget = cost, budget
-        self.rank, world = (
-            int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"))
-        )
-        self.ranks = world if ranks is None else ranks
+        self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        self.packs = packs or self.world
         for shape in self.shapes:
             height, width = (shape.cut or shape.height), (shape.cut or shape.width)
             if cost(shape.frames, height, width) > budget:

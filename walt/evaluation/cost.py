@@ -144,7 +144,7 @@ def _count_forward(model: Any, latent: tuple[int, int, int, int]) -> tuple[float
         given: dict[str, Any] = {}
         if model.config.text_dim is not None:
             given["encoder_hidden_states"] = [torch.empty(16, model.config.text_dim, dtype=model.dtype)]
-        if model.config.low_res_channels is not None:
+        if model.config.get("low_res_channels") is not None:
             scale = model.config.low_res_scale
             low = (model.config.low_res_channels, t, h // scale, w // scale)
             given["low_res_hidden_states"] = [torch.empty(low, dtype=model.dtype)]
