@@ -466,7 +466,7 @@ def _fitted(image: Image.Image, size: tuple[int, int]) -> Pixels:
     height, width = _cover(image.height, image.width, size)
     if (height, width) != (image.height, image.width):
         image = image.resize((width, height), Image.Resampling.LANCZOS)
-    return _centre(np.asarray(image), size)
+    return _centre(np.array(image), size)
 
 
 def _scaled(frame: av.VideoFrame, size: tuple[int, int]) -> Pixels:

@@ -62,7 +62,18 @@ class Tally:
 def recipe_identity(job: DenoiserJob) -> dict[str, Any]:
     """What decides a latent beside the media: compared when a folder is written to again and when it is read."""
     assert isinstance(job.data, MediaJob)
-    fields = ("seed", "fps", "aspect", "enlarge", "variants", "max_clips", "captions", "min_size", "max_size")
+    fields = (
+        "seed",
+        "fps",
+        "aspect",
+        "enlarge",
+        "variants",
+        "max_clips",
+        "video_stills",
+        "captions",
+        "min_size",
+        "max_size",
+    )
     identity = {
         "tokenizer": fingerprint(Path(job.tokenizer)),
         "text_encoder": fingerprint(Path(job.text_encoder)) if job.text_encoder else None,
