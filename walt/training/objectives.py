@@ -327,7 +327,7 @@ class DenoiserObjective(Objective):
         start = self.job.shapes[draw.shape].start
         if self.media_latents is not None:
             latent, low_res, caption, states = self.media_latents.get(draw)
-            return Sample(None, None, latent, low_res, caption, start, states)
+            return Sample(None, None, latent, low_res, caption, start, states=states)
         clip = self.clips.load(draw)
         return Sample(clip.video, clip.low_res, None, None, clip.caption, start)
 
