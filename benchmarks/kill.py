@@ -51,7 +51,8 @@ def whole(folder: Path) -> bool:
     """Every file of a checkpoint opens and has the size that its state.json says."""
     state = json.loads((folder / "state.json").read_text())
     return all(
-        (folder / name).stat().st_size == size and bool(load_file(folder / name)) for name, size in state["files"].items()
+        (folder / name).stat().st_size == size and bool(load_file(folder / name))
+        for name, size in state["files"].items()
     )
 
 
