@@ -27,7 +27,11 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="a recipe of walt/configs, such as emoji.base; `list` shows them all")
     parser.add_argument("overrides", nargs="*", metavar="field=value", help="changes, such as run.steps=100")
     parser.add_argument("--no-resume", action="store_true", help="start over although the run folder has a checkpoint")
-    parser.add_argument("--dry-run", action="store_true", help="print the whole recipe and stop")
+    parser.add_argument("--dry-run", action="store_true", help="print the whole recipe and what it will cost, and stop")
+    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="dry run: processes to plan for (default: 1)")
+    parser.add_argument(
+        "--tflops", type=float, metavar="T", help="dry run: a rank's sustained rate (default: measured)"
+    )
 
 
 def load_recipe(args: argparse.Namespace) -> None:
@@ -49,6 +53,7 @@ def train(args: argparse.Namespace) -> None:
         return
     if args.dry_run:
         console.print(job.model_dump_json(indent=2), highlight=False)
+        _print_plan(job, args, console)
         return
     objective = build_objective(job)
     parameters = sum(p.numel() for p in objective.model.parameters())
@@ -62,6 +67,39 @@ def _account(console: Console, clips: Any) -> None:
     """Says what of a user's media could not be used."""
     for line in [] if clips is None or clips.rank else clips.account.lines():
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _print_plan(job: Any, args: argparse.Namespace, console: Console) -> None:
+    from rich.table import Table
+
+    from walt.training.plan import make_plan
+
+    if args.ranks < 1 or (args.tflops is not None and not args.tflops > 0):
+        raise WaltError(f"--ranks and --tflops must be positive, got {args.ranks} and {args.tflops}")
+    plan = make_plan(job, args.ranks, args.tflops and args.tflops * 1e12)
+
+    def say(line: str) -> None:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    say(f"parameters: {plan.parameters:,}, of them trained {plan.trained:,}")
+    say(f"ranks: {plan.ranks} ({job.run.parallel}), packs per step: {plan.packs}, samples per step: {plan.samples:.0f}")
+    memory = Table("purpose", "GiB", title="memory of each rank (estimate)")
+    for purpose, size in [*plan.memory.items(), ("total", plan.total_memory)]:
+        memory.add_row(purpose, f"{size / 2**30:.3f}")
+    console.print(memory)
+    shards = Table("part", "parameters", "on each rank", title="shard plan")
+    for name, size, share in plan.shards:
+        shards.add_row(name, f"{size:,}", f"{share:,}")
+    console.print(shards)
+    if plan.tokens:
+        say(f"tokens per step: {plan.tokens:,.0f}")
+    measured = "given" if plan.matmul_rate is None else f"matrix products here {plan.matmul_rate / 1e9:.4g} GFLOP/s"
+    say(
+        f"operations per step: {plan.flops / 1e12:.4g} TFLOP; a rank sustains {plan.rate / 1e9:.4g} GFLOP/s ({measured})"
+    )
+    parts = ", ".join(f"{name} {value:.3g} s" for name, value in plan.seconds.items())
+    say(f"seconds per step: {plan.total_seconds:.3g} ({parts}; reading data is not counted)")
+    say(f"{job.run.steps} steps: {plan.total_seconds * job.run.steps / 86400:.3g} days")
 
 
 def build_objective(job: Any) -> Any:
@@ -98,22 +136,46 @@ def _words(job: Any) -> Any:
 # sample sheets
 
 
-def draw_sheet(objective: Any, model: nn.Module, path: Path) -> None:
-    """PNG: originals above reconstructions (tokenizer), or samples of training prompts (denoiser)."""
+def draw_sheet(objective: Any, model: nn.Module, path: Path | None) -> None:
+    """PNG: originals above reconstructions (tokenizer), or samples of training prompts (denoiser); and the clips beside
+    it as an mp4. Without a path they are made and not written: what the other ranks of a sharded model do."""
     import torch
     from PIL import Image
 
+    from walt.media import write_video
     from walt.training.objectives import TokenizerObjective
 
     draw = _reconstructions if isinstance(objective, TokenizerObjective) else _samples
     with torch.no_grad():
-        rows = draw(objective, model)
+        made = draw(objective, model)
+    if path is None:
+        return
+    rows = [row if row.ndim == 3 else _strip(row) for row in made]
     width = max(row.shape[-1] for row in rows)
     rows = [torch.nn.functional.pad(row, (0, width - row.shape[-1], 0, 4), value=1.0) for row in rows]
     sheet = ((torch.cat(rows, dim=1).clamp(-1, 1) + 1.0) * 127.5).round().to(torch.uint8).permute(1, 2, 0)
     temporary = path.with_suffix(".tmp.png")
     Image.fromarray(sheet.cpu().numpy()).save(temporary)
     temporary.replace(path)
+    clips = [video for video in made if video.ndim == 4 and video.shape[1] > 1]
+    if clips:
+        write_video(_grid(clips), path.with_suffix(".mp4"), 8.0)
+
+
+def _grid(videos: list[Tensor]) -> Any:
+    """Clips `(3, T, H, W)` in [-1, 1] in two columns (real and made), uint8 `(T, H, W, 3)`; short ones hold their end."""
+    import torch
+
+    frames, height, width = (max(video.shape[axis] for video in videos) for axis in (1, 2, 3))
+    cells = []
+    for video in videos:
+        held = torch.cat([video, video[:, -1:].expand(-1, frames - video.shape[1], -1, -1)], dim=1)
+        cells.append(torch.nn.functional.pad(held, (0, width - video.shape[3], 0, height - video.shape[2]), value=1.0))
+    if len(cells) % 2:
+        cells.append(torch.ones_like(cells[0]))
+    rows = [torch.cat(cells[i : i + 2], dim=3) for i in range(0, len(cells), 2)]
+    pixels = ((torch.cat(rows, dim=2).clamp(-1, 1) + 1.0) * 127.5).round().to(torch.uint8)
+    return pixels.permute(1, 2, 3, 0).cpu().numpy()
 
 
 def _strip(video: Tensor, frames: int = 6) -> Tensor:
@@ -137,7 +199,7 @@ def _reconstructions(objective: Any, model: Any) -> list[Tensor]:
     rows = []
     for video in videos:
         output = model(video[None].to(objective.device)).sample[0].float().cpu()
-        rows += [_strip(video), _strip(output)]
+        rows += [video, output]
     return rows
 
 
@@ -177,6 +239,7 @@ def _samples(objective: Any, model: Any) -> list[Tensor]:
             sample.set_progress_bar_config(disable=True)
             made = sample(
                 prompt=packed[number].caption if words is not None else None,
+                class_labels=None if model.config.num_classes is None else objective._label(packed[number]),
                 height=real.shape[3],
                 width=real.shape[4],
                 num_frames=real.shape[2],
@@ -185,7 +248,7 @@ def _samples(objective: Any, model: Any) -> list[Tensor]:
                 generator=generator,
                 output_type="pt",
             )
-        rows += [_strip(made.frames[0].transpose(0, 1) * 2.0 - 1.0), _strip(real[0])]
+        rows += [made.frames[0].transpose(0, 1).cpu() * 2.0 - 1.0, real[0].cpu()]
     return rows
 
 

@@ -181,10 +181,30 @@ class DiffusionJob(Frozen):
     loss_weighting: Literal["token", "sample"] = "token"
 
 
+class LoraJob(Frozen):
+    """Finetuning by low-rank adapters (PEFT) on the weights of `init`, which stay as they are."""
+
+    rank: int = Field(default=16, gt=0)
+    alpha: float | None = Field(default=None, gt=0, description="scale of the update times rank; None: the rank")
+    targets: tuple[str, ...] = Field(
+        default=("to_q", "to_k", "to_v", "to_out.0"), min_length=1, description="ends of the names of adapted layers"
+    )
+    export: Literal["adapter", "merged"] = Field(
+        default="adapter", description="adapter: for load_lora_adapter; merged: a whole model"
+    )
+
+
 class DenoiserJob(Frozen):
     kind: Literal["denoiser"] = "denoiser"
     model: dict[str, Any]
     init: str | None = Field(default=None, description="folder of a trained denoiser of the same shape to go on from")
+    interpolate_positions: bool = Field(
+        default=False, description="init may have another sample_size and windows: its position tables are interpolated"
+    )
+    lora: LoraJob | None = None
+    classes: str | None = Field(
+        default=None, description="file with a class per line, of a model with num_classes: captions name classes"
+    )
     tokenizer: str = Field(description="folder of the trained tokenizer")
     text_encoder: str | None = None
     text_tokenizer: str | None = None
@@ -246,6 +266,8 @@ def _set(values: dict[str, Any], field: str, text: str) -> None:
         if not isinstance(here, dict) or part not in here:
             known = here if isinstance(here, dict) else ()
             raise WaltError(f"unknown field {field!r}: no {part!r}{suggest(part, known)}; known: {_names(known)}")
+        if part == "lora" and here[part] is None:
+            here[part] = LoraJob().model_dump()
         here = here[part]
     free = path == ["model"]
     if not isinstance(here, dict) or (last not in here and not free):

@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from walt.attention import RelativeBias
 from walt.conditioning import draw_given_frames, drop, frame_mask, random_mask
 from walt.data.clips import Clips, Draw, stack_equal
 from walt.data.latents import LatentShards
@@ -22,7 +24,8 @@ from walt.data.scenes import Scenes
 from walt.diffusion import add_noise, draw_timesteps, make_scheduler, velocity, x0_from_velocity
 from walt.errors import WaltError, suggest
 from walt.latents import normalize
-from walt.training.job import DenoiserJob, MediaJob, Shape, TokenizerJob
+from walt.models.transformer_walt import WaltPositionEmbedding
+from walt.training.job import DenoiserJob, LoraJob, MediaJob, Shape, TokenizerJob
 from walt.training.loop import Objective
 from walt.training.plan import ForwardCounter
 
@@ -274,8 +277,11 @@ class DenoiserObjective(Objective):
         torch.manual_seed(job.run.seed)
         self.model = build_model(transformer, job.model)
         if job.init is not None:
-            start_from(self.model, job.init)
+            start_from(self.model, job.init, job.interpolate_positions)
+        if job.lora is not None:
+            add_lora(self.model, job.lora, job.init)
         config = self.model.config
+        self.classes = read_classes(job.classes, config.num_classes)
         held = job.run.heldout_clips if job.run.heldout_every else 0
         media = isinstance(job.data, MediaJob)
         self.shards = LatentShards(Path(job.data.latents), job, held) if job.data.latents and not media else None
@@ -431,9 +437,7 @@ class DenoiserObjective(Objective):
         if self.words is not None:
             told["encoder_hidden_states"] = self._states(batch, lost)
         if config.num_classes is not None:
-            labels = [sample.label for sample in batch]
-            if any(label is None for label in labels):
-                raise WaltError("data: a model with num_classes needs a class label with every sample; these have none")
+            labels = [self._label(sample) for sample in batch]
             null = config.num_classes
             told["class_labels"] = torch.tensor(
                 [null if gone else label for gone, label in zip(lost, labels, strict=True)], device=self.device
@@ -446,6 +450,16 @@ class DenoiserObjective(Objective):
             ]
             told["low_res_noise_level"] = levels.to(self.device)
         return told
+
+    def _label(self, sample: Sample) -> int:
+        if sample.label is not None:
+            return sample.label
+        if not self.classes:
+            raise WaltError("classes: a model with num_classes needs the file that lists them, one a line")
+        if sample.caption not in self.classes:
+            known = suggest(sample.caption, self.classes)
+            raise WaltError(f"classes: {self.job.classes} has no {sample.caption!r}{known}, the caption of a sample")
+        return self.classes[sample.caption]
 
     def _errors(
         self,
@@ -544,8 +558,14 @@ class DenoiserObjective(Objective):
         made = dict(zip(unknown, fresh, strict=True))
         return [made[i] if known is None else known.to(self.device) for i, known in enumerate(states)]
 
-    def export(self, model: nn.Module, folder: Path) -> None:
-        model.save_pretrained(folder)  # type: ignore[operator]
+    def export(self, model: Any, folder: Path) -> None:
+        if self.job.lora is not None and self.job.lora.export == "adapter":
+            model.save_lora_adapter(folder)
+            return
+        if self.job.lora is not None:
+            model.fuse_lora()
+            model.unload_lora()
+        model.save_pretrained(folder)
 
 
 class TextStates:
@@ -588,14 +608,77 @@ def _shape_name(shape: Shape) -> str:
     )
 
 
-def start_from(model: Any, folder: str) -> Any:
-    """Copies the weights of a trained model of the same shape into `model`; returns the trained one."""
-    trained = load_folder(type(model), folder, "init")
+def add_lora(model: Any, job: LoraJob, init: str | None) -> None:
+    """Adapters on the layers that `job.targets` name; everything else is frozen."""
+    from peft import LoraConfig
+
+    if init is None:
+        raise WaltError("lora: adapters on an untrained model learn nothing; give init=FOLDER")
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for target in job.targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            ends = sorted({name.split(".", 2)[-1] if "blocks" in name else name for name in names})
+            raise WaltError(
+                f"lora.targets: no linear layer ends in {target!r}{suggest(target, ends)}; {', '.join(ends)}"
+            )
+    model.requires_grad_(False)
+    model.add_adapter(
+        LoraConfig(r=job.rank, lora_alpha=job.alpha or job.rank, target_modules=list(job.targets), lora_dropout=0.0)
+    )
+
+
+def read_classes(path: str | None, count: int | None) -> dict[str, int]:
+    """Class names by line, `{name: label}`; empty without a file."""
+    if path is None:
+        return {}
     try:
-        model.load_state_dict(trained.state_dict())
+        names = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise WaltError(f"classes: {path} cannot be read: {error}") from None
+    if len(set(names)) != count:
+        raise WaltError(f"classes: {path} lists {len(set(names))} classes, the model has num_classes={count}")
+    return {name: label for label, name in enumerate(names)}
+
+
+def start_from(model: Any, folder: str, interpolate: bool = False) -> Any:
+    """Copies the weights of a trained model of the same shape into `model`; returns the trained one.
+
+    With `interpolate` the shapes of position tables may differ (W.A.L.T. Table 6: a square model goes on at 16:9).
+    """
+    trained = load_folder(type(model), folder, "init")
+    state = interpolated_positions(trained, model) if interpolate else trained.state_dict()
+    try:
+        model.load_state_dict(state)
     except RuntimeError as error:
-        raise WaltError(f"init: {folder!r} has another shape than the recipe's model") from error
+        hint = "" if interpolate else " (interpolate_positions=true lets sample_size and windows differ)"
+        raise WaltError(f"init: {folder!r} has another shape than the recipe's model{hint}") from error
     return trained
+
+
+def interpolated_positions(trained: nn.Module, model: nn.Module) -> dict[str, Tensor]:
+    """The trained state with absolute and relative position tables resized to those of `model`.
+
+    A table is read where the model reads tables of another size: space bilinear, time and offsets in a window linear
+    from end to end. So the first step starts from what the trained model does at the new size.
+    """
+    state = trained.state_dict()
+    modules = dict(trained.named_modules())
+    for name, module in model.named_modules():
+        old = modules.get(name)
+        if isinstance(module, WaltPositionEmbedding) and isinstance(old, WaltPositionEmbedding):
+            frames, height, width = module.grid
+            table = state[f"{name}.space"].T.reshape(1, -1, *old.grid[1:])
+            state[f"{name}.space"] = F.interpolate(table, size=(height, width), mode="bilinear").flatten(2)[0].T
+            times = state[f"{name}.time"]
+            if frames > len(times):
+                times = F.interpolate(times.T[None], size=frames, mode="linear", align_corners=True)[0].T
+            state[f"{name}.time"] = times[:frames]
+        elif isinstance(module, RelativeBias) and isinstance(old, RelativeBias):
+            table, size = state[f"{name}.table"], tuple(module.table.shape[1:])
+            if tuple(table.shape[1:]) != size:
+                table = F.interpolate(table[None], size=size, mode="trilinear", align_corners=True)[0]
+            state[f"{name}.table"] = table
+    return {name: value.contiguous() for name, value in state.items()}
 
 
 def load_folder(cls: type[Any], folder: str, what: str) -> Any:
