@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 from tests import tiny
@@ -162,10 +163,13 @@ def test_memory_is_bounded_by_the_part(tmp_path: Path, monkeypatch: pytest.Monke
     job = media_job(tmp_path, source_folder(tmp_path / "media", shards=1, items=20))
     monkeypatch.setattr(precompute, "PART", 8)
     held: list[int] = []
-    save = precompute.save_file
-    monkeypatch.setattr(
-        precompute, "save_file", lambda tensors, *rest: held.append(len(tensors)) or save(tensors, *rest)
-    )
+    save = safetensors.torch.save_file
+
+    def watched(tensors: dict[str, torch.Tensor], *rest: Any) -> None:
+        held.append(len(tensors))
+        save(tensors, *rest)
+
+    monkeypatch.setattr(precompute, "save_file", watched)
     tally = encode(job, tmp_path / "latents")
     assert max(held) <= 8 and sum(held) == tally.encoded == 50
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections import Counter
 from fractions import Fraction
@@ -34,9 +35,12 @@ SHAPES = (
 
 
 def open_clips(tmp_path: Path, *sources: SourceJob, shapes: tuple[Shape, ...] = SHAPES, **fields: Any) -> Clips:
-    ways = {name: fields.pop(name) for name in ("captions", "low_res", "packs", "budget", "report") if name in fields}
+    ways: dict[str, Any] = {
+        name: fields.pop(name) for name in ("captions", "low_res", "packs", "budget", "report") if name in fields
+    }
     data = MediaJob(sources=sources, index=str(tmp_path / "index"), **{"min_size": 16, **fields})
-    settings: dict[str, Any] = {"captions": True, "budget": 120, "report": tmp_path / "run" / "skipped.jsonl", **ways}
+    settings: dict[str, Any] = {"captions": True, "budget": 120, "report": tmp_path / "run" / "skipped.jsonl"}
+    settings.update(ways)
     return Clips(
         data,
         shapes,
@@ -80,7 +84,7 @@ def test_resampling_takes_exactly_the_frame_that_is_shown(
     for fps in (8, 12.5, float(rate), 60):
         count = int(np.ceil(60 / float(rate) * fps - 1e-4))
         times = [i / fps for i in range(count)]
-        shown = [int(np.floor(i * Fraction(rate) / Fraction(fps))) for i in range(count)]
+        shown = [math.floor(i * Fraction(rate) / Fraction(fps)) for i in range(count)]
         assert media.numbers(read_window(content, suffix, times, (32, 64))) == shown
         # A window in the middle starts at a key frame before it: the same frames, at another size too.
         middle = slice(count // 2, count // 2 + 5)
@@ -292,7 +296,12 @@ def test_resume_gives_the_very_next_sample_with_any_number_of_workers(
     resumed = open_clips(tmp_path, source)
     drawn: list[int] = []
     draw = resumed.draw
-    monkeypatch.setattr(resumed, "draw", lambda position: drawn.append(position) or draw(position))
+
+    def watched(position: int) -> Draw:
+        drawn.append(position)
+        return draw(position)
+
+    monkeypatch.setattr(resumed, "draw", watched)
     assert [signature(resumed.pack(step, 0)) for step in range(10, 16)] == packs[10:]
     assert min(drawn) > 0, "the plan started from its saved state"
 
@@ -410,10 +419,11 @@ def test_training_goes_on_over_dirt_and_the_account_is_exact(tmp_path: Path) -> 
     total = 3 * 17 + len(media.KINDS) + 3
     assert 0.17 < len(expected) / total < 0.23 and len(set(media.KINDS)) >= 8
     vae = save_tokenizer(tmp_path / "vae")
+    source = SourceJob(path=str(tmp_path / "shards"), kind="shards")
     job = denoiser_job(vae, tmp_path / "run", steps=12).model_copy(
         update={
             "data": MediaJob(
-                sources=(SourceJob(path=str(tmp_path / "shards"), kind="shards"),),
+                sources=(source,),
                 index=str(tmp_path / "index"),
                 min_size=16,
             ),
@@ -423,7 +433,7 @@ def test_training_goes_on_over_dirt_and_the_account_is_exact(tmp_path: Path) -> 
     )
     objective = build_objective(job)
     # A model without text does not ask for captions; this one is told to.
-    objective.clips = open_clips(tmp_path, *job.data.sources, video_stills=False)
+    objective.clips = open_clips(tmp_path, source, video_stills=False)
     assert train(job, objective).exists()
     draws = {draw[:2] for step in range(12) for draw in objective.clips.plan.pack(step, 0)}
     assert len(draws) > 15
@@ -439,7 +449,7 @@ def test_training_goes_on_over_dirt_and_the_account_is_exact(tmp_path: Path) -> 
     assert row["reasons"] == dict(sorted(Counter(expected.values()).items()))
     assert f"{len(expected)} skipped" in objective.clips.account.lines()[0]
     # The same again, from what is known: nothing is counted twice.
-    again = open_clips(tmp_path, *job.data.sources, video_stills=False)
+    again = open_clips(tmp_path, source, video_stills=False)
     assert again.account.summary() == objective.clips.account.summary()
     assert len((tmp_path / "run" / "skipped.jsonl").read_text().splitlines()) == len(expected)
 

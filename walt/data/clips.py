@@ -412,6 +412,7 @@ class Plan:
     def __init__(self, clips: Clips, folder: Path | None) -> None:
         self.clips, self.folder = clips, folder
         self.name = clips.identity() if folder is not None else ""
+        self.first = self.next = self.position = 0
         self._begin(0)
 
     def pack(self, step: int, rank: int) -> list[Draw]:

@@ -232,11 +232,11 @@ def _encode_part(work: _Work, name: str, source: int, draws: Sequence[Draw], has
     if work.words is not None and captions:
         for caption, states in zip(captions, work.words(captions), strict=True):
             tensors[_text_key(caption)] = states.half().cpu().contiguous()
-    lost = [[found.key, found.reason, found.detail] for _, found in sorted(broken.items())]
+    named = [[found.key, found.reason, found.detail] for _, found in sorted(broken.items())]
     with replacing(path) as temporary:
         # safetensors refuses an empty file: a part of broken items still says so.
         # And writes several metadata fields in any order: this is one.
-        save_file(tensors or {"none": torch.zeros(1)}, temporary, {"part": json.dumps({"rows": rows, "broken": lost})})
+        save_file(tensors or {"none": torch.zeros(1)}, temporary, {"part": json.dumps({"rows": rows, "broken": named})})
     return path.name
 
 
