@@ -335,6 +335,7 @@ def _encode_media(job: Any, output: Path) -> None:
 
     vae, words = _encoders(job)
     clips = open_clips(job, vae, words is not None, output / "skipped.jsonl")
+    assert clips is not None
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else None
     if device is not None:
         vae.to(device)
@@ -433,12 +434,12 @@ def _check(args: argparse.Namespace, console: Console) -> None:
             args.workers,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
-    broken = list(index.broken)
+    found: list[Broken | None] = list(index.broken)
     rows = index.items
     if args.all:
         with _progress() as progress:
-            broken += progress.track(decode_all(index), total=len(rows), description="decoding")
-        broken = [item for item in broken if isinstance(item, Broken)]
+            found += progress.track(decode_all(index), total=len(rows), description="decoding")
+    broken = [item for item in found if item is not None]
     account = Account(Path(args.report) if args.report else None, limit=1.0)
     account.listed(args.folder, len(rows) + len(index.broken), broken)
     video = rows["video"]

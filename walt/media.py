@@ -333,7 +333,7 @@ def _container(file: Path | bytes) -> Iterator[tuple[av.container.InputContainer
     """The open container and its first video stream; FFmpeg's errors become MediaErrors."""
     opened = False
     try:
-        with av.open(io.BytesIO(file) if isinstance(file, bytes) else str(file)) as container:
+        with av.open(io.BytesIO(file) if isinstance(file, bytes) else str(file), "r") as container:
             opened = True
             if not container.streams.video:
                 raise MediaError("no video", "it holds no video stream")
@@ -399,7 +399,7 @@ def _check_end(stream: BinaryIO, size: int, suffix: str) -> None:
 def _check_jpeg(file: Path | bytes) -> None:
     """Decodes a JPEG strictly: Pillow's library paints over a hole without a word, FFmpeg reports it."""
     try:
-        with av.open(io.BytesIO(file) if isinstance(file, bytes) else str(file)) as container:
+        with av.open(io.BytesIO(file) if isinstance(file, bytes) else str(file), "r") as container:
             stream = container.streams.video[0]
             stream.codec_context.options = {"err_detect": "explode"}
             stream.codec_context.thread_count = 1
@@ -466,7 +466,7 @@ def _fitted(image: Image.Image, size: tuple[int, int]) -> Pixels:
     height, width = _cover(image.height, image.width, size)
     if (height, width) != (image.height, image.width):
         image = image.resize((width, height), Image.Resampling.LANCZOS)
-    return _centre(np.asarray(image), size)
+    return _centre(np.array(image), size)
 
 
 def _scaled(frame: av.VideoFrame, size: tuple[int, int]) -> Pixels:

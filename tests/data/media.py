@@ -8,6 +8,7 @@ import struct
 import tarfile
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -45,7 +46,7 @@ def video_bytes(
         pictures[0].save(out, kind, save_all=True, append_images=pictures[1:], duration=round(1000 / rate), **extra)
         return out.getvalue()
     with av.open(out, "w", format=kind) as container:
-        stream = container.add_stream(codec, rate=Fraction(rate).limit_denominator(1001))
+        stream: Any = container.add_stream(codec, rate=Fraction(rate).limit_denominator(1001))
         stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
         stream.gop_size = gop
         stream.options = {"crf": "12"}

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -52,8 +53,10 @@ def tokenizer_job(output: Path, steps: int = 20, **run: object) -> TokenizerJob:
     )
 
 
-def save_tokenizer(folder: Path) -> Path:
+def save_tokenizer(folder: Path, seed: int | None = None) -> Path:
     """An untrained but complete tokenizer folder."""
+    if seed is not None:
+        torch.manual_seed(seed)
     AutoencoderKLWalt(**TOKENIZER, latents_mean=(0.0,) * 8, latents_std=(1.0,) * 8).save_pretrained(folder)
     return folder
 
@@ -115,16 +118,19 @@ def small_job(
     )
 
 
-def start(job: TokenizerJob | DenoiserJob, ranks: int = 1, **environment: str) -> subprocess.Popen[str]:
-    """Starts a job in processes of its own; more than one rank through torchrun on gloo."""
-    path = Path(job.run.output).with_suffix(".job.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(job.model_dump_json())
+def start(*jobs: TokenizerJob | DenoiserJob, ranks: int = 1) -> subprocess.Popen[str]:
+    """Starts jobs, one after the other, in processes of their own; more than one rank through torchrun on gloo."""
+    paths = []
+    for job in jobs:
+        path = Path(job.run.output).with_suffix(f".{len(paths)}.job.json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(job.model_dump_json())
+        paths.append(str(path))
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     return subprocess.Popen(
-        [sys.executable, *launcher, "-m", "tests.training.worker", str(path)],
+        [sys.executable, *launcher, "-m", "tests.training.worker", *paths],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -81,6 +81,7 @@ class MediaJob(Frozen):
         default="required", description="optional: an item without one is trained with an empty caption"
     )
     variants: int = Field(default=1, gt=0, description="random windows (start, cut) of each clip that epochs alternate")
+    video_stills: bool = Field(default=True, description="frames of videos fill shapes of one frame too")
     max_clips: int = Field(default=64, gt=0, description="clips of one video per epoch, spread evenly over it")
     heldout_share: float = Field(
         default=0.0, ge=0, lt=1, description="share of each source's items that is never trained on (run.heldout_every)"

@@ -423,13 +423,19 @@ class _Packs(Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         step, part = divmod(index, len(self.lanes))
-        return self.objective.batch(self.start + step, self.lanes[part])
+        try:
+            return self.objective.batch(self.start + step, self.lanes[part])
+        except WaltError as error:  # a worker's exception would arrive with its whole traceback as the message
+            return error
 
 
 def _loader(objective: Objective, start: int, stop: int, lanes: range, workers: int) -> Iterator[Any]:
     packs = _Packs(objective, start, stop, lanes)
     loader: DataLoader[Any] = DataLoader(packs, batch_size=None, shuffle=False, num_workers=workers)
-    yield from loader
+    for batch in loader:
+        if isinstance(batch, WaltError):
+            raise batch
+        yield batch
 
 
 @lru_cache

@@ -70,7 +70,7 @@ class ForwardCounter:
         """Operations for one latent of grid `size` (t, h, w) of a denoiser, or one video of (T, H, W) of a tokenizer."""
         if size not in self.counts:
             if self.twin is None:
-                self.twin = meta_twin(self.cls, self.config)
+                self.twin = meta_twin(self.cls, self.config).requires_grad_(False)
             with torch.no_grad(), FlopCounterMode(display=False) as counter:
                 meta_forward(self.twin, size)
             self.counts[size] = float(counter.get_total_flops())
@@ -130,6 +130,7 @@ class Plan:
 
 
 MEASURED_FLOPS = 1e11  # about as many operations are timed: a second or a few on a CPU core
+MEASURED_SECONDS = 10.0  # after which a measurement is not repeated
 PACKS = 16  # packs that a mean is taken over
 
 
@@ -174,8 +175,9 @@ def make_plan(job: DenoiserJob | TokenizerJob, ranks: int = 1, rate: float | Non
     matmul, seconds = None, {}
     if rate is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        matmul = peak_rate(device, torch.bfloat16 if job.run.precision == "bf16" else torch.float32)
-        rate, update = _measure(cls, job, sizes, drawn[0], device)
+        half = job.run.precision == "bf16" and _has_bfloat16(device)
+        matmul = peak_rate(device, torch.bfloat16 if half else torch.float32)
+        rate, update = _measure(cls, job, sizes, drawn[0], device, half)
         share = ranks if job.run.parallel == "fsdp" else 1
         seconds["optimizer"] = update * sum(counts[name] for name in trained) / share
         encode = _encode_seconds(job, device)
@@ -327,7 +329,7 @@ def _activations(model: Any, size: tuple[int, ...], job: Any) -> float:
 
 
 def _measure(
-    cls: type[Any], job: Any, sizes: list[tuple[int, ...]], pack: list[int], device: torch.device
+    cls: type[Any], job: Any, sizes: list[tuple[int, ...]], pack: list[int], device: torch.device, half: bool
 ) -> tuple[float, float]:
     """(FLOP/s of forward and backward, seconds of an update per parameter) of two layers of the model on a pack."""
     from walt.training.objectives import build_model
@@ -355,10 +357,13 @@ def _measure(
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    for _ in range(3):
+    begun = time.perf_counter()
+    for attempt in range(3):
+        if attempt and time.perf_counter() - begun > MEASURED_SECONDS:
+            break
 
         def forward_backward() -> None:
-            with torch.autocast(device.type, torch.bfloat16, enabled=job.run.precision == "bf16"):
+            with torch.autocast(device.type, torch.bfloat16, enabled=half):
                 loss = call()
             loss.backward()
 
@@ -375,6 +380,14 @@ def _measure(
         update = min(update, timed(step))
     operations = 3 * sum(counter(sizes[i]) for i in chosen)
     return operations / compute, update / sum(p.numel() for p in parameters.values())
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    """Whether the device computes in bfloat16; other CPUs emulate it, a hundred times slower."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
 
 
 def _sample_call(model: Any, sizes: list[tuple[int, ...]], device: torch.device) -> Callable[[], Tensor]:
