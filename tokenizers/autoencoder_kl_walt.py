@@ -23,6 +23,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from walt.errors import WaltError
+from walt.tokenizers import winograd
 
 Past = Any  # None | () | nested tuples of tensors
 
@@ -116,6 +117,8 @@ class CausalConv3d(nn.Conv3d):
             y = F.conv2d(x[:, :, 0], self.weight[:, :, -1], self.bias, self.stride[1:], self.padding[1:])
             return y.unsqueeze(2), None
         keep = kernel - stride
+        if past is None and winograd.fits(x, self.weight, self.stride):
+            return winograd.conv3d(x, self.weight, self.bias, self.padding[1:], before=2), None
         if kernel > 1:
             if past:
                 x = torch.cat([past[0], x], dim=2)
@@ -124,6 +127,8 @@ class CausalConv3d(nn.Conv3d):
         present: Past = None
         if past is not None:
             present = (x[:, :, x.shape[2] - keep :].clone(),) if kernel > 1 else (x.new_zeros(0),)
+        if winograd.fits(x, self.weight, self.stride):
+            return winograd.conv3d(x, self.weight, self.bias, self.padding[1:]), present
         return super().forward(x), present
 
 
