@@ -27,6 +27,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from walt.errors import WaltError
+from walt.tokenizers import winograd
 from walt.tokenizers.quantizers import Quantizer, make_quantizer
 from walt.tokenizers.tiling import Canvas, Carry, Queue, run
 
@@ -141,6 +142,8 @@ class CausalConv3d(nn.Conv3d):
             if not x.shape[3]:
                 return x, None
         else:
+            if past is None and not lone and winograd.fits(x, self.weight, self.stride):
+                return winograd.conv3d(x, self.weight, self.bias, padding[1:], before=kernel - 1), None
             if kernel > 1 and not lone:
                 x = torch.cat([past[0], x], dim=2) if past else F.pad(x, (0, 0, 0, 0, kernel - 1, 0))
             if past is not None:
@@ -149,6 +152,8 @@ class CausalConv3d(nn.Conv3d):
             # A lone frame meets zeros in all but the last temporal tap: a 2D convolution, a third of the work.
             y = F.conv2d(x[:, :, 0], self.weight[:, :, -1], self.bias, self.stride[1:], padding[1:])
             return y.unsqueeze(2), None
+        if winograd.fits(x, self.weight, self.stride):
+            return winograd.conv3d(x, self.weight, self.bias, padding[1:]), present
         return F.conv3d(x, self.weight, self.bias, self.stride, padding), present
 
     def carry(self, height: int, past: Past, owned: bool) -> Carry:
