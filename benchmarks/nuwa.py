@@ -81,6 +81,7 @@ class Peer:
                 max_video_frames=frames,
                 text_num_tokens=VOCABULARY,
                 text_max_seq_len=WORDS,
+                enc_reversible=True,  # its other encoder does not take the positions that its own model gives
                 dec_depth=layers,
                 dec_heads=width // 64,
                 **{f"text_{name}": value for name, value in options.items()},
