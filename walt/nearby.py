@@ -17,7 +17,7 @@ import importlib.util
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -386,15 +386,14 @@ def _chunks_on(rule: Rule, budget: int, device: torch.device) -> tuple[_Chunk, .
     if device.type == "cpu":
         return chunks
     with torch.inference_mode(False):
-        return tuple(
-            _Chunk(
-                **{
-                    field.name: value.to(device) if isinstance(value := getattr(chunk, field.name), Tensor) else value
-                    for field in fields(chunk)
-                }
-            )
-            for chunk in chunks
-        )
+        moved = []
+        for chunk in chunks:
+            values = {field.name: getattr(chunk, field.name) for field in fields(chunk)}
+            tensors: dict[str, Any] = {
+                name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)
+            }
+            moved.append(replace(chunk, **tensors))
+        return tuple(moved)
 
 
 def _axis(rule: Rule, axis: int, tile: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -530,21 +529,25 @@ def _natten(query: Tensor, key: Tensor, value: Tensor, rule: Rule, key_mask: Ten
     """
     if importlib.util.find_spec("natten") is None:
         raise WaltError('backend: "natten" given, but NATTEN is not installed (pip install natten)')
-    if rule.causal or key_mask is not None or rule.size != rule.condition:
-        raise WaltError('backend: "natten" cannot do causal, masked or cross-attention; use "blocked"')
+    alone = any(r == 0 and n > 1 for r, n in zip(rule.radius, rule.size, strict=True))
+    if rule.causal or key_mask is not None or rule.size != rule.condition or alone:
+        raise WaltError(
+            'backend: "natten" cannot do causal, masked or cross-attention, nor an extent of 1; use "blocked"'
+        )
+    radius = [max(1, r) for r in rule.radius]  # along an axis of one there is only the rim
     from natten.functional import na3d  # type: ignore[import-not-found]
 
     channels = query.shape[-1]
     scale = 1 / math.sqrt(channels)
-    more = 8 - channels % 8
-    rim = [r for r in reversed(rule.radius) for _ in range(2)]
+    more = (1 << channels.bit_length()) - channels  # its kernels want a power of two
+    rim = [r for r in reversed(radius) for _ in range(2)]
     sides = (0, more, 0, 0, *rim)
     q, k, v = (F.pad(x, sides) for x in (query, key, value))
     outside = F.pad(torch.zeros(rule.size, device=query.device, dtype=query.dtype), rim, value=-1e4)
     k = torch.cat([k[..., :-1], outside[None, ..., None, None].expand(*k.shape[:-1], 1)], -1)
     q = torch.cat([q[..., :-1], torch.full_like(q[..., :1], 1 / scale)], -1)
-    out = na3d(q, k, v, kernel_size=tuple(2 * r + 1 for r in rule.radius), scale=scale)
-    (a, b, c), (s, h, w) = rule.radius, rule.size
+    out = na3d(q, k, v, kernel_size=tuple(2 * r + 1 for r in radius), scale=scale)
+    (a, b, c), (s, h, w) = radius, rule.size
     return out[:, a : a + s, b : b + h, c : c + w, :, :channels]
 
 
