@@ -1,4 +1,4 @@
-"""The command line: `walt sample | info | train | encode | data | evaluate | export`, one entry of COMMANDS each.
+"""The command line: `walt sample | nuwa | info | train | encode | data | evaluate | export`, one entry of COMMANDS each.
 
 A command has three parts: its arguments, `prepare` (checks them: what it raises is a usage error, exit code 2) and
 `run` (what it raises happens at run time, exit code 1). Every error is one line, "walt: error: ..."; Ctrl-C exits with
@@ -16,7 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from walt import commands
+from walt import commands, nuwa_commands
 from walt.errors import Terminated, WaltError, suggest
 
 if TYPE_CHECKING:
@@ -92,10 +92,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 # -- models and devices ------------------------------------------------------------------------------------------------
 
 
-def model_folder(given: str | None) -> Path:
-    """The folder given, or the embedded model; a WaltError when there is no model there."""
+def model_folder(given: str | None, embedded: str = "embedded") -> Path:
+    """The folder given, or the embedded model of that name; a WaltError when there is no model there."""
     if given is None:
-        folder = Path(str(resources.files("walt") / "embedded"))
+        folder = Path(str(resources.files("walt") / embedded))
         if not (folder / "model_index.json").is_file():
             raise WaltError("this installation of walt has no embedded model: pass --model FOLDER")
         return folder
@@ -140,7 +140,7 @@ def load_cascade(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     from walt.pipelines.pipeline_walt import WaltPipeline
     from walt.pipelines.pipeline_walt_cascade import WaltCascadePipeline
 
-    _quiet()
+    quiet()
     pipe = load_pipeline(folder, dtype)
     if isinstance(pipe, WaltPipeline):
         if pipe.tokenizer is None or pipe.text_encoder is None:
@@ -153,7 +153,7 @@ def load_cascade(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     return pipe.to(device)
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Keeps the libraries' bars and advice off the terminal."""
     import diffusers.utils.logging
     import transformers.utils.logging
@@ -379,6 +379,12 @@ def _info_run(args: argparse.Namespace) -> None:
 
 COMMANDS: dict[str, Command] = {
     "sample": Command("Make videos or stills from prompts.", _sample_arguments, _sample_prepare, _sample_run),
+    "nuwa": Command(
+        "Text, sketches or parts of pictures to images and videos.",
+        nuwa_commands.add,
+        nuwa_commands.prepare,
+        nuwa_commands.run,
+    ),
     "info": Command("Describe a model: shapes, parameters, words, cost.", _info_arguments, _info_prepare, _info_run),
     "train": Command("Run a training recipe.", commands.add_train, commands.load_recipe, commands.train),
     "encode": Command("Precompute a recipe's latents.", commands.add_encode, commands.encode_prepare, commands.encode),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from walt import nuwa_commands
 from walt.errors import WaltError
 
 if TYPE_CHECKING:
@@ -111,9 +112,11 @@ def build_objective(job: Any) -> Any:
     from walt.tokenizers.discriminator import Discriminator
     from walt.tokenizers.losses import AdversarialLoss, PerceptualLoss
     from walt.tokenizers.vq_model_walt import WaltVQModel
-    from walt.training.job import TokenizerJob
+    from walt.training.job import NuwaJob, TokenizerJob
     from walt.training.objectives import DenoiserObjective, TokenizerObjective, build_model
 
+    if isinstance(job, NuwaJob):
+        return _nuwa_objective(job)
     if isinstance(job, TokenizerJob):
         weights = job.loss.perceptual_weights
         model = AutoencoderKLWalt if job.architecture == "causal" else WaltVQModel
@@ -127,6 +130,17 @@ def build_objective(job: Any) -> Any:
         return TokenizerObjective(job, model, PerceptualLoss(weights) if weights else None, adversary)
     vae, words = _encoders(job)
     return DenoiserObjective(job, backbone(job.backbone), vae, words)
+
+
+def _nuwa_objective(job: Any) -> Any:
+    from walt.models.transformer_nuwa import NuwaTransformer3DModel
+    from walt.tokenizers.vq_model_walt import WaltVQModel
+    from walt.training.nuwa import NuwaObjective
+    from walt.training.objectives import load_folder
+
+    vq = load_folder(WaltVQModel, job.tokenizer, "tokenizer")
+    vq_seg = job.sketch_tokenizer and load_folder(WaltVQModel, job.sketch_tokenizer, "sketch_tokenizer")
+    return NuwaObjective(job, NuwaTransformer3DModel, vq, vq_seg, _words(job))
 
 
 def _words(job: Any) -> Any:
@@ -149,15 +163,18 @@ def _words(job: Any) -> Any:
 
 
 def draw_sheet(objective: Any, model: nn.Module, path: Path | None) -> None:
-    """PNG: originals above reconstructions (tokenizer), or samples of training prompts (denoiser); and the clips beside
-    it as an mp4. Without a path they are made and not written: what the other ranks of a sharded model do."""
+    """PNG: originals above reconstructions (tokenizer), or samples of training prompts (denoiser, NUWA); and the clips
+    beside it as an mp4. Without a path they are made and not written: what the other ranks of a sharded model do."""
     import torch
     from PIL import Image
 
     from walt.media import write_video
+    from walt.training.nuwa import NuwaObjective
     from walt.training.objectives import TokenizerObjective
 
     draw = _reconstructions if isinstance(objective, TokenizerObjective) else _samples
+    if isinstance(objective, NuwaObjective):
+        draw = _nuwa_samples
     with torch.no_grad():
         made = draw(objective, model)
     if path is None:
@@ -188,6 +205,35 @@ def _grid(videos: list[Tensor]) -> Any:
     rows = [torch.cat(cells[i : i + 2], dim=3) for i in range(0, len(cells), 2)]
     pixels = ((torch.cat(rows, dim=2).clamp(-1, 1) + 1.0) * 127.5).round().to(torch.uint8)
     return pixels.permute(1, 2, 3, 0).cpu().numpy()
+
+
+def _nuwa_samples(objective: Any, model: Any) -> list[Tensor]:
+    """For a sample of every task: what the model makes, above the real thing as its tokens show it."""
+    import torch
+
+    from walt.data.sketches import classes
+    from walt.pipelines.pipeline_nuwa import NuwaPipeline
+    from walt.training.nuwa import TASKS
+
+    names = classes(objective.scenes.theatre.subjects)
+    words = objective.words
+    pipe = NuwaPipeline(objective.vq, objective.vq_seg, model, words.encoder, words.tokenizer, names)
+    pipe.set_progress_bar_config(disable=True)
+    rows = []
+    for number, task in enumerate(objective.tasks):
+        kind = TASKS[task]
+        real = objective.scenes.get(kind.target, number)
+        video = real.video[None]
+        told: dict[str, Any] = {"text": {"prompt": real.caption}, "sketch": {"sketch": real.sketch}}.get(
+            kind.condition, {"video": video[:, :1] / 2 + 0.5}
+        )
+        frames = len(real.video)
+        if kind.condition != "sketch":
+            told = {**told, "num_frames": frames, "height": video.shape[3], "width": video.shape[4]}
+        made = pipe(**told, generator=torch.Generator().manual_seed(number), output_type="pt").frames[0]
+        shown = objective.vq.decode_indices(objective.vq.encode_indices(real.video.to(objective.device))).cpu()
+        rows += [_strip(made.float().cpu().transpose(0, 1) * 2 - 1), _strip(shown.float().transpose(0, 1))]
+    return rows
 
 
 def _strip(video: Tensor, frames: int = 6) -> Tensor:
@@ -585,19 +631,22 @@ def export(args: argparse.Namespace) -> None:
 
 
 def add_evaluate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=("super-resolution", "tokenizer", "joins", "sheet", "prompts", "video"))
-    parser.add_argument("--model", help="cascade folder (default: the embedded model)")
+    parser.add_argument("what", choices=("super-resolution", "tokenizer", "joins", "sheet", "prompts", "video", "nuwa"))
+    parser.add_argument("--model", help="model folder (default: the embedded cascade; nuwa: the embedded NUWA)")
     parser.add_argument("--source", default="cache/emoji", help="sprites (walt data emoji)")
     parser.add_argument("--weights", default="cache/lpips_vgg.safetensors", help="LPIPS weights (walt data lpips)")
-    parser.add_argument("-n", "--count", type=int, help="clips or results (default: 6; prompts: 200)")
+    parser.add_argument("-n", "--count", type=int, help="clips or results (default: 6; prompts: 200; nuwa: 16)")
     parser.add_argument("--frames", type=int, help="frames per clip (default: 5; prompts: 17)")
     parser.add_argument("--stages", type=int, choices=(1, 2, 3), default=1, help="joins, sheet, prompts: stages to run")
     parser.add_argument("--steps", type=int, default=20, help="sampling steps of every stage")
-    parser.add_argument("-o", "--output", default="sheet.png", help="sheet: the PNG to write")
+    parser.add_argument("-o", "--output", default="sheet.png", help="sheet, nuwa: the PNG to write")
     parser.add_argument(
         "--work", help="prompts, video: folder where a rerun goes on (default: runs/prompts, runs/video)"
     )
-    parser.add_argument("--json", metavar="FILE", help="prompts, video: where to write every verdict or row")
+    parser.add_argument("--json", metavar="FILE", help="prompts, video, nuwa: where to write every verdict or row")
+    parser.add_argument("--tasks", metavar="A,B", help="nuwa: only these of its tasks, by the names of `walt nuwa`")
+    parser.add_argument("--guidance", type=float, help="nuwa: guidance scale (default: the model's)")
+    parser.add_argument("--top-p", type=float, help="nuwa: sampling among the likeliest tokens (default: the model's)")
     parser.add_argument("--batch", type=int, default=8, help="prompts: clips sampled at a time")
     parser.add_argument(
         "--subject-share", type=float, default=0.75, help="prompts: goal, as a share of the real clips' (default: 0.75)"
@@ -622,6 +671,9 @@ def evaluate_prepare(args: argparse.Namespace) -> None:
     args.work = args.work or f"runs/{args.what}"
     if args.what == "video":
         _check_video(args)
+        return
+    if args.what == "nuwa":
+        nuwa_commands.evaluate_prepare(args)
         return
     if args.count is None:
         args.count = 200 if args.what == "prompts" else 6
@@ -683,6 +735,9 @@ def evaluate(args: argparse.Namespace) -> int | None:
 
     if args.what == "video":
         _evaluate_video(args)
+        return None
+    if args.what == "nuwa":
+        nuwa_commands.evaluate(args, _held_out(args), _image_network(args.image_network))
         return None
     device = choose_device("auto")
     pipe = load_cascade(args.model, choose_dtype("auto", device), device)

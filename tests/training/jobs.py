@@ -7,16 +7,22 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tests import tiny
 from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt
 from walt.training.job import (
     DataJob,
     DenoiserJob,
     DiffusionJob,
+    NuwaClip,
+    NuwaJob,
+    NuwaTask,
+    NuwaTasks,
     OptimizerJob,
     RunJob,
     Shape,
@@ -142,3 +148,27 @@ def finish(process: subprocess.Popen[str], code: int = 0) -> str:
     said, _ = process.communicate()
     assert process.returncode == code, said
     return said
+
+
+def nuwa_job(folder: Path, output: Path, steps: int = 20, **changes: Any) -> NuwaJob:
+    """All five tasks at 32 x 32, two frames; `folder` holds vq, vq_seg, text_encoder and tokenizer."""
+    return NuwaJob(
+        model=tiny.NUWA,
+        tokenizer=str(folder / "vq"),
+        sketch_tokenizer=str(folder / "vq_seg"),
+        text_encoder=str(folder / "text_encoder"),
+        text_tokenizer=str(folder / "tokenizer"),
+        data=data(),
+        clip=NuwaClip(frames=2, height=32, width=32),
+        tasks=NuwaTasks(**{name: NuwaTask(batch=2) for name in NuwaTasks.model_fields}),
+        optimizer=OptimizerJob(lr=3e-3, warmup_steps=2),
+        run=RunJob(output=str(output), steps=steps, wandb=False, checkpoint_every=10, log_every=1),
+    ).model_copy(update=changes)
+
+
+def save_nuwa_parts(folder: Path) -> Path:
+    """Untrained but complete tokenizers and text encoder, as `nuwa_job` needs them."""
+    parts = {"vq": tiny.vq(), "vq_seg": tiny.vq_seg(), "text_encoder": tiny.bert(), "tokenizer": tiny.tokenizer()}
+    for name, part in parts.items():
+        part.save_pretrained(folder / name)
+    return folder

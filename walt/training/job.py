@@ -292,7 +292,55 @@ class DenoiserJob(Frozen):
         return name
 
 
-Job = TokenizerJob | DenoiserJob
+class NuwaClip(Frozen):
+    """What NUWA sees of a scene of 29 frames: every `frame_step`-th frame from `start` on, and stills of that size."""
+
+    frames: int = Field(default=5, gt=0)
+    height: int = Field(default=128, gt=0)
+    width: int = Field(default=128, gt=0)
+    start: int = Field(default=0, ge=0)
+    frame_step: int = Field(default=4, gt=0, description="4: 2 frames per second, over the 17 frames of a base clip")
+
+
+class NuwaTask(Frozen):
+    """How much of a step one task is."""
+
+    batch: float = Field(
+        default=0, ge=0, description="samples per step and rank; a fraction is the chance of one more; 0: not trained"
+    )
+    weight: float = Field(default=1.0, gt=0, description="of its cross-entropy (mean over tokens) in the sum")
+
+
+class NuwaTasks(Frozen):
+    """The three tasks of NUWA's pre-training (section 3.4) and the two sketch tasks it is finetuned on."""
+
+    text_to_image: NuwaTask = NuwaTask(batch=1)
+    video_to_video: NuwaTask = NuwaTask(batch=1)
+    text_to_video: NuwaTask = NuwaTask(batch=1)
+    sketch_to_image: NuwaTask = NuwaTask()
+    sketch_to_video: NuwaTask = NuwaTask()
+
+
+class NuwaJob(Frozen):
+    kind: Literal["nuwa"] = "nuwa"
+    model: dict[str, Any]
+    init: str | None = Field(default=None, description="folder of a trained NUWA of the same shape to go on from")
+    tokenizer: str = Field(description="folder of the trained VQ tokenizer of frames")
+    sketch_tokenizer: str | None = Field(default=None, description="folder of the trained VQ-Seg; sketch tasks need it")
+    text_encoder: str
+    text_tokenizer: str
+    data: DataJob
+    clip: NuwaClip = NuwaClip()
+    tasks: NuwaTasks = NuwaTasks()
+    condition_dropout: float = Field(default=0.1, ge=0, le=1, description='share of conditions made "None"')
+    tokens: str | None = Field(
+        default=None, description="folder where tokens of the data's scenes are kept, made once; None: on the fly"
+    )
+    optimizer: OptimizerJob
+    run: RunJob
+
+
+Job = TokenizerJob | DenoiserJob | NuwaJob
 
 
 # ---------------------------------------------------------------------------------------------------------------------
