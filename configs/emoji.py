@@ -56,10 +56,15 @@ def tokenizer() -> TokenizerJob:
 
 
 def decoder() -> TokenizerJob:
-    """The decoder goes on alone, encoder and latent statistics frozen, while the stages train on the latents."""
+    """The decoder goes on alone, encoder and latent statistics frozen, while the stages train on the latents.
+
+    It starts from the best linear decoder of each latent's neighbourhood.
+    """
     first = tokenizer()
     return first.model_copy(
         update={
+            "model": {**TOKENIZER, "shortcut_overlap": 1},
+            "shortcut_batches": 200,
             "init": "runs/emoji-tokenizer/final",
             "freeze_encoder": True,
             "data": DataJob(seed=4),

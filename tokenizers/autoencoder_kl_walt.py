@@ -5,13 +5,16 @@ Letters: B batch, C channels, T frames, H W pixels; t h w latent grid. A clip ha
 Streaming: every layer takes a `past` and returns the `past` of the next chunk, so a stream is a value passed along:
 `None` means "the whole clip is here, keep nothing", `()` means "first chunk of a stream", anything else is what the
 layer returned for the chunk before. Nothing is stored on a module.
+
+Tiling: every layer also takes a `carry`, by which a frame passes in stripes of rows (`walt.tokenizers.tiling`).
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -24,11 +27,25 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from walt.errors import WaltError
+from walt.tokenizers import winograd
 from walt.tokenizers.quantizers import Quantizer, make_quantizer
+from walt.tokenizers.tiling import Canvas, Carry, Queue, run
 
 Past = Any  # None | () | nested tuples of tensors
 
 START: tuple[()] = ()
+
+
+def _begins(past: Past) -> bool:
+    """Whether the chunk is the first. By length: torch.compile cannot trace `not` of nested tuples."""
+    return past is None or len(past) == 0
+
+
+# Beyond what resampling overshoots, and beyond what any denoiser makes of a channel, in its deviations.
+PIXEL_LIMIT = 2.0
+LATENT_LIMIT = 100.0
+# Copies of a convolution's input and output that are alive at the busiest moment.
+LIVE_INPUTS, LIVE_OUTPUTS = 5, 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -111,22 +128,37 @@ class CausalConv3d(nn.Conv3d):
         space = (kernel - 1) // 2
         super().__init__(in_channels, out_channels, kernel, stride=stride, padding=(0, space, space))
 
-    def forward(self, x: Tensor, past: Past = None) -> tuple[Tensor, Past]:  # type: ignore[override]
-        kernel, stride = self.kernel_size[0], self.stride[0]
-        if past is None and x.shape[2] == 1 and kernel > 1:
-            # A lone frame meets zeros in all but the last temporal tap: a 2D convolution, a third of the work.
-            y = F.conv2d(x[:, :, 0], self.weight[:, :, -1], self.bias, self.stride[1:], self.padding[1:])
-            return y.unsqueeze(2), None
-        keep = kernel - stride
-        if kernel > 1:
-            if past:
-                x = torch.cat([past[0], x], dim=2)
-            else:
-                x = F.pad(x, (0, 0, 0, 0, kernel - 1, 0))
+    def forward(  # type: ignore[override]
+        self, x: Tensor, past: Past = None, carry: Carry | None = None
+    ) -> tuple[Tensor, Past]:
+        kernel, stride, padding = self.kernel_size[0], self.stride[0], self.padding
+        lone = x.shape[2] == 1 and kernel > 1 and (past is None if carry is None else carry.whole)
         present: Past = None
-        if past is not None:
-            present = (x[:, :, x.shape[2] - keep :].clone(),) if kernel > 1 else (x.new_zeros(0),)
-        return super().forward(x), present
+        if carry is not None:
+            # The rows above, the past and the borders in one copy.
+            lead = 1 if lone else kernel
+            x = carry.window(x, (lead, self.kernel_size[1]), (stride, self.stride[1]))
+            padding = (0, 0, self.padding[2])
+            if not x.shape[3]:
+                return x, None
+        else:
+            if past is None and not lone and winograd.fits(x, self.weight, self.stride):
+                return winograd.conv3d(x, self.weight, self.bias, padding[1:], before=kernel - 1), None
+            if kernel > 1 and not lone:
+                x = torch.cat([past[0], x], dim=2) if past else F.pad(x, (0, 0, 0, 0, kernel - 1, 0))
+            if past is not None:
+                present = (x[:, :, x.shape[2] - (kernel - stride) :].clone(),)
+        if lone:
+            # A lone frame meets zeros in all but the last temporal tap: a 2D convolution, a third of the work.
+            y = F.conv2d(x[:, :, 0], self.weight[:, :, -1], self.bias, self.stride[1:], padding[1:])
+            return y.unsqueeze(2), None
+        if winograd.fits(x, self.weight, self.stride):
+            return winograd.conv3d(x, self.weight, self.bias, padding[1:]), present
+        return F.conv3d(x, self.weight, self.bias, self.stride, padding), present
+
+    def carry(self, height: int, past: Past, owned: bool) -> Carry:
+        """For a frame of `height` rows that passes in stripes."""
+        return Carry(height, past, owned)
 
 
 class ChannelNorm(nn.Module):
@@ -137,6 +169,9 @@ class ChannelNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels)) if affine else None
 
     def forward(self, x: Tensor) -> Tensor:
+        if _channels_last(x):
+            # One pass instead of four.
+            return F.rms_norm(x.movedim(1, -1), x.shape[1:2], self.weight, 1e-6).movedim(-1, 1)
         y = x * torch.rsqrt(x.square().mean(dim=1, keepdim=True) + 1e-6)
         return y if self.weight is None else y * self.weight.view(1, -1, 1, 1, 1)
 
@@ -146,6 +181,35 @@ def make_norm(kind: str, channels: int, affine: bool = True) -> nn.Module:
     if kind == "group":
         return nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6, affine=affine)
     return ChannelNorm(channels, affine)
+
+
+def _channels_last(x: Tensor) -> bool:
+    """Whether a network runs in that layout: without gradients on a CPU, whose convolutions compute in it anyway.
+
+    Their backward is slower in it; on a GPU it was not measured.
+    """
+    return x.device.type == "cpu" and not torch.is_grad_enabled()
+
+
+def _layout(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last_3d) if _channels_last(x) else x
+
+
+def _activate(norm: nn.Module, x: Tensor) -> Tensor:
+    """Norm and swish; in place where no gradient needs the normed values."""
+    return F.silu(norm(x), inplace=not torch.is_grad_enabled())
+
+
+class ResidualCarry:
+    """The carries of a residual block's convolutions, and the rows of its shortcut that wait for them."""
+
+    def __init__(self, height: int, past: Past, owned: bool) -> None:
+        first, second = past if past else (past, past)
+        self.first, self.second, self.straight = Carry(height, first, owned), Carry(height, second, owned), Queue()
+
+    @property
+    def present(self) -> Past:
+        return None if self.first.present is None else (self.first.present, self.second.present)
 
 
 class ResidualBlock(nn.Module):
@@ -159,11 +223,23 @@ class ResidualBlock(nn.Module):
         self.conv2 = CausalConv3d(out_channels, out_channels)
         self.shortcut = nn.Conv3d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
-    def forward(self, x: Tensor, past: Past = None) -> tuple[Tensor, Past]:
+    def forward(self, x: Tensor, past: Past = None, carry: ResidualCarry | None = None) -> tuple[Tensor, Past]:
+        if carry is not None:
+            carry.straight.put(x)
+            y, _ = self.conv1(_activate(self.norm1, x), None, carry.first)
+            if y.shape[3]:
+                y, _ = self.conv2(_activate(self.norm2, y), None, carry.second)
+            return (self.shortcut(carry.straight.take(y.shape[3])) + y if y.shape[3] else y), None
         first, second = past if past else (past, past)
-        y, first = self.conv1(F.silu(self.norm1(x)), first)
-        y, second = self.conv2(F.silu(self.norm2(y)), second)
-        return self.shortcut(x) + y, None if past is None else (first, second)
+        y, first = self.conv1(_activate(self.norm1, x), first)
+        y, second = self.conv2(_activate(self.norm2, y), second)
+        return y.add_(self.shortcut(x)) if not torch.is_grad_enabled() else self.shortcut(x) + y, (
+            None if past is None else (first, second)
+        )
+
+    def carry(self, height: int, past: Past, owned: bool) -> ResidualCarry:
+        """For a frame of `height` rows that passes in stripes."""
+        return ResidualCarry(height, past, owned)
 
 
 class Upsample(nn.Module):
@@ -174,13 +250,23 @@ class Upsample(nn.Module):
         self.time = time
         self.conv = CausalConv3d(in_channels, out_channels * 4 * time)
 
-    def forward(self, x: Tensor, past: Past = None) -> tuple[Tensor, Past]:
-        first = not past
-        y, present = self.conv(x, past)
+    def forward(self, x: Tensor, past: Past = None, carry: Carry | None = None) -> tuple[Tensor, Past]:
+        first = _begins(past)
+        y, present = self.conv(x, past, carry)
         b, c, t, h, w = y.shape
-        y = y.reshape(b, c // (4 * self.time), self.time, 2, 2, t, h, w).permute(0, 1, 5, 2, 6, 3, 7, 4)
-        y = y.reshape(b, c // (4 * self.time), t * self.time, 2 * h, 2 * w)
+        if not h:
+            return y, None
+        if _channels_last(y):
+            y = y.movedim(1, -1).reshape(b, t, h, w, c // (4 * self.time), self.time, 2, 2)
+            y = y.permute(0, 1, 5, 2, 6, 3, 7, 4).reshape(b, t * self.time, 2 * h, 2 * w, -1).movedim(-1, 1)
+        else:
+            y = y.reshape(b, c // (4 * self.time), self.time, 2, 2, t, h, w).permute(0, 1, 5, 2, 6, 3, 7, 4)
+            y = y.reshape(b, c // (4 * self.time), t * self.time, 2 * h, 2 * w)
         return (y[:, :, self.time - 1 :] if first else y), present
+
+    def carry(self, height: int, past: Past, owned: bool) -> Carry:
+        """For a frame of `height` rows that passes in stripes."""
+        return Carry(height, past, owned)
 
 
 class Adaptation(nn.Module):
@@ -200,20 +286,38 @@ class Adaptation(nn.Module):
             self.scale = nn.Linear(latent_channels, channels)
             self.shift = nn.Linear(latent_channels, channels)
 
-    def forward(self, x: Tensor, latent: Tensor, first: bool) -> Tensor:
+    def forward(self, x: Tensor, latent: Tensor, first: bool, top: int = 0) -> Tensor:
+        """`x` may be rows from `top` on of a frame whose whole latent is given."""
         y = self.norm(x)
         if self.kind == "global":
             flat = latent.flatten(2)
             scale = self.scale(flat.std(dim=2, unbiased=False))[:, :, None, None, None]
             return y * (1.0 + scale) + self.shift(flat.mean(dim=2))[:, :, None, None, None]
-        affine = self.affine(latent)
-        if self.time > 1:
-            affine = affine.repeat_interleave(self.time, dim=2)
-            affine = affine[:, :, self.time - 1 :] if first else affine
-        if self.space > 1:
-            affine = affine.repeat_interleave(self.space, dim=3).repeat_interleave(self.space, dim=4)
-        scale, shift = affine.chunk(2, dim=1)
-        return y * (1.0 + scale) + shift
+        rows, skip = _covering(top, x.shape[3], self.space)
+        affine = self.affine(latent[..., rows, :])
+        fine = [_repeat(part, self.time, self.space) for part in affine.chunk(2, dim=1)]
+        if first:
+            fine = [part[:, :, self.time - 1 :] for part in fine]
+        scale, shift = (part[..., skip : skip + x.shape[3], :] for part in fine)
+        return torch.addcmul(y + shift, y, scale)
+
+
+def _repeat(x: Tensor, time: int, space: int) -> Tensor:
+    """Every value `time` x `space` x `space` times."""
+    if time == space == 1:
+        return x
+    b, c, t, h, w = x.shape
+    if not _channels_last(x):
+        x = x[:, :, :, None, :, None, :, None].expand(b, c, t, time, h, space, w, space)
+        return x.reshape(b, c, t * time, h * space, w * space)
+    x = x.movedim(1, -1)[:, :, None, :, None, :, None].expand(b, t, time, h, space, w, space, c)
+    return x.reshape(b, t * time, h * space, w * space, c).movedim(-1, 1)
+
+
+def _covering(top: int, rows: int, scale: int) -> tuple[slice, int]:
+    """The rows of a grid `scale` times coarser that cover `rows` rows from `top`, and how many fine ones lie before."""
+    first = top // scale
+    return slice(first, -(-(top + rows) // scale)), top - first * scale
 
 
 def _pack(x: Tensor, time: int, space: int) -> Tensor:
@@ -301,6 +405,82 @@ class BlockProjection(nn.Module):
         return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
 
 
+class LappedProjection(nn.Module):
+    """`BlockProjection` back to blocks, reading neighbours too: `overlap` rings of latents around, and the latent before.
+
+    Blocks that are made each from its own latent alone meet in visible edges; a linear map of the neighbourhood
+    (a lapped transform: Malvar and Staelin 1989) takes them away. Beyond the frame the border latent goes on, so that
+    flat ground stays flat. The clip's first position reads no earlier one and has its own map.
+    """
+
+    def __init__(self, channels: int, features: int, time: int, space: int, overlap: int) -> None:
+        super().__init__()
+        self.time, self.space, self.overlap = time, space, overlap
+        kernel = 2 * overlap + 1
+        self.first = nn.Conv3d(features, channels * space**2, (1, kernel, kernel))
+        self.later = nn.Conv3d(features, channels * time * space**2, (2, kernel, kernel))
+
+    def parts(self, z: Tensor, before: Tensor | None, rows: slice = slice(None)) -> list[tuple[nn.Conv3d, Tensor, int]]:
+        """Both maps with what they read, bordered, and the time of their blocks; maps without positions are left out.
+
+        Args:
+            z: `(B, features, t, h, w)`.
+            before: the latent before z `(B, features, 1, h, w)`; None when z starts with the clip's first position.
+            rows: the rows of h that are wanted.
+        """
+        top, bottom, _ = rows.indices(z.shape[3])
+        reach = range(top - self.overlap, bottom + self.overlap)
+        above, below = max(0, -reach.start), max(0, reach.stop - z.shape[3])
+        border = (self.overlap, self.overlap, above, below, 0, 0)
+
+        def bordered(x: Tensor) -> Tensor:
+            x = x[..., max(0, reach.start) : min(z.shape[3], reach.stop), :]
+            return F.pad(x, border, mode="replicate") if self.overlap else x
+
+        later = z if before is None else torch.cat([before, z], dim=2)
+        found = [(self.first, bordered(z[:, :, :1]), 1)] if before is None else []
+        return found + ([(self.later, bordered(later), self.time)] if later.shape[2] > 1 else [])
+
+    def forward(self, z: Tensor, before: Tensor | None = None, rows: slice = slice(None)) -> Tensor:
+        """Blocks `(B, channels, 1 + time*k, space*h, space*w)`; see `parts`."""
+        made = [
+            _unpack(layer(x).permute(0, 2, 3, 4, 1), time, self.space) for layer, x, time in self.parts(z, before, rows)
+        ]
+        return torch.cat(made, dim=2) if len(made) > 1 else made[0]
+
+
+@dataclass(frozen=True)
+class Stripes:
+    """How a frame passes a network in stripes of rows.
+
+    Args:
+        height: rows of the network's input, a multiple of the decoder's or encoder's change of size.
+        rows: latent rows of one stripe.
+        read: rows of the input, `read(top, bottom)`.
+        emit: takes the finished rows, from the top.
+        owned: the past may be overwritten.
+    """
+
+    height: int
+    rows: int
+    read: Callable[[int, int], Tensor]
+    emit: Callable[[Tensor], None]
+    owned: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much of a clip is in a network at once: latent rows of a stripe and latent frames of a chunk, None for all."""
+
+    rows: int | None
+    frames: int | None
+
+    def parts(self, count: int) -> list[int]:
+        """The latent frames of each chunk of `count`."""
+        size = self.frames or count
+        return [min(size, count - start) for start in range(0, count, size)]
+
+
 class _Stack(nn.Module):
     """Shared running of a list of layers that pass a `past`, with gradient checkpointing on request."""
 
@@ -310,6 +490,51 @@ class _Stack(nn.Module):
         if torch.is_grad_enabled() and self.gradient_checkpointing:
             return cast(tuple[Tensor, Past], self._gradient_checkpointing_func(layer, x, past))  # type: ignore[operator]
         return cast(tuple[Tensor, Past], layer(x, past))
+
+    def _pasts(self, past: Past, count: int) -> list[Past]:
+        """One past a layer. A list is its owner's: it is emptied on the way, so that old and new are never all held."""
+        return past if isinstance(past, list) else list(past) if past else [past] * count
+
+
+class _Way:
+    """The steps of one frame's way through a stack, with the rows and the past of each."""
+
+    def __init__(self, stripes: Stripes, unit: int) -> None:
+        self.stripes, self.height, self.unit = stripes, stripes.height, unit
+        self.steps: list[Callable[[Tensor], Tensor]] = []
+        self.limits: list[int] = []
+        self.carries: list[Any] = []
+
+    def add(self, step: Callable[[Tensor], Tensor]) -> None:
+        self.steps.append(step)
+        self.limits.append(max(1, self.stripes.rows * self.unit))
+
+    def layer(self, layer: Any, past: Past, before: Callable[[Tensor], Tensor] | None = None) -> None:
+        """A layer with a past; `before` is applied to its input."""
+        carry = layer.carry(self.height, past, self.stripes.owned)
+        self.carries.append(carry)
+        self.add(lambda x: layer(x if before is None else before(x), past, carry)[0])
+
+    def scaled(self, numerator: int, denominator: int = 1) -> None:
+        """Later steps see that many times the rows."""
+        self.height = self.height * numerator // denominator
+        self.unit = self.unit * numerator // denominator
+
+    def counted(self, step: Callable[[Tensor, int], Tensor]) -> None:
+        """A step without past that is told the frame row it begins at."""
+        top = 0
+
+        def counting(x: Tensor) -> Tensor:
+            nonlocal top
+            start, top = top, top + x.shape[3]
+            return step(x, start)
+
+        self.add(counting)
+
+    def go(self, source_unit: int) -> None:
+        read, height, size = self.stripes.read, self.stripes.height, self.stripes.rows * source_unit
+        parts = (read(top, min(height, top + size)) for top in range(0, height, size))
+        run(self.steps, self.limits, parts, self.stripes.emit)
 
 
 class Encoder3d(_Stack):
@@ -341,14 +566,33 @@ class Encoder3d(_Stack):
         self.conv_out = CausalConv3d(width, out_channels, kernel=1)
         self.shortcut = _shortcut(in_channels, out_channels, widths, times, expand=False) if shortcut else None
 
-    def forward(self, x: Tensor, past: Past = None) -> tuple[Tensor, Past]:
-        pasts = list(past) if past else [past] * (len(self.layers) + 2)
-        straight = None if self.shortcut is None else self.shortcut(x, first=not past)
-        x, pasts[0] = self.conv_in(x, pasts[0])
+    def forward(self, x: Tensor, past: Past = None, stripes: Stripes | None = None) -> tuple[Tensor, Past]:
+        """The latents and the new past; with `stripes` their `emit` gets the latents, and x is only a sample of dtype."""
+        pasts = self._pasts(past, len(self.layers) + 2)
+        if stripes is not None:
+            return x, self._in_stripes(pasts, stripes, first=_begins(past))
+        straight = None if self.shortcut is None else self.shortcut(x, first=_begins(past))
+        x, pasts[0] = self.conv_in(_layout(x), pasts[0])
         for i, layer in enumerate(self.layers):
             x, pasts[i + 1] = self._run(layer, x, pasts[i + 1])
-        x, pasts[-1] = self.conv_out(F.silu(self.norm_out(x)), pasts[-1])
+        x, pasts[-1] = self.conv_out(_activate(self.norm_out, x), pasts[-1])
         return x if straight is None else x + straight, None if past is None else tuple(pasts)
+
+    def _in_stripes(self, pasts: list[Past], stripes: Stripes, first: bool) -> Past:
+        space = 2 ** sum(isinstance(layer, CausalConv3d) for layer in self.layers)
+        way = _Way(stripes, space)
+        way.layer(self.conv_in, pasts[0], before=_layout)
+        for layer, past in zip(self.layers, pasts[1:-1], strict=True):
+            way.layer(layer, past)
+            if isinstance(layer, CausalConv3d):
+                way.scaled(1, 2)
+        way.layer(self.conv_out, pasts[-1], before=lambda x: _activate(self.norm_out, x))
+        shortcut = self.shortcut
+        if shortcut is not None:
+            # Reads its rows of the input once more: they are not worth keeping.
+            way.counted(lambda x, top: x + shortcut(stripes.read(top * space, (top + x.shape[3]) * space), first))
+        way.go(space)
+        return None if pasts[0] is None else tuple(carry.present for carry in way.carries)
 
 
 class Decoder3d(_Stack):
@@ -364,6 +608,7 @@ class Decoder3d(_Stack):
         norm: str,
         adaptation: str,
         shortcut: bool,
+        overlap: int,
         shrinkage: DetailShrinkage | None,
     ) -> None:
         super().__init__()
@@ -383,24 +628,78 @@ class Decoder3d(_Stack):
         self.layers = nn.ModuleList(layers)
         self.norm_out = make_norm(norm, width)
         self.conv_out = CausalConv3d(width, out_channels)
-        self.shortcut = _shortcut(out_channels, in_channels, widths, times, expand=True) if shortcut else None
+        self.shortcut: BlockProjection | LappedProjection | None = None
+        if shortcut and overlap:
+            cell = math.prod(times), 2 ** (len(widths) - 1)
+            self.shortcut = LappedProjection(out_channels, in_channels, *cell, overlap)
+        elif shortcut:
+            self.shortcut = _shortcut(out_channels, in_channels, widths, times, expand=True)
         self.shrinkage = shrinkage
 
-    def forward(self, z: Tensor, past: Past = None) -> tuple[Tensor, Past]:
-        first = not past
-        pasts = list(past) if past else [past] * (len(self.layers) + 2)
-        x, pasts[0] = self.conv_in(z, pasts[0])
+    def forward(self, z: Tensor, past: Past = None, stripes: Stripes | None = None) -> tuple[Tensor, Past]:
+        """The blocks and the new past; with `stripes` their `emit` gets the blocks."""
+        first = _begins(past)
+        pasts = self._pasts(past, len(self.layers) + 3)
+        # The last past is a lapped shortcut's: the latent before.
+        before = None if _begins(pasts[-1]) else pasts[-1][0]
+        pasts[-1] = (z[:, :, -1:].clone(),) if isinstance(self.shortcut, LappedProjection) else ()
+        pasts[-1] = None if past is None else pasts[-1]
+        if stripes is not None:
+            return z, self._in_stripes(z, pasts, stripes, first, before)
+        x, pasts[0] = self.conv_in(_layout(z), pasts[0])
         for i, layer in enumerate(self.layers):
             if isinstance(layer, Adaptation):
                 x = layer(x, z, first)
             else:
                 x, pasts[i + 1] = self._run(layer, x, pasts[i + 1])
-        x, pasts[-1] = self.conv_out(F.silu(self.norm_out(x)), pasts[-1])
+        x, pasts[-2] = self.conv_out(_activate(self.norm_out, x), pasts[-2])
         if self.shortcut is not None:
-            x = x + self.shortcut(z, first)
+            x = x + self._straight(z, first, before)
         if self.shrinkage is not None:
             x = self.shrinkage(x, first)
         return x, None if past is None else tuple(pasts)
+
+    def _straight(self, z: Tensor, first: bool, before: Tensor | None, rows: slice = slice(None)) -> Tensor:
+        """What the shortcut makes of these latent rows."""
+        if isinstance(self.shortcut, LappedProjection):
+            return cast(Tensor, self.shortcut(z, before, rows))
+        assert self.shortcut is not None
+        return cast(Tensor, self.shortcut(z[..., rows, :], first))
+
+    def _in_stripes(self, z: Tensor, pasts: list[Past], stripes: Stripes, first: bool, before: Tensor | None) -> Past:
+        way = _Way(stripes, 1)
+        way.layer(self.conv_in, pasts[0], before=_layout)
+        for layer, past in zip(self.layers, pasts[1:-2], strict=True):
+            if isinstance(layer, Adaptation):
+                way.carries.append(Carry(way.height, None))  # keeps the layers' places; has no past
+                way.counted(_adapting(layer, z, first))
+                continue
+            way.layer(layer, past)
+            if isinstance(layer, Upsample):
+                way.scaled(2)
+        way.layer(self.conv_out, pasts[-2], before=lambda x: _activate(self.norm_out, x))
+        shortcut, shrinkage = self.shortcut, self.shrinkage
+        if shortcut is not None:
+
+            def straight(x: Tensor, top: int) -> Tensor:
+                rows, skip = _covering(top, x.shape[3], shortcut.space)
+                return x + self._straight(z, first, before, rows)[..., skip : skip + x.shape[3], :]
+
+            way.counted(straight)
+        if shrinkage is not None:
+            cells = Queue()
+
+            def shrink(x: Tensor) -> Tensor:
+                ready = cells.put(x) // shrinkage.space * shrinkage.space
+                return shrinkage(cells.take(ready), first) if ready else x[..., :0, :]
+
+            way.add(shrink)
+        way.go(1)
+        return None if pasts[-1] is None else (*(carry.present for carry in way.carries), pasts[-1])
+
+
+def _adapting(layer: Adaptation, z: Tensor, first: bool) -> Callable[[Tensor, int], Tensor]:
+    return lambda x, top: cast(Tensor, layer(x, z, first, top))
 
 
 def _shortcut(blocks: int, latent: int, widths: Sequence[int], times: Sequence[int], expand: bool) -> BlockProjection:
@@ -431,12 +730,21 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin):
         norm: "channel" (per position) or "group" (the paper's; refuses streaming).
         adaptation: "local" (1x1 map of the latent) or "global" (the paper's; refuses streaming).
         block_shortcut: a linear map per block beside the networks (`fit_block_shortcut`); not the paper's.
+        shortcut_overlap: rings of neighbouring latents that the decoder's shortcut reads beside the block's own, and the
+            latent before (`fit_decoder_shortcut`); 0 for the block's own alone.
         detail_threshold: size below which the decoder's Haar details fade (`DetailShrinkage`), in units of the front
             end's coefficients; 0 for none, as in the paper. Needs `front_end` "haar".
         latents_mean, latents_std: per-channel statistics of encoded training data; consumers normalise by them.
         quantizer: None (continuous latents, W.A.L.T.), "lfq" (MAGVIT-v2), "fsq" or "vq": latents become codes, which
             `encode` returns and `encode_indices` numbers.
         quantizer_config: arguments of the quantizer beside its channels (`walt.tokenizers.quantizers`).
+
+    Memory, all without any change of the result: `enable_slicing()` (one clip of a batch at a time),
+    `enable_tiling(...)` (stripes of a frame), `use_framewise_encoding` / `use_framewise_decoding = True` (one latent at a
+    time, as a stream).
+
+    Values are checked (finite, in range) where that costs no synchronisation, on the CPU; set `check_values` to True to
+    check on any device, to False for never.
     """
 
     _supports_gradient_checkpointing = True
@@ -458,6 +766,7 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin):
         norm: str = "channel",
         adaptation: str = "local",
         block_shortcut: bool = False,
+        shortcut_overlap: int = 0,
         detail_threshold: float = 0.0,
         latents_mean: tuple[float, ...] | None = None,
         latents_std: tuple[float, ...] | None = None,
@@ -471,6 +780,8 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin):
             if values is not None and len(values) != latent_channels:
                 raise WaltError(f"{name} has {len(values)} values, the latent has {latent_channels} channels")
         times = [2 if down else 1 for down in temporal_downsample]
+        if shortcut_overlap < 0 or (shortcut_overlap and not block_shortcut):
+            raise WaltError(f"shortcut_overlap must be 0, or above 0 with block_shortcut=True, got {shortcut_overlap}")
         if detail_threshold < 0 or (detail_threshold and front_end != "haar"):
             raise WaltError(f'detail_threshold must be 0, or above 0 with front_end "haar", got {detail_threshold}')
         blocks = in_channels * patch_size**3
@@ -496,10 +807,18 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin):
             norm,
             adaptation,
             block_shortcut,
+            shortcut_overlap,
             shrinkage,
         )
         self.use_slicing = False
         self.use_tiling = False
+        self.use_framewise_encoding = False
+        self.use_framewise_decoding = False
+        self.tile_sample_min_height = 256
+        self.tile_sample_min_width = 256
+        self.tile_sample_min_num_frames = self.temporal_compression_ratio
+        self.memory_budget: int | None = None
+        self.check_values: bool | None = None
 
     # -- whole clips -------------------------------------------------------------------------------------------------
 
@@ -507,6 +826,7 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin):
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
         """Encodes whole clips `(B, 3, 1+4k, 8h, 8w)` in [-1, 1] to `latent_dist` over `(B, c, 1+k, h, w)`."""
         self._check_video(x, first=True)
+        self._check_pixels(x)
         if self.use_slicing and x.shape[0] > 1:
             z = torch.cat([self._encode(part) for part in x.split(1)])
         else:
@@ -520,6 +840,7 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin):
     def decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
         """Decodes raw (not normalised) latents `(B, c, 1+k, h, w)` to video `(B, 3, 1+4k, 8h, 8w)`."""
         self._check_latent(z)
+        self._check_scale(z)
         if self.use_slicing and z.shape[0] > 1:
             x = torch.cat([self._decode(part) for part in z.split(1)])
         else:
@@ -534,6 +855,7 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin):
         `(reconstruction, Quantized)`.
         """
         self._check_video(sample, first=True)
+        self._check_pixels(sample)
         z = self._encode(sample)
         if self.quantize is not None:
             if noise is not None:
@@ -545,10 +867,78 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin):
         return DecoderOutput(sample=x) if return_dict else (x, z)
 
     def _encode(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.encoder(self.patcher.split(x, first=True))[0])
+        count = 1 + (x.shape[2] - 1) // self.temporal_compression_ratio
+        plan = self._plan(self.encoder, x.shape[0], count, x.shape[3:], x)
+        if not plan.frames:
+            return self._encode_part(x, None, True, plan.rows)[0]
+        z, cache, start, ratio = None, START, 0, self.temporal_compression_ratio
+        for size in plan.parts(count):
+            # The first latent of a clip stands for one frame, each later one for `ratio`.
+            part = x[:, :, max(0, 1 + (start - 1) * ratio) : 1 + (start + size - 1) * ratio]
+            piece, cache = self._encode_part(part, cache, start == 0, plan.rows, owned=True)
+            z = z or Canvas((*piece.shape[:2], count, *piece.shape[3:]))
+            z.write(piece, start)
+            start += size
+        assert z is not None
+        return z.read()
 
     def _decode(self, z: Tensor) -> Tensor:
-        return self.patcher.join(self.decoder(z)[0], first=True)
+        s, t = self.spatial_compression_ratio, self.temporal_compression_ratio
+        b, _, count, h, w = z.shape
+        plan = self._plan(self.decoder, b, count, (h * s, w * s), z)
+        if not plan.frames and not plan.rows:
+            return self.patcher.join(self.decoder(z)[0], first=True)
+        x, cache, start = Canvas((b, self.config["in_channels"], 1 + (count - 1) * t, h * s, w * s)), None, 0
+        if plan.frames:
+            cache = START
+        for part in z.split(plan.parts(count), dim=2):
+            cache = self._decode_part(part, cache, start == 0, plan.rows, x, max(0, 1 + (start - 1) * t), owned=True)
+            start += part.shape[2]
+        return x.read()
+
+    def _encode_part(
+        self, x: Tensor, past: Past, first: bool, rows: int | None, owned: bool = False
+    ) -> tuple[Tensor, Past]:
+        """Latents of a whole clip (past None) or of a chunk, in stripes of `rows` latent rows if given."""
+        past = list(past) if owned and past else past
+        if not rows:
+            return cast(tuple[Tensor, Past], self.encoder(self.patcher.split(x, first), past))
+        p, s, t = self.patcher.patch, self.spatial_compression_ratio, self.temporal_compression_ratio
+        count = (x.shape[2] - int(first)) // t + int(first)
+        z, top = Canvas((x.shape[0], self.config["latent_channels"], count, x.shape[3] // s, x.shape[4] // s)), 0
+
+        def read(upper: int, lower: int) -> Tensor:
+            return self.patcher.split(x[..., upper * p : lower * p, :], first)
+
+        def emit(piece: Tensor) -> None:
+            nonlocal top
+            z.write(piece, 0, top)
+            top += piece.shape[3]
+
+        _, present = self.encoder(x, past, Stripes(x.shape[3] // p, rows, read, emit, owned))
+        return z.read(), present
+
+    def _decode_part(
+        self, z: Tensor, past: Past, first: bool, rows: int | None, x: Canvas, frame: int, owned: bool = False
+    ) -> Past:
+        """Puts the video of a whole clip (past None) or of a chunk into `x` from `frame` on; returns the new past."""
+        past = list(past) if owned and past else past
+        if not rows:
+            blocks, present = self.decoder(z, past)
+            x.write(self.patcher.join(blocks, first), frame)
+            return present
+        top = 0
+
+        def read(upper: int, lower: int) -> Tensor:
+            return z[..., upper:lower, :]
+
+        def emit(blocks: Tensor) -> None:
+            nonlocal top
+            piece = self.patcher.join(blocks, first)
+            x.write(piece, frame, top)
+            top += piece.shape[3]
+
+        return self.decoder(z, past, Stripes(z.shape[3], rows, read, emit, owned))[1]
 
     # -- codes -------------------------------------------------------------------------------------------------------
 
@@ -663,6 +1053,56 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(cast(Tensor, layer.bias))
 
+    @torch.no_grad()
+    def fit_decoder_shortcut(
+        self, videos: Iterable[Tensor], noise: float = 0.0, generator: torch.Generator | None = None
+    ) -> None:
+        """Fits a decoder shortcut with `shortcut_overlap` to `videos` by least squares, and silences the network beside it.
+
+        The encoder stays as it is: the result is the best linear decoder of its latents that reads that neighbourhood.
+
+        Args:
+            videos: batches `(B, 3, T, H, W)` in [-1, 1]; clips must be among them.
+            noise: the latents are read with Gaussian noise of a random std up to this, so that the map does not lean on
+                differences that a denoiser will not get right.
+            generator: where the noise comes from.
+
+        Raises:
+            WaltError: no `shortcut_overlap`, or no clips.
+        """
+        shortcut = self.decoder.shortcut
+        if not isinstance(shortcut, LappedProjection):
+            raise WaltError(
+                "fit_decoder_shortcut needs a model with block_shortcut=True and shortcut_overlap of at least 1"
+            )
+        sums: dict[nn.Conv3d, list[Tensor]] = {}
+        for video in videos:
+            z = self._encode(video)
+            if noise:
+                strength = noise * torch.rand((len(z), 1, 1, 1, 1), generator=generator)
+                z = z + (strength * torch.randn(z.shape, generator=generator)).to(z)
+            blocks = self.patcher.split(video, first=True)
+            for layer, x, time in shortcut.parts(z, None):
+                part = blocks[:, :, :1] if time == 1 and layer is shortcut.first else blocks[:, :, 1:]
+                wanted = _pack(part, time, shortcut.space).flatten(0, 3).double()
+                kernel, read = layer.kernel_size, x
+                for axis in range(3):
+                    read = read.unfold(2 + axis, kernel[axis], 1)
+                rows = read.permute(0, 2, 3, 4, 1, 5, 6, 7).flatten(0, 3).flatten(1).double()
+                rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
+                total = sums.setdefault(layer, [rows.new_zeros(()), rows.new_zeros(())])
+                total[0], total[1] = total[0] + rows.T @ rows, total[1] + rows.T @ wanted
+        if shortcut.later not in sums:
+            raise WaltError("a decoder shortcut is fitted to clips, but every video has one frame")
+        for layer, (square, cross) in sums.items():
+            # A trace of ridge: latents that never vary must not divide by zero.
+            square.diagonal().add_(1e-6 * square.diagonal().mean())
+            solution = torch.linalg.solve(square, cross)
+            layer.weight.copy_(solution[:-1].T.reshape(layer.weight.shape))
+            cast(Tensor, layer.bias).copy_(solution[-1])
+        nn.init.zeros_(self.decoder.conv_out.weight)
+        nn.init.zeros_(cast(Tensor, self.decoder.conv_out.bias))
+
     # -- streams -----------------------------------------------------------------------------------------------------
 
     @apply_forward_hook
@@ -679,7 +1119,10 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin):
         self._check_streaming()
         first = cache is None
         self._check_video(x, first)
-        z, present = self.encoder(self.patcher.split(x, first), START if first else cache)
+        self._check_pixels(x)
+        count = -(-x.shape[2] // self.temporal_compression_ratio)
+        rows = self._plan(self.encoder, x.shape[0], count, x.shape[3:], x, stream=True).rows
+        z, present = self._encode_part(x, START if first else cache, first, rows)
         return self._codes(z), present
 
     @apply_forward_hook
@@ -687,20 +1130,135 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin):
         """Decodes the next latents `(B, c, k, h, w)` of a stream: `1 + 4(k-1)` frames at first, then `4k`."""
         self._check_streaming()
         self._check_latent(z)
-        first = cache is None
-        x, present = self.decoder(z, START if first else cache)
-        return self.patcher.join(x, first), present
+        self._check_scale(z)
+        s, t, first = self.spatial_compression_ratio, self.temporal_compression_ratio, cache is None
+        b, _, count, h, w = z.shape
+        rows = self._plan(self.decoder, b, count, (h * s, w * s), z, stream=True).rows
+        x = Canvas((b, self.config["in_channels"], count * t - (t - 1) * int(first), h * s, w * s))
+        present = self._decode_part(z, START if first else cache, first, rows, x, 0)
+        return x.read(), present
 
-    def enable_tiling(self, *args: Any, **kwargs: Any) -> None:
-        """Spatial tiling is not part of this model yet: use `encode_chunk` / `decode_chunk` to save memory."""
-        raise WaltError("spatial tiling is not available for AutoencoderKLWalt; stream with decode_chunk instead")
+    def decode_stream(self, z: Tensor) -> Iterator[Tensor]:
+        """Decodes `(B, c, t, h, w)` piece by piece, for a writer that needs no more than the newest frames.
+
+        Yields `(B, 3, 1, H, W)`, then `(B, 3, 4, H, W)` for every later latent (`tile_sample_min_num_frames` makes the
+        pieces longer). Memory does not grow with t.
+        """
+        cache = None
+        for part in z.split(Plan(None, self._framewise_latents()).parts(z.shape[2]), dim=2):
+            piece, cache = self.decode_chunk(part, cache)
+            yield piece
+            del piece
+
+    # -- memory ------------------------------------------------------------------------------------------------------
+
+    def enable_tiling(
+        self,
+        tile_sample_min_height: int | None = None,
+        tile_sample_min_width: int | None = None,
+        tile_sample_min_num_frames: int | None = None,
+        tile_sample_stride_height: int | None = None,
+        tile_sample_stride_width: int | None = None,
+        tile_sample_stride_num_frames: int | None = None,
+        memory_budget: int | None = None,
+    ) -> None:
+        """Encodes and decodes frames in stripes, with the result of the whole frame (`walt.tokenizers.tiling`).
+
+        Args:
+            tile_sample_min_height, tile_sample_min_width: pixels of a tile (256 each until set). A stripe has the full
+                width and as many rows as keep it to the pixels of such a tile, at least one latent row.
+            tile_sample_min_num_frames: frames that `use_framewise_encoding` and `use_framewise_decoding` take at a time
+                (default 4, one latent).
+            tile_sample_stride_height, tile_sample_stride_width, tile_sample_stride_num_frames: accepted, without
+                effect: in other models they set the overlap that is blended, and here nothing overlaps.
+            memory_budget: bytes that an encode or decode may take beside its weights, input and output. The cheapest
+                way that fits is chosen for each input, stripes first, then frame by frame; the other arguments and the
+                framewise flags are then not looked at.
+
+        Raises:
+            WaltError: a value below 1, or a tokenizer with group norm or global adaptation, which needs whole clips.
+        """
+        self._check_streaming("tile")
+        given = {
+            "tile_sample_min_height": tile_sample_min_height,
+            "tile_sample_min_width": tile_sample_min_width,
+            "tile_sample_min_num_frames": tile_sample_min_num_frames,
+            "tile_sample_stride_height": tile_sample_stride_height,
+            "tile_sample_stride_width": tile_sample_stride_width,
+            "tile_sample_stride_num_frames": tile_sample_stride_num_frames,
+            "memory_budget": memory_budget,
+        }
+        for name, value in given.items():
+            if value is not None and value < 1:
+                raise WaltError(f"{name} must be at least 1, got {value}")
+        for name in ("tile_sample_min_height", "tile_sample_min_width", "tile_sample_min_num_frames"):
+            if given[name] is not None:
+                setattr(self, name, given[name])
+        self.memory_budget = memory_budget
+        self.use_tiling = True
+
+    def _framewise_latents(self) -> int:
+        return max(1, self.tile_sample_min_num_frames // self.temporal_compression_ratio)
+
+    def _plan(
+        self, network: nn.Module, batch: int, count: int, size: Sequence[int], like: Tensor, stream: bool = False
+    ) -> Plan:
+        """How to run a clip of `count` latents and `size` pixels; a `stream` has its frames chosen by the caller."""
+        framewise = self.use_framewise_encoding if network is self.encoder else self.use_framewise_decoding
+        if framewise and not stream:
+            self._check_streaming("encode or decode frame by frame")
+        frames = self._framewise_latents() if framewise and not stream and count > 1 else None
+        if not self.use_tiling:
+            return Plan(None, frames)
+        h, w = size[0] // self.spatial_compression_ratio, size[1] // self.spatial_compression_ratio
+        if self.memory_budget is None:
+            rows = (
+                self.tile_sample_min_height * self.tile_sample_min_width // (size[1] * self.spatial_compression_ratio)
+            )
+            return Plan(max(1, rows) if rows < h else None, frames)
+        plans = [Plan(rows, None) for rows in (None, *_halves(h))]
+        if not stream and count > 1:
+            plans += [Plan(rows, 1) for rows in _halves(h)]
+        needs = [self._need(network, plan, batch, count, h, w, stream) * like.element_size() for plan in plans]
+        for plan, need in zip(plans, needs, strict=True):
+            if need <= self.memory_budget:
+                return plan
+        raise WaltError(
+            f"memory_budget: {self.memory_budget} bytes given, {count} latents of {size[0]}x{size[1]} pixels need at "
+            f"least about {min(needs)}"
+        )
+
+    def _need(
+        self, network: nn.Module, plan: Plan, batch: int, count: int, height: int, width: int, stream: bool
+    ) -> int:
+        """An estimate from above of the most numbers held at once, beside weights, input and output.
+
+        Args:
+            network: the encoder or the decoder.
+            plan: how it is run.
+            batch, count, height, width: of the latent.
+            stream: whether the past is kept, as for a chunk.
+        """
+        times = [2 if down else 1 for down in self.config["temporal_downsample"]]
+        at_once, streaming = min(count, plan.frames or count), stream or plan.frames is not None
+        carried = past = busiest = 0
+        for narrow, wide, space, time in _convolutions(cast(Any, network), times):
+            frames = at_once * time + 2
+            row, rows = width * space * frames, min(height, plan.rows or height) * space
+            if plan.rows:
+                carried += 4 * narrow * row  # two rows of its input, two of a shortcut
+            if streaming:
+                past += 2 * narrow * width * height * space**2
+            # Input, normed input, padded input, each also in the layout of the convolution; output twice.
+            busiest = max(busiest, (LIVE_INPUTS * narrow + LIVE_OUTPUTS * wide) * row * (rows + 4 * bool(plan.rows)))
+        return batch * (carried + past + busiest)
 
     # -- boundary ----------------------------------------------------------------------------------------------------
 
-    def _check_streaming(self) -> None:
+    def _check_streaming(self, what: str = "stream") -> None:
         if self.config["norm"] == "group" or self.config["adaptation"] == "global":
             raise WaltError(
-                "this tokenizer cannot stream: norm='group' and adaptation='global' take statistics over the whole "
+                f"this tokenizer cannot {what}: norm='group' and adaptation='global' take statistics over the whole "
                 f"clip (config: norm={self.config['norm']!r}, adaptation={self.config['adaptation']!r}); encode or "
                 "decode whole clips, or train with norm='channel', adaptation='local'"
             )
@@ -716,10 +1274,72 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin):
         if not first and x.shape[2] % t:
             raise WaltError(f"a later chunk of a stream has a multiple of {t} frames, got {x.shape[2]}")
 
+    def _check_pixels(self, x: Tensor) -> None:
+        if not x.is_floating_point():
+            raise WaltError(f"video must be floating point in [-1, 1], got {x.dtype}: convert with x / 127.5 - 1")
+        if not self._looks(x):
+            return
+        low, high = (float(v) for v in torch.aminmax(x))
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise WaltError("video must be finite, got NaN or infinite pixels")
+        if max(-low, high) > PIXEL_LIMIT:
+            raise WaltError(f"video must lie in [-1, 1], got {low:g} to {high:g}: convert 0..255 with x / 127.5 - 1")
+
+    def _check_scale(self, z: Tensor) -> None:
+        if not z.is_floating_point():
+            raise WaltError(f"latents must be floating point, got {z.dtype}")
+        if not self._looks(z):
+            return
+        low, high = (float(v) for v in torch.aminmax(z))
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise WaltError("latents must be finite, got NaN or infinite values")
+        mean, std = self.config["latents_mean"] or [0.0], self.config["latents_std"] or [1.0]
+        limit = max(abs(m) for m in mean) + LATENT_LIMIT * max(std)
+        if max(-low, high) > limit:
+            raise WaltError(
+                f"latents must be this tokenizer's own, within +-{limit:.4g}, got {low:g} to {high:g}: are they of "
+                "another model, or scaled?"
+            )
+
+    def _looks(self, x: Tensor) -> bool:
+        """Whether to read values: on a GPU that would wait for all queued work, in a compiled graph break it."""
+        if torch.compiler.is_compiling() or x.device.type == "meta" or self.check_values is False:
+            return False
+        return x.device.type == "cpu" or self.check_values is True
+
     def _check_latent(self, z: Tensor) -> None:
         c = self.config["latent_channels"]
         if z.ndim != 5 or z.shape[1] != c or 0 in z.shape:
             raise WaltError(f"latents must be (B, {c}, t, h, w), got shape {tuple(z.shape)}")
+
+
+def _convolutions(network: Encoder3d | Decoder3d, times: Sequence[int]) -> Iterator[tuple[int, int, int, int]]:
+    """In order: channels in, channels out, and how many times finer than the latent its output is in space and time."""
+    levels = len(times)
+    level = 0 if isinstance(network, Encoder3d) else levels
+
+    def scales() -> tuple[int, int]:
+        return 2 ** (levels - level), math.prod(times[level:])
+
+    for layer in (network.conv_in, *network.layers, network.conv_out):
+        if isinstance(layer, ResidualBlock):
+            for conv in (layer.conv1, layer.conv2):
+                yield conv.in_channels, conv.out_channels, *scales()
+        elif isinstance(layer, Upsample):
+            yield layer.conv.in_channels, layer.conv.out_channels, *scales()
+            level -= 1
+        elif isinstance(layer, CausalConv3d):
+            yield layer.in_channels, layer.out_channels, *scales()
+            level += layer.stride[1] - 1
+
+
+def _halves(rows: int) -> list[int]:
+    """A half, a quarter, ... of so many rows, down to 1."""
+    found = []
+    while rows > 1:
+        rows = -(-rows // 2)
+        found.append(rows)
+    return found or [1]
 
 
 def _check_config(

@@ -210,7 +210,7 @@ def r1_penalty(logits: Tensor, samples: Tensor) -> Tensor:
     `samples` need `requires_grad`; the result can be differentiated again.
     """
     (gradient,) = torch.autograd.grad(logits.mean(dim=1).sum(), samples, create_graph=True)
-    return 0.5 * gradient.float().square().flatten(1).sum(dim=1).mean()
+    return 0.5 * gradient.square().flatten(1).sum(dim=1).mean()
 
 
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, layer: Tensor, limit: float = 1e4) -> Tensor:

@@ -34,7 +34,7 @@ class FrameConv(CausalConv3d):
         self.weight = nn.Parameter(self.weight.detach()[:, :, -1:].clone())
         self.reset_parameters()
 
-    def forward(self, x: Tensor, past: Past = None) -> tuple[Tensor, Past]:  # type: ignore[override]
+    def forward(self, x: Tensor, past: Past = None, carry: None = None) -> tuple[Tensor, Past]:  # type: ignore[override]
         y = F.conv2d(x[:, :, 0], self.weight[:, :, 0], self.bias, self.stride[1:], self.padding[1:])
         return y.unsqueeze(2), past
 
@@ -143,7 +143,7 @@ class WaltVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
             num_vq_embeddings, vq_embed_dim, codebook, codebook_decay, restart_below, normalize
         )
         self.decoder = Decoder3d(
-            vq_embed_dim, blocks, decoder_widths, times, layers_per_block, norm, adaptation, block_shortcut, None
+            vq_embed_dim, blocks, decoder_widths, times, layers_per_block, norm, adaptation, block_shortcut, 0, None
         )
         _frames_only(self.encoder)
         _frames_only(self.decoder)

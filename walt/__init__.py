@@ -12,7 +12,9 @@ from walt import register as _register
 
 if TYPE_CHECKING:
     from walt.errors import WaltError
+    from walt.models.transformer_dit import DiTTransformer3DModel
     from walt.models.transformer_nuwa import NuwaTransformer3DModel
+    from walt.models.transformer_uvit import UViTTransformer3DModel
     from walt.models.transformer_walt import WaltTransformer3DModel
     from walt.pipelines.pipeline_nuwa import NuwaPipeline
     from walt.pipelines.pipeline_walt import WaltPipeline
@@ -25,8 +27,10 @@ if TYPE_CHECKING:
 __all__ = [
     "AutoencoderKLWalt",
     "CompactTextEncoder",
+    "DiTTransformer3DModel",
     "NuwaPipeline",
     "NuwaTransformer3DModel",
+    "UViTTransformer3DModel",
     "WaltCascadePipeline",
     "WaltError",
     "WaltPipeline",
@@ -43,8 +47,10 @@ LOADABLE_BASES = ("ModelMixin", "SchedulerMixin")
 _HOMES = {
     "AutoencoderKLWalt": "walt.tokenizers.autoencoder_kl_walt",
     "CompactTextEncoder": "walt.tokenizers.text",
+    "DiTTransformer3DModel": "walt.models.transformer_dit",
     "NuwaPipeline": "walt.pipelines.pipeline_nuwa",
     "NuwaTransformer3DModel": "walt.models.transformer_nuwa",
+    "UViTTransformer3DModel": "walt.models.transformer_uvit",
     "WaltCascadePipeline": "walt.pipelines.pipeline_walt_cascade",
     "WaltPipeline": "walt.pipelines.pipeline_walt",
     "WaltSuperResolutionPipeline": "walt.pipelines.pipeline_walt_super_resolution",

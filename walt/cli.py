@@ -2,7 +2,8 @@
 
 A command has three parts: its arguments, `prepare` (checks them: what it raises is a usage error, exit code 2) and
 `run` (what it raises happens at run time, exit code 1). Every error is one line, "walt: error: ..."; Ctrl-C exits with
-130. Heavy imports happen inside the functions, so that `walt --help` answers at once.
+130, a training stopped by SIGTERM, its checkpoint saved, with 143. Heavy imports happen inside the functions, so that
+`walt --help` answers at once.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from walt import commands, nuwa_commands
-from walt.errors import WaltError, suggest
+from walt.errors import Terminated, WaltError, suggest
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +39,7 @@ class UsageError(WaltError):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command line and returns its exit code: 0, 1 at run time, 2 for usage, 130 for Ctrl-C."""
+    """Runs a command line and returns its exit code: 0, 1 at run time, 2 for usage, 130 for Ctrl-C, 143 for SIGTERM."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         args = _parse(argv)
@@ -52,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return command.run(args) or 0
     except UsageError as error:
         return _fail(error, 2)
+    except Terminated as error:
+        return _fail(error, 143)
     except (WaltError, OSError) as error:
         return _fail(error, 1)
     except (MemoryError, RuntimeError) as error:

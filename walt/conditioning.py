@@ -16,16 +16,22 @@ def frame_mask(latent: Tensor, given: int) -> Tensor:
 
 
 def draw_given_frames(
-    frames: Sequence[int], starts: Sequence[int], probability: float, dropout: float, generator: torch.Generator
+    frames: Sequence[int],
+    starts: Sequence[int],
+    probability: float,
+    dropout: float,
+    generator: torch.Generator,
+    choices: Sequence[int] = (1, 2),
 ) -> list[int]:
-    """How many clean latent frames each sample is given: 0, 1 (image to video) or 2 (continuation).
+    """How many clean latent frames each sample is given: 0, or one of `choices`.
 
     Args:
         frames: latent frames of each sample; an image (1) is never given any.
         starts: first pixel frame of each sample in its scene; a later chunk (start > 0) is given 2, as in sampling.
-        probability: p_fp, the chance that a first chunk is given 1 or 2 frames, evenly.
+        probability: p_fp, the chance that a first chunk is given frames.
         dropout: the chance that a later chunk goes without all the same.
         generator: CPU generator.
+        choices: how many frames a first chunk is given, evenly: 1 is image to video, 2 continuation.
     """
     given: list[int] = []
     for length, start in zip(frames, starts, strict=True):
@@ -35,8 +41,36 @@ def draw_given_frames(
         elif start > 0:
             given.append(0 if chance < dropout else min(2, length - 1))
         else:
-            given.append(0 if chance >= probability else min(1 + int(count < 0.5), length - 1))
+            given.append(0 if chance >= probability else min(choices[-1 - int(count * len(choices))], length - 1))
     return given
+
+
+def random_mask(mask: Tensor, generator: torch.Generator) -> Tensor:
+    """An arbitrary mask in place of `mask` `(1, t, h, w)`: random frames of a clip, or everything but a random box.
+
+    Ones are given; something always is and something never. The two kinds are drawn evenly, for an image only boxes.
+    """
+    t, h, w = mask.shape[1:]
+    result = torch.zeros_like(mask)
+
+    def below(count: int) -> int:
+        return int(torch.randint(count, (), generator=generator))
+
+    frames = bool(below(2)) and t > 1
+    if frames or h * w == 1:
+        if t == 1:
+            return result
+        order = torch.randperm(t, generator=generator)
+        result[:, order[: 1 + below(t - 1)]] = 1.0
+        return result
+    while True:
+        height, width = 1 + below(h), 1 + below(w)
+        if height * width < h * w:
+            break
+    top, left = below(h - height + 1), below(w - width + 1)
+    result.fill_(1.0)
+    result[:, :, top : top + height, left : left + width] = 0.0
+    return result
 
 
 def drop(count: int, probability: float, generator: torch.Generator) -> list[bool]:

@@ -22,6 +22,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "patch4": {"encoder_widths": (8, 8), "decoder_widths": (4, 8), "temporal_downsample": (False,), "patch_size": 4},
     "shortcut": {"encoder_widths": (4, 4, 8, 8), "decoder_widths": (4, 4, 8, 8), "block_shortcut": True},
+    "lapped": {
+        "encoder_widths": (8, 8),
+        "decoder_widths": (4, 8),
+        "temporal_downsample": (False,),
+        "patch_size": 4,
+        "block_shortcut": True,
+        "shortcut_overlap": 1,
+    },
     "shrinkage": {
         "encoder_widths": (8, 8),
         "decoder_widths": (4, 8),
@@ -225,8 +233,6 @@ def test_bad_latents_and_configs() -> None:
     ):
         with pytest.raises(WaltError, match=words):
             make("patch4", **change)
-    with pytest.raises(WaltError, match="tiling is not available"):
-        make("patch4").enable_tiling()
 
 
 @torch.no_grad()
@@ -314,3 +320,51 @@ def test_shortcut_fit_refuses_what_it_cannot_do() -> None:
         make("patch4").fit_block_shortcut([clip()])
     with pytest.raises(WaltError, match="add a shape with more frames"):
         make("patch4", block_shortcut=True).fit_block_shortcut([clip(1)])
+
+
+def test_lapped_shortcut_is_the_best_linear_decoder_of_a_neighbourhood() -> None:
+    generator = torch.Generator().manual_seed(3)
+    videos = torch.rand(40, 3, 9, 24, 16, generator=generator).double() * 2 - 1
+    model = make("lapped")
+    model.fit_decoder_shortcut(videos.split(10))
+    z = model.encode(videos).latent_dist.mode().detach()
+    fitted = model.decode(z).sample.detach()
+
+    # Independently: one regression per part, over explicit loops, in pixels.
+    padded = torch.nn.functional.pad(z, (1, 1, 1, 1, 0, 0), mode="replicate")
+    first, later = [], []
+    for i in range(z.shape[3]):
+        for j in range(z.shape[4]):
+            around = padded[..., i : i + 3, j : j + 3]
+            cell = videos[..., 8 * i : 8 * i + 8, 8 * j : 8 * j + 8]
+            first += [(around[b, :, 0].flatten(), cell[b, :, 0].flatten()) for b in range(len(z))]
+            later += [
+                (around[b, :, t - 1 : t + 1].flatten(), cell[b, :, 4 * t - 3 : 4 * t + 1].flatten())
+                for b in range(len(z))
+                for t in (1, 2)
+            ]
+    for pairs, error in ((first, fitted[:, :, :1] - videos[:, :, :1]), (later, fitted[:, :, 1:] - videos[:, :, 1:])):
+        x, y = (torch.stack(column) for column in zip(*pairs, strict=True))
+        x = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], dim=1)
+        best = (x @ torch.linalg.lstsq(x, y, driver="gelsd").solution - y).square().mean()
+        assert float(error.square().mean()) == pytest.approx(float(best), rel=1e-3)
+
+
+def test_lapped_shortcut_keeps_flat_ground_flat_at_the_border() -> None:
+    model = make("lapped")
+    grey = torch.full((1, 3, 9, 32, 32), 0.3).double()
+    y = model.decode(model.encode(grey).latent_dist.mode()).sample
+    straight = model.decoder.shortcut
+    z = torch.ones(1, 8, 3, 4, 4).double()
+    blocks = straight(z)[:, :, 1:]
+    assert y.shape == grey.shape
+    assert float((blocks - blocks[..., 2:4, 2:4].repeat(1, 1, 1, 4, 4)).abs().max()) < 1e-12
+
+
+def test_lapped_shortcut_refuses_what_it_cannot_do() -> None:
+    with pytest.raises(WaltError, match="shortcut_overlap"):
+        make("patch4", shortcut_overlap=1)
+    with pytest.raises(WaltError, match="shortcut_overlap of at least 1"):
+        make("shortcut").fit_decoder_shortcut([clip()])
+    with pytest.raises(WaltError, match="one frame"):
+        make("lapped").fit_decoder_shortcut([clip(1)])

@@ -206,7 +206,7 @@ def test_lecam_against_a_loop_and_its_gradient() -> None:
     loss = lecam_loss(real, fake, mean_real, mean_fake)
     by_hand = sum(max(0.0, r + 0.2) ** 2 for r in real.flatten().tolist()) / 12
     by_hand += sum(max(0.0, 0.3 - f) ** 2 for f in fake.flatten().tolist()) / 12
-    assert float(loss) == pytest.approx(by_hand)
+    assert loss.item() == pytest.approx(by_hand)
     loss.backward()
     assert real.grad is not None and fake.grad is not None
     assert torch.allclose(real.grad, 2 * (real.detach() + 0.2).clamp_min(0) / 12)

@@ -183,6 +183,40 @@ def test_small_models_learn() -> None:
             assert (decoded == x).float().mean() > 0.95
 
 
+@torch.no_grad()
+def test_fitted_shortcut_is_k_means_of_the_best_linear_block_code() -> None:
+    rough = torch.randn(40, 3, 3, 4, generator=torch.Generator().manual_seed(0))
+    pictures = torch.nn.functional.interpolate(rough, size=(16, 24), mode="bilinear").clamp(-1, 1)[:, :, None]
+    model = make(block_shortcut=True)
+    model.fit_block_shortcut(pictures.split(8))
+    z = model.encode(pictures).latents
+    linear = model.decode(z, force_not_quantize=True).sample
+    coded = model.decode_indices(model.encode_indices(pictures))
+
+    def blocks(x: Tensor) -> Tensor:
+        return x.reshape(40, 3, 2, 8, 3, 8).permute(0, 2, 4, 1, 3, 5).reshape(-1, 192)
+
+    rows = blocks(pictures)
+    centred = rows - rows.mean(dim=0)
+    u, s, v = torch.linalg.svd(centred, full_matrices=False)
+    best = (centred - (u[:, :6] * s[:6]) @ v[:6]).square().mean()
+    assert torch.isclose((blocks(linear) - rows).square().mean(), best, rtol=1e-4)
+    # Distances between latents are distances between pixels, so Lloyd's fixed point is one in pixels: every decoded
+    # block is the mean of the (linearly coded) blocks that share its code.
+    codes, shown, coded_linear = model.encode_indices(pictures).flatten(), blocks(coded), blocks(linear)
+    for code in codes.unique():
+        mine = codes == code
+        assert torch.allclose(shown[mine][0], coded_linear[mine].mean(dim=0).clamp(-1, 1), atol=0.05)
+    assert len(codes.unique()) == 24
+    maps = torch.randint(0, 5, (40, 2, 3), generator=torch.Generator().manual_seed(1)).repeat_interleave(8, 1)
+    maps = maps.repeat_interleave(8, 2)[:, None]
+    segmenter = seg(block_shortcut=True, vq_embed_dim=4)
+    segmenter.fit_block_shortcut([maps])
+    assert torch.equal(segmenter.decode_indices(segmenter.encode_indices(maps)).argmax(dim=1), maps)
+    with pytest.raises(WaltError, match="block_shortcut=True"):
+        make().fit_block_shortcut([pictures])
+
+
 # -- bad input
 
 

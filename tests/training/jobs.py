@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 from tests import tiny
 from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt
@@ -22,6 +30,7 @@ from walt.training.job import (
     TokenizerLoss,
 )
 
+ROOT = Path(__file__).parents[2]
 SPRITES = str(Path(__file__).parents[1] / "sprites")
 TOKENIZER = {
     "encoder_widths": (8, 8),
@@ -50,8 +59,10 @@ def tokenizer_job(output: Path, steps: int = 20, **run: object) -> TokenizerJob:
     )
 
 
-def save_tokenizer(folder: Path) -> Path:
+def save_tokenizer(folder: Path, seed: int | None = None) -> Path:
     """An untrained but complete tokenizer folder."""
+    if seed is not None:
+        torch.manual_seed(seed)
     AutoencoderKLWalt(**TOKENIZER, latents_mean=(0.0,) * 8, latents_std=(1.0,) * 8).save_pretrained(folder)
     return folder
 
@@ -80,6 +91,63 @@ def denoiser_job(tokenizer: Path, output: Path, steps: int = 20, **changes: obje
         optimizer=OptimizerJob(lr=2e-3, warmup_steps=2),
         run=RunJob(output=str(output), steps=steps, wandb=False, checkpoint_every=10, log_every=1),
     ).model_copy(update=changes)
+
+
+def losses(output: Path) -> dict[int, float]:
+    """The loss of every step that a run has logged."""
+    rows = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+
+def saved(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint that one rank wrote."""
+    (file,) = folder.glob("*.safetensors")
+    return load_file(file)
+
+
+def small_job(
+    tokenizer: Path, output: Path, steps: int = 20, model: dict[str, object] | None = None, **run: object
+) -> DenoiserJob:
+    """A denoiser job whose steps take a few hundredths of a second: small packs of stills and short clips."""
+    job = denoiser_job(tokenizer, output, steps)
+    return job.model_copy(
+        update={
+            "model": {**job.model, "sample_size": (2, 4, 4), **(model or {})},
+            "shapes": (
+                Shape(frames=5, height=32, width=32),
+                Shape(frames=5, height=32, width=48),
+                Shape(frames=1, height=32, width=32),
+            ),
+            "batch_tokens": 128,
+            "run": job.run.model_copy(update=run),
+        }
+    )
+
+
+def start(*jobs: TokenizerJob | DenoiserJob, ranks: int = 1) -> subprocess.Popen[str]:
+    """Starts jobs, one after the other, in processes of their own; more than one rank through torchrun on gloo."""
+    paths = []
+    for job in jobs:
+        path = Path(job.run.output).with_suffix(f".{len(paths)}.job.json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(job.model_dump_json())
+        paths.append(str(path))
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    return subprocess.Popen(
+        [sys.executable, *launcher, "-m", "tests.training.worker", *paths],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], code: int = 0) -> str:
+    """Waits for a job; returns what it said, which is shown when it ends otherwise than with `code`."""
+    said, _ = process.communicate()
+    assert process.returncode == code, said
+    return said
 
 
 def nuwa_job(folder: Path, output: Path, steps: int = 20, **changes: Any) -> NuwaJob:

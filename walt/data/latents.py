@@ -56,12 +56,13 @@ def write_latents(
     """
     if len(counts) != len(job.shapes):
         raise WaltError(f"count: {len(job.shapes)} numbers needed, one per shape of the recipe, got {len(counts)}")
-    scenes = Scenes(job.data)
+    data = _theatre(job)
+    scenes = Scenes(data)
     twins = job.model.get("low_res_channels") is not None
     output.mkdir(parents=True, exist_ok=True)
     index = output / "index.json"
-    recipe = job.data.model_dump(mode="json", exclude={"latents", "source"})
-    known = {"tokenizer": fingerprint(Path(job.tokenizer)), "data": recipe, "world": _world(job.data)}
+    recipe = data.model_dump(mode="json", exclude={"kind", "latents", "source"})
+    known = {"tokenizer": fingerprint(Path(job.tokenizer)), "data": recipe, "world": _world(data)}
     if index.exists():
         old = _read_index(index)
         if {key: old.get(key) for key in known} != known:
@@ -96,13 +97,14 @@ def write_latents(
 
 
 class LatentShards:
-    """The latents of one folder in memory, per shape of a recipe."""
+    """The latents of one folder in memory, per shape of a recipe; the last `held` of each shape are not for training."""
 
-    def __init__(self, folder: Path, job: DenoiserJob) -> None:
+    def __init__(self, folder: Path, job: DenoiserJob, held: int = 0) -> None:
+        self.held = held
         index = _read_index(folder / "index.json")
         if index["tokenizer"] != fingerprint(Path(job.tokenizer)):
             raise WaltError(f"{folder} holds latents of another tokenizer than {job.tokenizer}; encode them again")
-        if index.get("world") != _world(job.data):
+        if index.get("world") != _world(_theatre(job)):
             raise WaltError(f"{folder} holds latents of another world (subjects, sizes, ...); run `walt encode` again")
         self.latents: list[Tensor] = []
         self.low_res: list[Tensor | None] = []
@@ -114,15 +116,32 @@ class LatentShards:
                 raise WaltError(f"{folder} has no latents of shape {name}; run `walt encode` with this recipe")
             parts = [_read_shard(path) for path in files]
             self.latents.append(torch.cat([tensors["latents"] for tensors, _ in parts]))
+            if len(self.latents[-1]) <= held:
+                raise WaltError(
+                    f"{folder} has {len(self.latents[-1])} clips of shape {name}, and run.heldout_clips={held} of them are "
+                    "not for training; encode more"
+                )
             low = [tensors["low_res"] for tensors, _ in parts if "low_res" in tensors]
             self.low_res.append(torch.cat(low) if low else None)
             self.captions.append([caption for _, captions in parts for caption in captions])
 
     def get(self, shape: int, number: int) -> tuple[Tensor, Tensor | None, str]:
         """Clip `number` (cycled) of a shape: raw latent `(8, t, h, w)`, low-resolution latent or None, caption."""
-        row = number % len(self.latents[shape])
+        return self._row(shape, number % (len(self.latents[shape]) - self.held))
+
+    def held_out(self, shape: int, number: int) -> tuple[Tensor, Tensor | None, str]:
+        """Clip `number` (below `held`) of those that `get` never gives."""
+        return self._row(shape, len(self.latents[shape]) - 1 - number % self.held)
+
+    def _row(self, shape: int, row: int) -> tuple[Tensor, Tensor | None, str]:
         low = self.low_res[shape]
         return self.latents[shape][row].float(), None if low is None else low[row].float(), self.captions[shape][row]
+
+
+def _theatre(job: DenoiserJob) -> DataJob:
+    if not isinstance(job.data, DataJob):
+        raise WaltError(f"data.kind: {job.data.kind} has latents of its own (walt.data.precompute)")
+    return job.data
 
 
 def _key(shape: dict[str, Any]) -> str:

@@ -1,86 +1,179 @@
-"""Atomic checkpoints in safetensors and JSON: a folder appears whole under its name, or not at all."""
+"""Atomic checkpoints in safetensors and JSON: a folder appears whole under its name, or not at all.
+
+torch.distributed.checkpoint writes one safetensors file per rank, in a thread, and reads them on any number of ranks.
+Tensors are named `PART.model.NAME`, `PART.optimizer.NAME.KEY` and `ema.NAME`; `state.json`, written last, holds the
+step, the recipe, the guard's memory and the size of every file.
+"""
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 import os
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
+import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from walt.errors import WaltError
+from walt.training.ranks import Ranks
+
+# A single process is not a mistake.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled", module="torch.distributed.checkpoint")
 
 PREFIX = "checkpoint-"
+FAILURES = 3  # checkpoints in a row that could not be written before a run gives up
 
 
-def save(
-    run: Path,
-    step: int,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    ema: list[Tensor],
-    state: Mapping[str, Any],
-    adversary: dict[str, Tensor] | None = None,
-) -> Path:
-    """Writes model, optimizer, EMA weights, `state` (JSON) and the adversary's state, if there is one, as
-    `run/checkpoint-STEP`; returns that folder.
+class Writer:
+    """Writes the checkpoints of a run, one at a time.
+
+    Args:
+        run: the run folder.
+        ranks: all of them take part in every call.
+        keep: how many whole checkpoints stay.
+        background: return as soon as the tensors are copied, and write in a thread.
+        say: told, on rank 0, what went wrong.
     """
-    target = run / f"{PREFIX}{step:08d}"
-    temporary = run / f".{target.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        save_file(
-            {k: v.detach().contiguous().clone() for k, v in model.state_dict().items()}, temporary / "model.safetensors"
-        )
-        save_file(flat_optimizer(optimizer), temporary / "optimizer.safetensors")
-        save_file({str(i): p.detach().contiguous().clone() for i, p in enumerate(ema)}, temporary / "ema.safetensors")
-        if adversary is not None:
-            save_file(adversary, temporary / "adversary.safetensors")
-        (temporary / "state.json").write_text(json.dumps({**state, "step": step}, indent=1))
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(temporary, target)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise WaltError(
-            f"cannot write checkpoint {target}: {error.strerror or error}; the last one is untouched"
-        ) from error
-    return target
+
+    def __init__(self, run: Path, ranks: Ranks, keep: int, background: bool, say: Callable[[str], None]) -> None:
+        self.run, self.ranks, self.keep, self.background, self.say = run, ranks, keep, background, say
+        self.threads = concurrent.futures.ThreadPoolExecutor(1)
+        self.pending: concurrent.futures.Future[str | None] | None = None
+        self.failures = 0
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], last: bool = False) -> None:
+        """Writes `tensors` and `state` as `run/checkpoint-STEP`; when that fails the older ones stay, and it is said.
+
+        Args:
+            step: updates done.
+            tensors: whole tensors (the same on all ranks) or DTensors.
+            state: JSON.
+            last: wait, and fail rather than go on without the checkpoint.
+
+        Raises:
+            WaltError: the last checkpoint, or FAILURES in a row, could not be written.
+        """
+        self.wait()
+        target = self.run / f"{PREFIX}{step:08d}"
+        temporary = self.run / f".{target.name}.tmp"
+        problem = None
+        if self.ranks.main:
+            shutil.rmtree(temporary, ignore_errors=True)
+            try:
+                temporary.mkdir(parents=True)
+            except OSError as error:
+                problem = self._problem(target, error)
+        if (problem := self.ranks.agree(problem)) is None:
+            storage = dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True)
+            written = dcp.async_save(
+                {name: _rowed(tensor) for name, tensor in tensors.items()},
+                storage_writer=storage,
+                process_group=self.ranks.writers,
+                no_dist=self.ranks.world == 1,
+            )
+            assert isinstance(written, concurrent.futures.Future)
+            self.pending = self.threads.submit(self._finish, written, temporary, target, {**state, "step": step})
+            if self.background and not last:
+                return
+            problem = self._result()
+        self._judge(problem, last)
+
+    def wait(self) -> None:
+        """Until the last save is done; raises as `save` does."""
+        if self.pending is not None:
+            self._judge(self._result(), False)
+
+    def _result(self) -> str | None:
+        assert self.pending is not None
+        problem, self.pending = self.pending.result(), None
+        # Only rank 0 names and renames the folder: whether that went well is its to say.
+        result: str | None = self.ranks.agree(problem)
+        return result
+
+    def _judge(self, problem: str | None, last: bool) -> None:
+        if problem is None:
+            self.failures = 0
+            return
+        self.failures += 1
+        if last or self.failures >= FAILURES:
+            raise WaltError(problem)
+        self.say(f"{problem}; training goes on")
+
+    def _finish(
+        self, written: concurrent.futures.Future[Any], temporary: Path, target: Path, state: dict[str, Any]
+    ) -> str | None:
+        try:
+            written.result()
+            if self.ranks.main:
+                files = {path.name: path.stat().st_size for path in sorted(temporary.glob("*.safetensors"))}
+                text = json.dumps({**state, "files": files}, indent=1)
+                with (temporary / "state.json").open("w") as handle:
+                    handle.write(text)
+                    handle.flush()
+                    os.fsync(handle.fileno())
+                shutil.rmtree(target, ignore_errors=True)
+                os.replace(temporary, target)
+                prune(self.run, self.keep)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            return self._problem(target, error)
+        except CheckpointException as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            return self._problem(target, next(iter(error.failures.values()))[0])
+        return None
+
+    def _problem(self, target: Path, error: BaseException) -> str:
+        last = latest(self.run)
+        kept = "there is no earlier one" if last is None else f"the last one, {last.name}, is untouched"
+        words = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+        return f"cannot write checkpoint {target}: {words.splitlines()[-1]}; {kept}"
 
 
-def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: list[Tensor]) -> dict[str, Any]:
-    """Restores everything `save` wrote, in place; returns the JSON state.
+def load(folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Any]:
+    """Reads what `Writer.save` wrote into `tensors`, in place, on any number of ranks; returns the JSON state.
 
     Raises:
         WaltError: a file is missing, truncated or of another model; names the file and what to do.
     """
-    weights, moments, averages = (_read(folder / f"{name}.safetensors") for name in ("model", "optimizer", "ema"))
+    state = read_state(folder)
+    for name, size in state["files"].items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != size:
+            raise WaltError(f"{path} is missing or damaged; {_advice(folder)}")
     try:
-        state = json.loads((folder / "state.json").read_text())
-    except (OSError, ValueError) as error:
-        raise WaltError(f"{folder / 'state.json'} cannot be read ({error}); {_advice(folder)}") from None
-    missing = set(model.state_dict()) ^ set(weights)
-    if missing or len(averages) != len(ema):
-        raise WaltError(
-            f"{folder} belongs to another model (parameter {sorted(missing)[:1]} differs); change run.output"
-        )
-    model.load_state_dict(weights)
-    with torch.no_grad():
-        for i, parameter in enumerate(ema):
-            parameter.copy_(averages[str(i)])
-    restore_optimizer(optimizer, moments)
+        storage = dcp.HuggingFaceStorageReader(str(folder))
+        found = {name: tuple(entry.size) for name, entry in storage.read_metadata().state_dict_metadata.items()}  # type: ignore[union-attr]
+        rowed = {name: _rowed(tensor) for name, tensor in tensors.items()}
+        wanted = {name: tuple(tensor.shape) for name, tensor in rowed.items()}
+        differ = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+        if differ:
+            raise WaltError(f"{folder} belongs to another model ({differ[0]} differs); change run.output")
+        dcp.load(rowed, storage_reader=storage, process_group=ranks.writers, no_dist=ranks.world == 1)
+    except (OSError, SafetensorError) as error:
+        raise WaltError(f"{folder} is damaged ({error}); {_advice(folder)}") from None
+    except CheckpointException as error:
+        first = next(iter(error.failures.values()))[0]
+        raise WaltError(f"{folder} is damaged ({first}); {_advice(folder)}") from None
     return state
 
 
-def load_adversary(folder: Path) -> dict[str, Tensor]:
-    """The adversary's state that `save` wrote; a WaltError when it is missing or damaged."""
-    return _read(folder / "adversary.safetensors")
+def read_state(folder: Path) -> dict[str, Any]:
+    """`state.json` of a checkpoint."""
+    path = folder / "state.json"
+    try:
+        state: dict[str, Any] = json.loads(path.read_text())
+        if not isinstance(state.get("files"), dict):
+            raise ValueError("it is of an older walt")
+    except (OSError, ValueError) as error:
+        raise WaltError(f"{path} cannot be read ({error}); {_advice(folder)}") from None
+    return state
 
 
 def latest(run: Path) -> Path | None:
@@ -92,16 +185,26 @@ def latest(run: Path) -> Path | None:
 def prune(run: Path, keep: int) -> None:
     """Deletes all but the newest `keep` checkpoints, and leftovers of interrupted writes."""
     for path in sorted(path for path in run.glob(f"{PREFIX}*") if path.is_dir())[:-keep]:
-        shutil.rmtree(path)
+        # Renamed first: a deletion that is interrupted must not leave half a checkpoint under a whole one's name.
+        gone = path.with_name(f".{path.name}.tmp")
+        shutil.rmtree(gone, ignore_errors=True)
+        os.replace(path, gone)
     for path in run.glob(f".{PREFIX}*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise WaltError(f"{path} is missing or damaged ({error}); {_advice(path.parent)}") from None
+def set_aside(run: Path) -> None:
+    """Renames the checkpoints of a run that is started over: they are kept, and never resumed from."""
+    for path in run.glob(f"{PREFIX}*"):
+        if path.is_dir():
+            old = path.with_name(f"replaced-{path.name}")
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(path, old)
+
+
+def _rowed(tensor: Tensor) -> Tensor:
+    """A view with at least one axis: the safetensors reader slices along axes."""
+    return tensor.detach().view(1) if tensor.ndim == 0 else tensor.detach()
 
 
 def _advice(folder: Path) -> str:
@@ -109,18 +212,3 @@ def _advice(folder: Path) -> str:
     if others:
         return f"delete {folder} to resume from {others[-1]}"
     return f"delete {folder} to start over"
-
-
-def flat_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """An optimizer's state as named tensors."""
-    state = optimizer.state_dict()["state"]
-    return {f"{i}.{k}": v.detach().contiguous().clone() for i, entry in state.items() for k, v in entry.items()}
-
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, flat: Mapping[str, Tensor]) -> None:
-    """Restores what `flat_optimizer` gave."""
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, value in flat.items():
-        index, _, key = name.partition(".")
-        state.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

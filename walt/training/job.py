@@ -10,12 +10,13 @@ import contextlib
 import importlib
 import pkgutil
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from walt.errors import WaltError, suggest
+from walt.models.backbone import BACKBONES
 
 
 class Frozen(BaseModel):
@@ -36,6 +37,7 @@ class Shape(Frozen):
 class DataJob(Frozen):
     """The emoji theatre: sprites from `source` (walt data emoji), composed by seed."""
 
+    kind: Literal["emoji"] = "emoji"
     source: str = "cache/emoji"
     world: Literal["embedded", "full"] = "embedded"
     subjects: tuple[str, ...] = Field(default=(), description="only these; (): the world's")
@@ -46,7 +48,57 @@ class DataJob(Frozen):
     )
 
 
+class SourceJob(Frozen):
+    """One place with captioned images and videos (walt.data.sources)."""
+
+    path: str = Field(description="a folder, shards (x-*.tar, x-{000..127}.tar), or a Hugging Face dataset (hf:NAME)")
+    kind: Literal["auto", "folder", "shards", "datasets"] = "auto"
+    weight: float = Field(default=1.0, gt=0, description="share of the samples, relative to the other sources")
+    caption: str | None = Field(
+        default=None, description="field of the captions; None: caption, captions, text, prompt"
+    )
+    media: str | None = Field(default=None, description="datasets: column of the media; None: the first")
+    split: str = Field(default="train", description="datasets: the split")
+
+
+class MediaJob(Frozen):
+    """A user's own images and videos. Of a recipe's shapes, `height` x `width` is then an area, not a size.
+
+    An item is scaled, its aspect ratio kept, to the largest size of whole tokens within the area; a shape with one
+    frame takes images and stills of videos, the others take clips. Captions are dropped for guidance by
+    `diffusion.condition_dropout`.
+    """
+
+    kind: Literal["media"] = "media"
+    sources: tuple[SourceJob, ...] = Field(default=(), description="at least one; mixed by weight")
+    seed: int = 0
+    fps: float = Field(default=8.0, gt=0, description="frame rate of training; videos are resampled to it")
+    aspect: Literal["native", "shape"] = Field(default="native", description="shape: cut to height x width exactly")
+    enlarge: bool = Field(default=False, description="scale small items up to the area too")
+    min_size: int = Field(default=32, gt=0, description="shorter side in pixels below which an item is left out")
+    max_size: int = Field(default=8192, gt=0, description="longer side in pixels above which an item is left out")
+    captions: Literal["required", "optional"] = Field(
+        default="required", description="optional: an item without one is trained with an empty caption"
+    )
+    variants: int = Field(default=1, gt=0, description="random windows (start, cut) of each clip that epochs alternate")
+    video_stills: bool = Field(default=True, description="frames of videos fill shapes of one frame too")
+    max_clips: int = Field(default=64, gt=0, description="clips of one video per epoch, spread evenly over it")
+    heldout_share: float = Field(
+        default=0.0, ge=0, lt=1, description="share of each source's items that is never trained on (run.heldout_every)"
+    )
+    max_broken: float = Field(default=0.5, ge=0, le=1, description="a source with a larger broken share stops the run")
+    index: str = Field(default="cache/index", description="folder of what is known about the sources")
+    latents: str | None = Field(
+        default=None, description="folder of precomputed latents (walt encode); None: on the fly"
+    )
+
+
+DATA_KINDS: dict[str, type[Frozen]] = {"emoji": DataJob, "media": MediaJob}
+AnyData = Annotated[DataJob | MediaJob, Field(discriminator="kind")]
+
+
 class OptimizerJob(Frozen):
+    kind: Literal["adamw", "adafactor"] = "adamw"
     lr: float = Field(gt=0)
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = Field(default=0.0, ge=0)
@@ -62,16 +114,28 @@ class RunJob(Frozen):
     output: str
     steps: int = Field(gt=0)
     seed: int = 0
-    accumulate: int = Field(default=1, gt=0)
+    packs: int | None = Field(
+        default=None, gt=0, description="packs per step, divided among the ranks and accumulated; None: one per rank"
+    )
+    parallel: Literal["ddp", "fsdp"] = Field(default="ddp", description="among several ranks: whole copies, or FSDP2")
+    cpu_offload: bool = Field(default=False, description="fsdp: weights, gradients and moments wait in host memory")
     precision: Literal["no", "bf16"] = "no"
-    ema_decay: float = Field(default=0.999, ge=0, lt=1)
+    gradient_checkpointing: bool = False
+    ema_decay: float = Field(default=0.999, ge=0, lt=1, description="0: no average is kept")
+    spike_factor: float = Field(
+        default=20.0, ge=0, description="skip a step whose gradient norm is this many times the usual; 0: never"
+    )
+    max_skips: int = Field(default=10, gt=0, description="stop after so many skipped steps in a row")
     checkpoint_every: int = Field(default=500, gt=0)
+    checkpoint_async: bool = Field(default=True, description="training goes on while a checkpoint is written")
     keep_checkpoints: int = Field(default=2, gt=0)
     log_every: int = Field(default=10, gt=0)
     sheet_every: int = Field(default=0, ge=0, description="sample sheets every this many steps; 0: only at the end")
+    heldout_every: int = Field(default=0, ge=0, description="held-out loss every this many steps; 0: never")
+    heldout_clips: int = Field(default=4, gt=0, description="held-out clips per shape")
     workers: int = Field(default=0, ge=0)
     wandb: bool = True
-    gradient_checkpointing: bool = False
+    tensorboard: bool = False
 
 
 class AdversarialJob(Frozen):
@@ -119,7 +183,7 @@ class TokenizerJob(Frozen):
     model: dict[str, Any]
     init: str | None = Field(default=None, description="folder of a trained tokenizer to go on from")
     freeze_encoder: bool = Field(default=False, description="train the decoder alone: latents of denoisers stay valid")
-    data: DataJob
+    data: AnyData
     shapes: tuple[Shape, ...]
     shortcut_batches: int = Field(default=60, gt=0, description="batches that a block_shortcut is fitted to")
     batch_pixels: int = Field(gt=0, description="video pixels (frames x height x width) per step and rank")
@@ -138,25 +202,94 @@ class DiffusionJob(Frozen):
     )
     self_conditioning_probability: float = Field(default=0.9, ge=0, le=1)
     condition_dropout: float = Field(default=0.1, ge=0, le=1)
-    frame_prediction_probability: float = Field(default=0.2, ge=0, le=1)
+    frame_prediction_probability: float = Field(default=0.2, ge=0, le=1, description="p_fp")
+    given_frames: tuple[int, ...] = Field(
+        default=(1, 2), min_length=1, description="latent frames given in frame prediction, drawn evenly"
+    )
+    mask_probability: float = Field(
+        default=0.0, ge=0, le=1, description="chance that random frames, or all but a random box, are given instead"
+    )
     max_noise_level: int = Field(default=300, ge=0, lt=1000, description="t_max of the low-resolution augmentation")
     loss_weighting: Literal["token", "sample"] = "token"
+    variance_weight: float = Field(
+        default=1.0, ge=0, description="of the bound, in bits, of a learned variance (1: 0.001 over 1000 steps, as DiT)"
+    )
+
+
+class ResolutionJob(Frozen):
+    """NaViT's resolution sampling: each sample of a whole-frame shape gets a size of its own, its aspect ratio kept.
+
+    The paper's finding (arXiv 2307.06304, section 3.4): sampling sides beats sampling areas, and a low bias (normal,
+    mean -0.5) is best.
+    """
+
+    low: int = Field(gt=0, description="smallest side R in pixels; a sample has about R x R pixels per frame")
+    high: int = Field(gt=0, description="largest R; memory is bounded by batch_tokens whatever it is")
+    distribution: Literal["uniform", "normal"] = "normal"
+    mean: float = Field(default=-0.5, ge=-1, le=1, description="of the normal, in [-1, 1] from low to high")
+    by: Literal["side", "area"] = "side"
+
+
+class TokenDropJob(Frozen):
+    """NaViT's token dropping: the denoiser sees and is scored on a part of each sample's tokens.
+
+    The paper's warning: dropping made recognition cheaper to train, but using fewer tokens at inference by dropping is
+    much worse than by resizing, and follow-up work advises against it for video generation, where it hurts fine detail
+    and consistency (papers.md 4.3, 4.5). Train the last steps without it.
+    """
+
+    schedule: Literal["constant", "beta", "resolution", "sigmoid"] = "constant"
+    low: float = Field(default=0.0, ge=0, lt=1, description="rate of the shortest sample, or where sigmoid ends")
+    high: float = Field(gt=0, lt=1, description="the rate (constant), the largest one (beta), the longest sample's")
+    mean: float = Field(default=0.5, gt=0, lt=1, description="beta: mean rate as a share of high")
+    middle: float = Field(default=0.0, description="sigmoid: the step halfway between low and high")
+    scale: float = Field(default=-1.0, description="sigmoid: steps of its slope; below 0 the rate falls (best)")
+
+
+class LoraJob(Frozen):
+    """Finetuning by low-rank adapters (PEFT) on the weights of `init`, which stay as they are."""
+
+    rank: int = Field(default=16, gt=0)
+    alpha: float | None = Field(default=None, gt=0, description="scale of the update times rank; None: the rank")
+    targets: tuple[str, ...] = Field(
+        default=("to_q", "to_k", "to_v", "to_out.0"), min_length=1, description="ends of the names of adapted layers"
+    )
+    export: Literal["adapter", "merged"] = Field(
+        default="adapter", description="adapter: for load_lora_adapter; merged: a whole model"
+    )
 
 
 class DenoiserJob(Frozen):
     kind: Literal["denoiser"] = "denoiser"
+    backbone: str = Field(default="walt", description=f"the network: {', '.join(BACKBONES)}")
     model: dict[str, Any]
     init: str | None = Field(default=None, description="folder of a trained denoiser of the same shape to go on from")
+    interpolate_positions: bool = Field(
+        default=False, description="init may have another sample_size and windows: its position tables are interpolated"
+    )
+    lora: LoraJob | None = None
+    classes: str | None = Field(
+        default=None, description="file with a class per line, of a model with num_classes: captions name classes"
+    )
     tokenizer: str = Field(description="folder of the trained tokenizer")
     text_encoder: str | None = None
     text_tokenizer: str | None = None
-    data: DataJob
+    data: AnyData
     shapes: tuple[Shape, ...]
     batch_tokens: int = Field(gt=0, description="tokens per step and rank")
+    resolution: ResolutionJob | None = Field(default=None, description="NaViT's resolution sampling; None: off")
+    token_drop: TokenDropJob | None = Field(default=None, description="NaViT's token dropping; None: off")
     low_res_batches: int = Field(default=30, gt=0, description="batches that a super-resolution start is fitted to")
     diffusion: DiffusionJob = DiffusionJob()
     optimizer: OptimizerJob
     run: RunJob
+
+    @field_validator("backbone")
+    @classmethod
+    def _known_backbone(cls, name: str) -> str:
+        if name not in BACKBONES:
+            raise ValueError(f"one of {', '.join(BACKBONES)} needed{suggest(name, BACKBONES)}")
+        return name
 
 
 class NuwaClip(Frozen):
@@ -232,10 +365,13 @@ def load_job(name: str, overrides: Sequence[str] = ()) -> Job:
         raise WaltError(f"unknown recipe {name!r}{suggest(name, table)}; known: {', '.join(sorted(table))}")
     job = table[name]()
     values = job.model_dump()
-    for override in overrides:
+    # Another kind of data has other fields: it comes first, with its own defaults.
+    for override in sorted(overrides, key=lambda text: not text.startswith("data.kind=")):
         field, found, text = override.partition("=")
         if not found:
             raise WaltError(f"an override is field=value, got {override!r}")
+        if field == "data.kind" and text in DATA_KINDS and text != values["data"]["kind"]:
+            values["data"] = DATA_KINDS[text]().model_dump()
         _set(values, field, text)
     try:
         return type(job).model_validate(values)
@@ -253,6 +389,8 @@ def _set(values: dict[str, Any], field: str, text: str) -> None:
         if not isinstance(here, dict) or part not in here:
             known = here if isinstance(here, dict) else ()
             raise WaltError(f"unknown field {field!r}: no {part!r}{suggest(part, known)}; known: {_names(known)}")
+        if part == "lora" and here[part] is None:
+            here[part] = LoraJob().model_dump()
         here = here[part]
     free = path == ["model"]
     if not isinstance(here, dict) or (last not in here and not free):

@@ -1,180 +1,406 @@
 """The one training loop: tokenizer, base and super-resolution stages differ only in their objective.
 
-Every batch and every random number is a pure function of (seed, step, rank), so the data order and the noise after a
-resume are exactly those of a run that was never interrupted; no sampler or generator state needs saving.
+Every batch and every random number is a pure function of (seed, step, lane). The lanes of a step are its packs, counted
+over ranks and accumulation alike: two ranks train on what one rank would accumulate, and the data order and the noise
+after a resume, on any number of ranks, are exactly those of a run that was never interrupted.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Callable, Iterator
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Generator, Iterator
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator
-from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from walt.errors import WaltError
+from walt.errors import Terminated, WaltError
 from walt.training import checkpoint
-from walt.training.adversary import Adversarial, Adversary
 from walt.training.job import Job, OptimizerJob
-from walt.training.report import Report
+from walt.training.optimizers import Average, Guard, averaged, learning_rate, make_optimizer, warm
+from walt.training.ranks import Ranks, Reducer, scalar
+from walt.training.report import COUNTS, Report
+
+__all__ = ["Loss", "Objective", "Part", "averaged", "learning_rate", "train"]
 
 
-class Objective(Protocol):
+class Part(NamedTuple):
+    """A network with an optimizer of its own."""
+
+    module: nn.Module
+    optimizer: OptimizerJob
+
+
+class Loss(NamedTuple):
+    """What one pack asks of one part.
+
+    `total` is a sum (over tokens, pixels, samples) and `weight` what it is divided by: the loop divides the sum of all
+    packs' totals by the sum of all their weights, so that accumulation and ranks change nothing.
+    """
+
+    total: Tensor
+    weight: float | Tensor
+    figures: dict[str, float | Tensor]
+
+
+class Objective:
     """What a kind of job adds to the loop."""
 
-    model: nn.Module
+    job: Any
+    model: Any
+    shardable = False  # may FSDP cut the model? Then every pack must call it equally often (see `shared`).
 
     def batch(self, step: int, rank: int) -> Any:
-        """The host-side batch of one step: a pure function of the job, the step and the rank."""
+        """The host-side pack of a step's lane `rank`: a pure function of the job, the step and the lane."""
+        raise NotImplementedError
 
     def to(self, device: torch.device) -> None:
         """Moves frozen parts (not `model`) to the device."""
+        raise NotImplementedError
 
     def loss(
-        self, model: nn.Module, batch: Any, generator: torch.Generator
+        self, model: nn.Module, batch: Any, generator: torch.Generator, shared: torch.Generator | None = None
     ) -> tuple[Tensor, dict[str, float | Tensor]]:
-        """The scalar loss of one batch and figures for the log ("tokens" and "samples" among them)."""
+        """The mean loss of one pack, and figures for the log.
+
+        Of the figures, "weight" says over how much (tokens, pixels, samples) the mean goes, 1 if missing; those of
+        `report.COUNTS` add up, the others are averaged.
+
+        Args:
+            model: the network.
+            batch: what `batch` gave.
+            generator: this pack's own.
+            shared: the same for all packs of a step: for choices that all ranks must make alike; None: `generator`.
+        """
+        raise NotImplementedError
+
+    def parts(self) -> dict[str, Part]:
+        """The trained networks by name, in the order of `losses`; "model" is averaged and exported."""
+        return {"model": Part(self.model, self.job.optimizer)}
+
+    def losses(
+        self, batch: Any, generator: torch.Generator, shared: torch.Generator, step: int
+    ) -> Generator[Loss | None]:
+        """One loss per part, in order; None for a part that rests, which must depend on `step` alone.
+
+        The loop runs the backward pass of each before it asks for the next, for the parameters of that part alone.
+        """
+        value, figures = self.loss(self.model, batch, generator, shared)
+        weight = figures.pop("weight", 1.0)
+        yield Loss(value * weight, weight, figures)
+
+    def heldout(self, model: nn.Module) -> dict[str, float]:
+        """Losses on data that is never trained on, the same every time; every rank computes all of them."""
+        return {}
+
+    def flops(self, batch: Any) -> float | None:
+        """Floating-point operations of one forward pass of the model on a pack; None: not counted."""
+        return None
 
     def export(self, model: nn.Module, folder: Path) -> None:
-        """Writes the finished (EMA) model as a `from_pretrained` folder."""
+        """Writes the finished (averaged) model as a `from_pretrained` folder."""
+        raise NotImplementedError
 
 
-Sheet = Callable[[Objective, nn.Module, Path], None]
+Sheet = Callable[[Objective, nn.Module, Path | None], None]
 
 
 def train(job: Job, objective: Objective, sheet: Sheet | None = None, resume: bool = True) -> Path:
-    """Runs a job to its last step and exports the EMA model; returns the exported folder.
+    """Runs a job to its last step and exports the averaged model; returns the exported folder.
 
     Args:
         job: the recipe.
         objective: model, data and loss of the recipe's kind.
-        sheet: draws a sample sheet to a PNG path from the EMA weights; None: no sheets.
+        sheet: draws a sample sheet to a PNG path (None: draw, write nothing) from the averaged weights; None: no sheets.
         resume: continue from the newest checkpoint in `run.output` if there is one.
 
     Raises:
-        WaltError: damaged checkpoint, a run folder of another recipe, a loss that is not finite.
+        WaltError: damaged checkpoint, a run folder of another recipe, `run.max_skips` steps in a row without a finite
+            loss, a last checkpoint that cannot be written.
+        Terminated: SIGTERM; a checkpoint was saved.
     """
     run, output = job.run, Path(job.run.output)
-    output.mkdir(parents=True, exist_ok=True)
-    accelerator = Accelerator(
-        mixed_precision=run.precision, gradient_accumulation_steps=1, cpu=not torch.cuda.is_available()
-    )
-    rank = accelerator.process_index
+    ranks = Ranks(run)
+    if ranks.sharded and not objective.shardable:
+        raise WaltError(f"run.parallel: fsdp does not fit {type(objective).__name__}; use ddp")
+    if ranks.main:
+        output.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            checkpoint.set_aside(output)
     torch.manual_seed(run.seed)
-    model = objective.model
     if run.gradient_checkpointing:
-        model.enable_gradient_checkpointing()  # type: ignore[operator]
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trained, lr=job.optimizer.lr, betas=job.optimizer.betas, weight_decay=job.optimizer.weight_decay
-    )
-    model, optimizer = accelerator.prepare(model, optimizer)
-    bare = accelerator.unwrap_model(model)
-    objective.to(accelerator.device)
-    ema = EMAModel(bare.parameters(), decay=run.ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
-    ema.to(accelerator.device)
-    rival = None
-    if isinstance(objective, Adversarial) and objective.adversary is not None:
-        rival = Adversary(objective, accelerator)
+        objective.model.enable_gradient_checkpointing()
+    trainers = {name: _Trainer(part, ranks) for name, part in objective.parts().items()}
+    model = trainers["model"].module
+    objective.to(ranks.device)
+    average = Average(run.ema_decay, trainers["model"].trained)
+    guard = Guard(run)
     start = 0
-    found = checkpoint.latest(output) if resume else None
+    found = ranks.agree(checkpoint.latest(output) if resume else None)
     if found is not None:
-        state = checkpoint.load(found, bare, optimizer, ema.shadow_params)
-        start = int(state["step"])
-        ema.optimization_step = start
-        _same_recipe(found, state["job"], job)
-        if rival is not None:
-            rival.load(checkpoint.load_adversary(found))
-    report = Report(job, output, start, enabled=accelerator.is_main_process)
-    batches = iter(_loader(objective, start * run.accumulate, run.steps * run.accumulate, rank, run.workers))
-    model.train()
+        state = checkpoint.read_state(found)
+        _same_recipe(found, state, job, ranks.packs)
+        for trainer in trainers.values():
+            warm(trainer.optimizer)
+        checkpoint.load(found, _tensors(trainers, average), ranks)
+        start, average.updates = int(state["step"]), int(state["updates"])
+        guard.load(state["guard"])
+    rate = _rate(ranks.device, run.precision)
+    report = Report(job, output, start, ranks.main, rate and rate * ranks.world)
+    writer = checkpoint.Writer(output, ranks, run.keep_checkpoints, run.checkpoint_async, report.say)
+    batches = iter(_loader(objective, start, run.steps, ranks.lanes, run.workers))
+    for trainer in trainers.values():
+        trainer.module.train()
+
+    def save(done: int, last: bool) -> None:
+        with report.time("checkpoint"):
+            state = {
+                "job": job.model_dump(),
+                "packs": ranks.packs,
+                "updates": average.updates,
+                "guard": guard.state(),
+            }
+            writer.save(done, _tensors(trainers, average), state, last)
+
+    def look(done: int) -> None:
+        """Held-out loss and sample sheets, from the averaged weights."""
+        last = done == run.steps
+        if run.heldout_every and (last or done % run.heldout_every == 0):
+            with report.time("other"), averaged(average, model), torch.no_grad(), ranks.autocast():
+                figures = objective.heldout(model)
+            report.heldout(done, figures)
+        if sheet is not None and (last or (run.sheet_every and done % run.sheet_every == 0)):
+            path = output / f"sheet-{done:08d}.png"
+            # Sharded weights are gathered by all ranks, so all of them draw.
+            if ranks.main or ranks.sharded:
+                with report.time("other"), averaged(average, model):
+                    sheet(objective, model, path if ranks.main else None)
+            if ranks.main:
+                report.sheet(path, done)
+
+    stop = _Stop()
     try:
-        for step in range(start, run.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(job.optimizer, step, run.steps)
-            figures: dict[str, float | Tensor] = {}
-            for part in range(run.accumulate):
-                micro = step * run.accumulate + part
-                generator = torch.Generator().manual_seed(_seed(run.seed, micro, rank))
-                with accelerator.autocast():
-                    loss, figures = objective.loss(model, next(batches), generator)
-                accelerator.backward(loss / run.accumulate)
-                if rival is not None:
-                    figures = {**figures, **rival.backward(1 / run.accumulate)}
-            norm = accelerator.clip_grad_norm_(trained, job.optimizer.clip_norm)
-            if not bool(torch.isfinite(norm)):
-                raise WaltError(
-                    f"step {step}: the gradient is not finite; resume from {checkpoint.latest(output) or 'the start'} "
-                    "with a lower optimizer.lr"
-                )
-            optimizer.step()
-            optimizer.zero_grad()
-            if rival is not None:
-                rival.step(step, lambda optimizer, step: learning_rate(optimizer, step, run.steps))
-            ema.step(bare.parameters())
-            report.step(
-                step, {**figures, "loss": loss.detach(), "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"]}
-            )
-            done = step + 1
-            if accelerator.is_main_process:
-                if done % run.checkpoint_every == 0 or done == run.steps:
-                    with report.pause():
-                        checkpoint.save(
-                            output,
-                            done,
-                            bare,
-                            optimizer,
-                            ema.shadow_params,
-                            {"job": job.model_dump()},
-                            rival.state() if rival is not None else None,
+        with stop:
+            for step in range(start, run.steps):
+                for trainer in trainers.values():
+                    trainer.begin(step, run.steps)
+                figures = _Figures()
+                for lane in ranks.lanes:
+                    with report.waiting(step):
+                        batch = next(batches)
+                    with report.time("compute"):
+                        generator = torch.Generator().manual_seed(_seed(run.seed, step, lane))
+                        shared = torch.Generator().manual_seed(_seed(run.seed, step, -1))
+                        losses = objective.losses(batch, generator, shared, step)
+                        for name, trainer in trainers.items():
+                            trainer.backward(losses, lane == ranks.lanes[-1], figures, name == "model")
+                        losses.close()
+                        forward = objective.flops(batch)
+                        if forward is not None:
+                            # Backward costs two forwards; what a pack predicts beforehand comes on top.
+                            figures.add({"flops": forward * (2 + figures.last.get("forwards", 1.0))}, 1.0)
+                with report.time("compute"):
+                    means, stopping = _meet(ranks, trainers, figures, stop.asked)
+                    norms = {name: trainer.norm() for name, trainer in trainers.items() if trainer.weight}
+                refused = guard.refuses({name: trainer.loss for name, trainer in trainers.items()}, norms)
+                with report.time("optimizer"):
+                    if refused is None:
+                        for trainer in trainers.values():
+                            trainer.step()
+                        average.step()
+                means |= {"loss": trainers["model"].loss, "grad_norm": norms.get("model", 0.0)}
+                for name, trainer in trainers.items():
+                    if name != "model":
+                        means |= {f"{name}_loss": trainer.loss, f"{name}_grad_norm": norms.get(name, 0.0)}
+                done = step + 1
+                if refused is not None:
+                    report.note(done, f"step {done} skipped ({guard.skipped} in a row): {refused}")
+                    if guard.skipped >= run.max_skips:
+                        raise WaltError(
+                            f"step {done}: {guard.skipped} updates in a row were refused ({refused}); resume from "
+                            f"{checkpoint.latest(output) or 'the start'} with a lower optimizer.lr, or change "
+                            "run.spike_factor or run.max_skips"
                         )
-                        checkpoint.prune(output, run.keep_checkpoints)
-                if sheet is not None and (done == run.steps or (run.sheet_every and done % run.sheet_every == 0)):
-                    with report.pause(), averaged(ema, bare):
-                        path = output / f"sheet-{done:08d}.png"
-                        sheet(objective, bare, path)
-                        report.sheet(path, done)
-        final = output / "final"
-        if accelerator.is_main_process:
-            with averaged(ema, bare):
-                objective.export(bare, final)
-        accelerator.wait_for_everyone()
+                    means = {name: value for name, value in means.items() if math.isfinite(value)}
+                report.step(step, means | {"skipped": float(refused is not None)} | {"lr": trainers["model"].lr})
+                last = done == run.steps
+                if last or stopping or done % run.checkpoint_every == 0:
+                    save(done, last or stopping)
+                if stopping and not last:
+                    report.flush()
+                    raise Terminated(f"stopped by SIGTERM after step {done}; the same command resumes there")
+                look(done)
+        final, temporary = output / "final", output / ".final.tmp"
+        with averaged(average, model):
+            if ranks.main:
+                shutil.rmtree(temporary, ignore_errors=True)
+            if ranks.sharded:
+                _export_whole(objective, model, temporary, ranks)
+            elif ranks.main:
+                objective.export(model, temporary)
+        if ranks.main:
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(temporary, final)
+        ranks.barrier()
         return final
     finally:
         report.close()
 
 
-class averaged:
-    """Context: the model carries its EMA weights (and is in eval mode) inside, its own again afterwards."""
+class _Trainer:
+    """One part of an objective with its optimizer, for one step at a time."""
 
-    def __init__(self, ema: EMAModel, model: nn.Module) -> None:
-        self.ema, self.model = ema, model
+    def __init__(self, part: Part, ranks: Ranks) -> None:
+        self.job, self.ranks = part.optimizer, ranks
+        self.module = ranks.place(part.module)
+        self.trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        if not self.trained:
+            raise WaltError("there is nothing to train: every parameter is frozen")
+        self.optimizer = make_optimizer(self.job, list(self.trained.values()))
+        self.reducer: Reducer = ranks.reducer(self.module)
+        self.lr = self.job.lr
+        self.loss = self.total = 0.0
+        self.weight = 0.0
+
+    def begin(self, step: int, steps: int) -> None:
+        self.lr = learning_rate(self.job, step, steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
+        self.optimizer.zero_grad()
+        self.total = self.weight = 0.0
+
+    def backward(self, losses: Iterator[Loss | None], last: bool, figures: _Figures, weighted: bool) -> None:
+        """Forward and backward of this part on one pack; gradients meet after the last one."""
+        with self.ranks.autocast():
+            loss = next(losses)
+        if loss is None:
+            return
+        with contextlib.nullcontext() if last else self.reducer.hold():
+            total = self.reducer(loss.total)
+            # FSDP's gathered parameters are not the trained ones; it has one part, whose backward pass is all there is.
+            total.backward(inputs=None if self.ranks.sharded else list(self.trained.values()))
+        weight = float(loss.weight)
+        self.total += float(loss.total.detach())
+        self.weight += weight
+        figures.add(loss.figures, weight if weighted else 1.0)
+
+    def norm(self) -> float:
+        """Divides the summed gradients by the weight of all packs, clips them, and returns their norm before that."""
+        grads = [p.grad for p in self.trained.values() if p.grad is not None]
+        # DDP and FSDP take the mean over ranks of sums over packs.
+        torch._foreach_mul_(grads, self.ranks.world / self.weight)
+        norm = scalar(torch.nn.utils.get_total_norm(grads))
+        share = self.job.clip_norm / (norm + 1e-6)
+        if share < 1:
+            torch._foreach_mul_(grads, share)
+        return norm
+
+    def step(self) -> None:
+        if self.weight:
+            self.optimizer.step()
+
+
+class _Figures:
+    """A step's figures on this rank: counts added up, the others averaged by the weight of their pack."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, float] = dict.fromkeys(COUNTS, 0.0)
+        self.sums: dict[str, float] = {}
+        self.weights: dict[str, float] = {}
+        self.last: dict[str, float] = {}
+
+    def add(self, figures: dict[str, float | Tensor], weight: float) -> None:
+        for name, value in figures.items():
+            number = self.last[name] = float(value)
+            if name in self.counts:
+                self.counts[name] += number
+            else:
+                self.sums[name] = self.sums.get(name, 0.0) + number * weight
+                self.weights[name] = self.weights.get(name, 0.0) + weight
+
+    def means(self) -> dict[str, float]:
+        return {name: value / self.weights[name] for name, value in self.sums.items()}
+
+
+def _meet(ranks: Ranks, trainers: dict[str, _Trainer], figures: _Figures, stop: bool) -> tuple[dict[str, float], bool]:
+    """Sums losses, weights and counts over ranks; returns the figures of the step, and whether any rank is to stop."""
+    counted = [name for name in COUNTS if figures.counts[name]] if ranks.world == 1 else list(COUNTS)
+    values = [float(stop), *(figures.counts[name] for name in counted)]
+    for trainer in trainers.values():
+        values += [trainer.total, trainer.weight]
+    stopped, *values = ranks.sum(values)
+    counts, sums = values[: len(counted)], iter(values[len(counted) :])
+    for trainer in trainers.values():
+        trainer.total, trainer.weight = next(sums), next(sums)
+        trainer.loss = trainer.total / trainer.weight if trainer.weight else 0.0
+    return {**figures.means(), **{n: v for n, v in zip(counted, counts, strict=True) if v}}, stopped > 0
+
+
+class _Stop:
+    """Context: SIGTERM asks the loop to save and stop; a second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.before: Any = None
+        self.mine = threading.current_thread() is threading.main_thread()
 
     def __enter__(self) -> None:
-        self.ema.store(self.model.parameters())
-        self.ema.copy_to(self.model.parameters())
-        self.model.eval()
+        if self.mine:
+            self.before = signal.signal(signal.SIGTERM, self._ask)
 
     def __exit__(self, *exc: object) -> None:
-        self.ema.restore(self.model.parameters())
-        self.model.train()
+        if self.mine:
+            signal.signal(signal.SIGTERM, self.before)
+
+    def _ask(self, *_: object) -> None:
+        self.asked = True
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def learning_rate(optimizer: OptimizerJob, step: int, steps: int) -> float:
-    """Linear warm-up, then cosine to `final_lr_ratio` of the peak, or constant: a function of the step alone."""
-    if step < optimizer.warmup_steps:
-        return optimizer.lr * (step + 1) / optimizer.warmup_steps
-    if optimizer.schedule == "constant":
-        return optimizer.lr
-    progress = (step - optimizer.warmup_steps) / max(1, steps - optimizer.warmup_steps)
-    low = optimizer.final_lr_ratio
-    return optimizer.lr * (low + (1.0 - low) * 0.5 * (1.0 + math.cos(math.pi * progress)))
+def _tensors(trainers: dict[str, _Trainer], average: Average) -> dict[str, Tensor]:
+    """Everything a checkpoint holds, by name; reading into these tensors restores the run."""
+    tensors: dict[str, Tensor] = {}
+    for part, trainer in trainers.items():
+        for name, value in _own_state(trainer.module).items():
+            tensors[f"{part}.model.{name}"] = value
+        for name, parameter in trainer.trained.items():
+            for key, value in trainer.optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor):
+                    tensors[f"{part}.optimizer.{name}.{key}"] = value
+    for name, value in average.weights.items():
+        tensors[f"ema.{name}"] = value
+    return tensors
+
+
+def _own_state(module: nn.Module) -> dict[str, Tensor]:
+    """A module's state; with LoRA the adapters alone, as the rest stands in the recipe's `init`."""
+    state = module.state_dict()
+    if getattr(module, "peft_config", None):
+        trained = {name for name, p in module.named_parameters() if p.requires_grad}
+        state = {name: value for name, value in state.items() if name in trained}
+    return state
+
+
+def _export_whole(objective: Objective, model: Any, folder: Path, ranks: Ranks) -> None:
+    """Gathers a sharded model on rank 0 and exports a whole twin of it."""
+    state = ranks.whole(model)
+    if state is None:
+        return
+    twin = type(model).from_config(dict(model.config))
+    if getattr(model, "peft_config", None):
+        for name, adapter in model.peft_config.items():
+            twin.add_adapter(adapter, adapter_name=name)
+    twin.load_state_dict(state)
+    objective.export(twin, folder)
 
 
 def _seed(*parts: int) -> int:
@@ -186,36 +412,60 @@ def _seed(*parts: int) -> int:
     return value >> 1
 
 
-class _Steps(Dataset[Any]):
-    def __init__(self, objective: Objective, start: int, stop: int, rank: int) -> None:
-        self.objective, self.start, self.stop, self.rank = objective, start, stop, rank
+class _Packs(Dataset[Any]):
+    """A rank's packs in the order in which it trains on them."""
+
+    def __init__(self, objective: Objective, start: int, stop: int, lanes: range) -> None:
+        self.objective, self.start, self.stop, self.lanes = objective, start, stop, lanes
 
     def __len__(self) -> int:
-        return self.stop - self.start
+        return (self.stop - self.start) * len(self.lanes)
 
     def __getitem__(self, index: int) -> Any:
-        return self.objective.batch(self.start + index, self.rank)
+        step, part = divmod(index, len(self.lanes))
+        try:
+            return self.objective.batch(self.start + step, self.lanes[part])
+        except WaltError as error:  # a worker's exception would arrive with its whole traceback as the message
+            return error
 
 
-def _loader(objective: Objective, start: int, stop: int, rank: int, workers: int) -> Iterator[Any]:
-    steps = _Steps(objective, start, stop, rank)
-    loader: DataLoader[Any] = DataLoader(steps, batch_size=None, shuffle=False, num_workers=workers)
-    yield from loader
+def _loader(objective: Objective, start: int, stop: int, lanes: range, workers: int) -> Iterator[Any]:
+    packs = _Packs(objective, start, stop, lanes)
+    loader: DataLoader[Any] = DataLoader(packs, batch_size=None, shuffle=False, num_workers=workers)
+    for batch in loader:
+        if isinstance(batch, WaltError):
+            raise batch
+        yield batch
 
 
-def _same_recipe(folder: Path, saved: dict[str, Any], job: Job) -> None:
-    """A run folder continues its own recipe; only how long and how it is watched may change."""
-    free = {"steps", "checkpoint_every", "keep_checkpoints", "log_every", "sheet_every", "workers", "wandb", "output"}
+@lru_cache
+def _rate(device: torch.device, precision: str) -> float | None:
+    """Peak FLOP/s of one rank, for MFU: from the datasheet of a known accelerator, else of a timed matrix product."""
+    from walt.training.plan import peak_rate
+
+    return peak_rate(device, torch.bfloat16 if precision == "bf16" else torch.float32)
+
+
+def _same_recipe(folder: Path, state: dict[str, Any], job: Job, packs: int) -> None:
+    """A run folder continues its own recipe; only how long, where and how it is watched may change."""
+    free = {"steps", "packs", "parallel", "cpu_offload", "checkpoint_every", "checkpoint_async", "keep_checkpoints"}
+    free |= {"log_every", "sheet_every", "heldout_every", "heldout_clips", "workers", "wandb", "tensorboard", "output"}
+    free |= {"spike_factor", "max_skips", "gradient_checkpointing"}
 
     def fixed(values: dict[str, Any]) -> dict[str, Any]:
         plain = json.loads(json.dumps(values))
         plain["run"] = {key: value for key, value in plain["run"].items() if key not in free}
         return plain
 
-    old, new = fixed(saved), fixed(job.model_dump())
+    old, new = fixed(state["job"]), fixed(job.model_dump())
     changed = [name for name in new if old.get(name) != new[name]]
     if changed:
         raise WaltError(
             f"{folder} was trained with another recipe ({', '.join(changed)} differ); choose another run.output or "
             "--no-resume"
+        )
+    if state["packs"] != packs:
+        raise WaltError(
+            f"{folder} was trained on {state['packs']} packs per step, these ranks make {packs}: "
+            f"run.packs={state['packs']} keeps them, whatever the number of ranks"
         )

@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from walt.conditioning import draw_given_frames, drop, frame_mask
+from walt.attention import RelativeBias
+from walt.conditioning import draw_given_frames, drop, frame_mask, random_mask
+from walt.data.clips import Clips, Draw, stack_equal
 from walt.data.latents import LatentShards
-from walt.data.packing import fill_budget
+from walt.data.packing import Packer, draw_drop_rate, draw_kept, draw_size, fill_budget
+from walt.data.precompute import MediaLatents
 from walt.data.scenes import Scenes
-from walt.diffusion import add_noise, draw_timesteps, make_scheduler, velocity, x0_from_velocity
+from walt.diffusion import add_noise, draw_timesteps, make_scheduler, variance_bound, velocity, x0_from_velocity
 from walt.errors import WaltError, suggest
-from walt.latents import normalize
-from walt.training.job import DenoiserJob, OptimizerJob, TokenizerJob
+from walt.latents import Grid, normalize
+from walt.models.transformer_walt import WaltPositionEmbedding
+from walt.training.job import DenoiserJob, LoraJob, MediaJob, Shape, TokenizerJob
+from walt.training.loop import Loss, Objective, Part
+from walt.training.plan import ForwardCounter
+
+HELD_OUT_SEED = 500_009  # added to a recipe's data seed: its training scenes never reach that far
+NOISE_BINS = 5  # of the noise levels, in the held-out loss
 
 
 def build_model(cls: type[Any], config: dict[str, Any]) -> Any:
@@ -37,82 +48,111 @@ def build_model(cls: type[Any], config: dict[str, Any]) -> Any:
 # Tokenizer
 
 
-class TokenizerBatch(NamedTuple):
-    """Groups of equal shape: videos `(N, 3, T, H, W)` in [-1, 1], or class maps int64 `(N, T, H, W)`."""
-
-    step: int
-    groups: list[Tensor]
-
-
-class TokenizerObjective:
+class TokenizerObjective(Objective):
     """Reconstruction + VGG perceptual loss on mixed image and clip cuts, and the discriminator's if the recipe has one.
 
-    Continuous latents: `latent_penalty` and `latent_noise` stand in for a KL term: they keep the latents' scale and make
+    Continuous latents: `latent_penalty` and `latent_noise` stand in for a KL term, they keep the latents' scale and make
     the decoder tolerant of a denoiser's errors; the latents' statistics are recorded at the end. Codes: the quantizer's
-    losses with the recipe's weights. Segmentation models are given class maps and the cross-entropy.
+    losses with the recipe's weights. Segmentation models are given class maps, and the cross-entropy.
+
+    Args:
+        job: the recipe.
+        autoencoder: AutoencoderKLWalt or WaltVQModel.
+        perceptual: `walt.tokenizers.losses.PerceptualLoss` or None.
+        adversary: `walt.tokenizers.losses.AdversarialLoss` for a recipe with `loss.adversarial`, else None.
     """
 
     model: Any
 
     def __init__(
-        self,
-        job: TokenizerJob,
-        autoencoder: type[Any],
-        perceptual: nn.Module | None,
-        adversary: Any = None,
+        self, job: TokenizerJob, autoencoder: type[Any], perceptual: nn.Module | None, adversary: Any = None
     ) -> None:
         self.job = job
-        self.scenes = Scenes(job.data)
+        self.scenes = None if isinstance(job.data, MediaJob) else Scenes(job.data)
+        self.unseen: Scenes | None = None
         torch.manual_seed(job.run.seed)
         self.model = build_model(autoencoder, job.model)
         self.segmentation = bool(self.model.config.get("segmentation", False))
         self.quantizer = getattr(self.model, "quantize", None)
-        self._check(job)
-        if job.init is not None:
-            trained = start_from(self.model, job.init)
-            if self.quantizer is None:
-                self.model.register_to_config(
-                    latents_mean=trained.config.latents_mean, latents_std=trained.config.latents_std
-                )
-        elif self.model.config.get("block_shortcut"):
-            self.model.fit_block_shortcut(
-                video for i in range(job.shortcut_batches) for video in self.batch(i, 0).groups
+        self._check(job, adversary)
+        self.clips = (
+            Clips(
+                job.data,
+                job.shapes,
+                multiple=self.model.spatial_compression_ratio,
+                cost=lambda frames, height, width: frames * height * width,
+                budget=job.batch_pixels,
+                captions=False,
+                report=Path(job.run.output) / "skipped.jsonl",
+                packs=job.run.packs,
+                workers=job.run.workers,
             )
+            if isinstance(job.data, MediaJob)
+            else None
+        )
+        if job.init is not None:
+            self._start_from(job.init)
+        elif self.model.config.block_shortcut:
+            self.model.fit_block_shortcut(video for i in range(job.shortcut_batches) for video in self.batch(i, 0))
         if job.freeze_encoder:
             self.model.encoder.requires_grad_(False)
             if self.quantizer is not None:
                 self.quantizer.requires_grad_(False)
                 self.quantizer.frozen = True
-        self.perceptual = perceptual
-        # walt.tokenizers.losses.AdversarialLoss: the core knows tokenizers only as arguments
-        self.adversary = adversary
-        self.adversary_optimizer = job.loss.adversarial.optimizer if job.loss.adversarial else OptimizerJob(lr=1e-4)
-        if (adversary is None) != (job.loss.adversarial is None):
-            raise WaltError("loss.adversarial: the objective needs an adversary with it, and takes none without")
-        self._seen: tuple[int, list[tuple[Tensor, Tensor]]] = (0, [])
+        self.perceptual, self.adversary = perceptual, adversary
+        self.counter = ForwardCounter(autoencoder, dict(self.model.config))
         self.device = torch.device("cpu")
 
-    def _check(self, job: TokenizerJob) -> None:
-        if job.freeze_encoder and job.init is None and not self.model.config.get("block_shortcut"):
-            raise WaltError("freeze_encoder: an untrained encoder cannot be frozen; give init=FOLDER or block_shortcut")
+    def _check(self, job: TokenizerJob, adversary: Any) -> None:
+        if job.freeze_encoder and job.init is None and (self.quantizer is None or not self.model.config.block_shortcut):
+            raise WaltError(
+                "freeze_encoder: an untrained encoder cannot be frozen; give init=FOLDER (codes may be fitted instead: "
+                "model.block_shortcut=true)"
+            )
         if self.quantizer is not None and job.loss.latent_noise:
             raise WaltError(f"loss.latent_noise: codes take no noise, got {job.loss.latent_noise}; set it to 0")
+        if (adversary is None) != (job.loss.adversarial is None):
+            raise WaltError("loss.adversarial: the objective needs an adversary with it, and takes none without")
         if self.segmentation:
-            if job.loss.perceptual_weights is not None or job.loss.adversarial is not None:
+            if job.loss.perceptual_weights is not None or adversary is not None:
                 raise WaltError("loss: class maps have neither a perceptual nor an adversarial loss; leave them out")
+            if self.scenes is None:
+                raise WaltError("data: class maps are drawn by the emoji theatre alone; user media have none")
             classes = 1 + len(self.scenes.theatre.subjects)
             if self.model.config.in_channels != classes:
-                raise WaltError(
-                    f"model.in_channels: background and subjects are {classes} classes, got {self.model.config.in_channels}"
-                )
+                given = self.model.config.in_channels
+                raise WaltError(f"model.in_channels: background and subjects are {classes} classes, got {given}")
+
+    def _start_from(self, folder: str) -> None:
+        """Takes over a trained tokenizer; a decoder shortcut that it has otherwise, or not at all, is fitted anew."""
+        trained = load_folder(type(self.model), folder, "init")
+        overlap = self.model.config.get("shortcut_overlap", 0)
+        refit = trained.config.get("shortcut_overlap", 0) != overlap
+        weights = {k: v for k, v in trained.state_dict().items() if not (refit and k.startswith("decoder.shortcut."))}
+        kept = {k: v for k, v in self.model.state_dict().items() if k not in weights} if refit else {}
+        copy_weights(self.model, weights | kept, folder)
+        if self.quantizer is None:
+            self.model.register_to_config(
+                latents_mean=trained.config.latents_mean, latents_std=trained.config.latents_std
+            )
+        if refit and overlap:
+            generator = torch.Generator().manual_seed(self.job.run.seed)
+            videos = (video for i in range(self.job.shortcut_batches) for video in self.batch(i, 0))
+            self.model.fit_decoder_shortcut(videos, self.job.loss.latent_noise, generator)
 
     def to(self, device: torch.device) -> None:
         self.device = device
         if self.perceptual is not None:
             self.perceptual.to(device)
 
-    def batch(self, step: int, rank: int) -> TokenizerBatch:
-        """About `batch_pixels` pixels of clips and pictures."""
+    def batch(self, step: int, rank: int) -> list[Tensor]:
+        """Groups of equal shape, about `batch_pixels` pixels in all.
+
+        Each `(N, 3, T, H, W)` in [-1, 1], or class maps int64 `(N, T, H, W)` for a segmentation model.
+        """
+        if self.clips is not None:
+            return stack_equal(self.clips.pack(step, rank))
+        assert self.scenes is not None and not isinstance(self.job.data, MediaJob)
         shapes = self.job.shapes
         rng = np.random.default_rng((self.job.run.seed, step, rank))
         sides = [(s.cut or s.height, s.cut or s.width) for s in shapes]
@@ -120,29 +160,50 @@ class TokenizerObjective:
         chosen = fill_budget(self.job.batch_pixels, pixels, [s.weight for s in shapes], rng)
         groups: dict[tuple[int, ...], list[Tensor]] = {}
         for index in chosen:
-            number = int(rng.integers(self.job.data.scenes))
-            if self.segmentation:
-                sample = self.scenes.sketch(number, shapes[index])
-            else:
-                sample = self.scenes.clip(number, shapes[index]).video
-            groups.setdefault(tuple(sample.shape), []).append(sample)
-        stacked = [torch.stack(samples) for _, samples in sorted(groups.items())]
-        return TokenizerBatch(step // self.job.run.accumulate, stacked)
+            video = self._draw(self.scenes, int(rng.integers(self.job.data.scenes)), shapes[index])
+            groups.setdefault(tuple(video.shape), []).append(video)
+        return [torch.stack(videos) for _, videos in sorted(groups.items())]
+
+    def _draw(self, scenes: Scenes, number: int, shape: Shape) -> Tensor:
+        return scenes.sketch(number, shape) if self.segmentation else scenes.clip(number, shape).video
+
+    def parts(self) -> dict[str, Part]:
+        parts = super().parts()
+        if self.job.loss.adversarial is not None:
+            parts["adversary"] = Part(self.adversary, self.job.loss.adversarial.optimizer)
+        return parts
+
+    def losses(
+        self, batch: list[Tensor], generator: torch.Generator, shared: torch.Generator, step: int
+    ) -> Generator[Loss | None]:
+        """The generator's loss, then the discriminator's on the same samples."""
+        loss, figures, pairs = self._forward(self.model, batch, generator, step)
+        weight = figures.pop("weight")
+        yield Loss(loss * weight, weight, figures)
+        if self.adversary is not None:
+            loss, seen = self.adversary.judge([(video, output.detach()) for output, video in pairs], step)
+            yield Loss(loss * weight, weight, seen)
 
     def loss(
-        self, model: nn.Module, batch: TokenizerBatch, generator: torch.Generator
+        self, model: nn.Module, batch: list[Tensor], generator: torch.Generator, shared: torch.Generator | None = None
     ) -> tuple[Tensor, dict[str, float | Tensor]]:
+        loss, figures, _ = self._forward(model, batch, generator, 0)
+        return loss, figures
+
+    def _forward(
+        self, model: nn.Module, batch: list[Tensor], generator: torch.Generator, step: int
+    ) -> tuple[Tensor, dict[str, float | Tensor], list[tuple[Tensor, Tensor]]]:
+        """Loss and figures of the tokenizer, and pairs (output, target) of each group."""
         weights = self.job.loss
-        total = sum(group.numel() for group in batch.groups)
+        total = sum(group.numel() for group in batch)
+        pixels = total / (1 if self.segmentation else 3)
+        samples = sum(len(group) for group in batch)
         loss = torch.zeros((), device=self.device)
-        seen: dict[str, float | Tensor] = {
-            "pixels": total / (1 if self.segmentation else 3),
-            "samples": sum(len(group) for group in batch.groups),
-        }
+        seen: dict[str, float | Tensor] = {"weight": pixels, "pixels": pixels, "samples": samples}
         outputs: list[tuple[Tensor, Tensor]] = []
         if self.quantizer is not None:
-            self.quantizer.open = self._open(batch.step)
-        for group in batch.groups:
+            self.quantizer.open = self._open(step)
+        for group in batch:
             target = group.to(self.device, non_blocking=True)
             share = target.numel() / total
             output, latent = model(target, noise=self._noise(target, generator), return_dict=False)
@@ -150,7 +211,7 @@ class TokenizerObjective:
             if self.quantizer is None:
                 loss = loss + share * weights.latent_penalty * latent.float().square().mean()
             else:
-                loss = loss + share * self._quantization(latent, batch.step, share, seen)
+                loss = loss + share * self._quantization(latent, step, share, seen)
             outputs.append((output, target))
         if "mse" in seen:
             seen["psnr"] = -10.0 * torch.log10(torch.as_tensor(seen.pop("mse")) / 4.0)
@@ -158,15 +219,17 @@ class TokenizerObjective:
             distance = self._perceptual(self.perceptual, outputs, generator)
             loss = loss + weights.perceptual * distance
             seen["lpips"] = distance.detach()
-        if self.adversary is not None:
-            loss = loss + self._fool(loss, batch.step, outputs, seen)
-        return loss, seen
+        if weights.adversarial is not None and step >= weights.adversarial.start:
+            last = self.model.decoder.conv_out.weight
+            fooling, figures = self.adversary.fool([output for output, _ in outputs], loss, last)
+            loss = loss + fooling
+            seen.update(figures)
+        return loss, seen, outputs
 
     def _reconstruction(self, output: Tensor, target: Tensor, share: float, seen: dict[str, float | Tensor]) -> Tensor:
         """The pixel loss of one group; adds to the figures."""
         if self.segmentation:
-            right = (output.detach().argmax(dim=1) == target).float().mean()
-            _add(seen, "pixel_accuracy", share * right)
+            _add(seen, "pixel_accuracy", share * (output.detach().argmax(dim=1) == target).float().mean())
             return F.cross_entropy(output, target)
         difference = output - target
         squared = difference.square().mean()
@@ -206,31 +269,6 @@ class TokenizerObjective:
             distances.append(network(output[row : row + 1, :, frame], video[row : row + 1, :, frame]))
         return torch.cat(distances).float().mean()
 
-    def _fool(
-        self,
-        reconstruction: Tensor,
-        step: int,
-        outputs: list[tuple[Tensor, Tensor]],
-        seen: dict[str, float | Tensor],
-    ) -> Tensor:
-        """The generator's weighted adversarial loss; keeps real and made samples for `adversary_loss`."""
-        job = self.job.loss.adversarial
-        assert job is not None
-        self._seen = step, [(video, output.detach()) for output, video in outputs]
-        if step < job.start:
-            return torch.zeros((), device=self.device)
-        loss, figures = self.adversary.fool(
-            [output for output, _ in outputs], reconstruction, self.model.decoder.conv_out.weight
-        )
-        seen.update(figures)
-        return cast(Tensor, loss)
-
-    def adversary_loss(self) -> tuple[Tensor, dict[str, float | Tensor]]:
-        """The discriminator's loss on the samples of the last `loss`."""
-        step, pairs = self._seen
-        loss, figures = self.adversary.judge(pairs, step)
-        return loss, figures
-
     def _noise(self, video: Tensor, generator: torch.Generator) -> Tensor | None:
         if not self.job.loss.latent_noise:
             return None
@@ -240,6 +278,50 @@ class TokenizerObjective:
         # A random strength per sample, up to latent_noise: clean latents must decode sharply too.
         strength = torch.rand((b, 1, 1, 1, 1), generator=generator) * self.job.loss.latent_noise
         return (torch.randn(shape, generator=generator) * strength).to(self.device)
+
+    def flops(self, batch: list[Tensor]) -> float | None:
+        if self.quantizer is not None:
+            return None  # its work depends on values, which a count on the meta device has not
+        return sum(len(video) * self.counter(tuple(video.shape[2:])) for video in batch)
+
+    @torch.no_grad()
+    def heldout(self, model: nn.Module) -> dict[str, float]:
+        """PSNR (dB) and mean absolute error of scenes of other seeds, per shape and over all of them.
+
+        Of class maps the pixel accuracy and the cross-entropy.
+        """
+        found: dict[str, float] = {}
+        for place, shape in enumerate(self.job.shapes):
+            score, loss = [], []
+            for video in self._held_out(place):
+                video = video[None].to(self.device)
+                output = model(video, return_dict=False)[0].float()
+                if self.segmentation:
+                    score.append(float((output.argmax(dim=1) == video).float().mean()))
+                    loss.append(float(F.cross_entropy(output, video)))
+                else:
+                    score.append(float((output - video).square().mean()))
+                    loss.append(float((output - video).abs().mean()))
+            name, mean = f"tokenizer/{_shape_name(shape)}", sum(score) / len(score)
+            if self.segmentation:
+                found[f"{name}/pixel_accuracy"] = mean
+            else:
+                found[f"{name}/psnr"] = -10.0 * math.log10(max(mean / 4.0, 1e-12))
+            found[f"{name}/loss"] = sum(loss) / len(loss)
+        losses = [value for name, value in found.items() if name.endswith("/loss")]
+        return {**found, "loss": sum(losses) / len(losses)}
+
+    def _held_out(self, place: int) -> Iterator[Tensor]:
+        """Videos of a shape that are never trained on: scenes of other seeds, or the items that the recipe sets aside."""
+        data, shape = self.job.data, self.job.shapes[place]
+        for number in range(self.job.run.heldout_clips):
+            if self.clips is not None:
+                yield self.clips.held_out(place, number).video
+            else:
+                assert not isinstance(data, MediaJob)
+                if self.unseen is None:
+                    self.unseen = Scenes(data.model_copy(update={"seed": data.seed + HELD_OUT_SEED}))
+                yield self._draw(self.unseen, number, shape)
 
     def export(self, model: nn.Module, folder: Path) -> None:
         if not self.job.freeze_encoder and self.quantizer is None:
@@ -254,7 +336,7 @@ class TokenizerObjective:
         total = torch.zeros(model.config.latent_channels, dtype=torch.float64)
         square = torch.zeros_like(total)
         for step in range(batches):
-            for video in self.batch(step, 0).groups:
+            for video in self.batch(step, 0):
                 z = model.encode(video.to(self.device)).latent_dist.mode().double().cpu()
                 count = count + z[:, 0].numel()
                 total = total + z.sum(dim=(0, 2, 3, 4))
@@ -274,7 +356,10 @@ def _add(figures: dict[str, float | Tensor], name: str, value: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Sample:
-    """One clip or image of a pack. Pixels `(3, T, H, W)` or raw latents `(8, t, h, w)`, whichever the data gives."""
+    """One clip or image of a pack. Pixels `(3, T, H, W)` or raw latents `(8, t, h, w)`, whichever the data gives.
+
+    `states`: the caption's text states `(S, D)` if they were precomputed.
+    """
 
     video: Tensor | None
     low_res_video: Tensor | None
@@ -282,9 +367,40 @@ class Sample:
     low_res: Tensor | None
     caption: str
     start: int
+    label: int | None = None  # of a model with num_classes
+    states: Tensor | None = None
+    kept: Tensor | None = None  # bool (t, h / p, w / p), the tokens that are computed and scored; None: all
 
 
-class DenoiserObjective:
+def open_clips(job: DenoiserJob, vae: Any, captions: bool, report: Path) -> Clips | None:
+    """The clips of a denoiser recipe on a user's media; None for the theatre.
+
+    Args:
+        job: the recipe.
+        vae: its tokenizer, for the sizes.
+        captions: whether the model reads them.
+        report: the account's file.
+    """
+    if not isinstance(job.data, MediaJob):
+        return None
+    twins = job.model.get("low_res_channels") is not None
+    space, time = vae.spatial_compression_ratio * job.model.get("patch_size", 1), vae.temporal_compression_ratio
+    return Clips(
+        job.data,
+        job.shapes,
+        # The half-size twin must be whole latents too.
+        multiple=math.lcm(space, 2 * vae.spatial_compression_ratio) if twins else space,
+        cost=lambda frames, height, width: (1 + (frames - 1) // time) * (height // space) * (width // space),
+        budget=job.batch_tokens,
+        captions=captions,
+        low_res=twins,
+        report=report,
+        packs=job.run.packs,
+        workers=job.run.workers,
+    )
+
+
+class DenoiserObjective(Objective):
     """v-prediction on packs of images and clips (W.A.L.T. sections 3.2-3.4, 4.1).
 
     Each sample has its own timestep, noise, text dropout, given frames and (super-resolution) noise level; all are
@@ -293,16 +409,22 @@ class DenoiserObjective:
     """
 
     model: Any
+    shardable = True
 
     def __init__(self, job: DenoiserJob, transformer: type[Any], vae: Any, words: TextStates | None) -> None:
         self.job = job
         torch.manual_seed(job.run.seed)
         self.model = build_model(transformer, job.model)
         if job.init is not None:
-            start_from(self.model, job.init)
+            start_from(self.model, job.init, job.interpolate_positions)
+        if job.lora is not None:
+            add_lora(self.model, job.lora, job.init)
         config = self.model.config
-        self.shards = LatentShards(Path(job.data.latents), job) if job.data.latents else None
-        self.scenes = None if self.shards else Scenes(job.data)
+        self.classes = read_classes(job.classes, config.num_classes)
+        held = job.run.heldout_clips if job.run.heldout_every else 0
+        media = isinstance(job.data, MediaJob)
+        self.shards = LatentShards(Path(job.data.latents), job, held) if job.data.latents and not media else None
+        self.scenes = None if self.shards or isinstance(job.data, MediaJob) else Scenes(job.data)
         self.vae = vae.eval().requires_grad_(False)
         if job.diffusion.latent_normalization and self.vae.config.latents_mean is None:
             raise WaltError(f"{job.tokenizer}: the tokenizer has no latents_mean; export it with `walt train`")
@@ -312,19 +434,30 @@ class DenoiserObjective:
             raise WaltError(
                 "text_encoder: a model with text_dim needs text_encoder and text_tokenizer, others take none"
             )
-        self.super_resolution = config.low_res_channels is not None
+        self.super_resolution = config.get("low_res_channels") is not None
+        if (job.resolution is not None or job.token_drop is not None) and self.super_resolution:
+            raise WaltError("resolution, token_drop: for base stages only, this model takes low-resolution latents")
+        if (job.resolution is not None or job.token_drop is not None) and media:
+            raise WaltError("resolution, token_drop: for the theatre's scenes; media have sizes of their own")
+        if job.resolution is not None:
+            if job.data.latents is not None:
+                raise WaltError("resolution: needs pixels; precomputed latents (data.latents) have their size")
+            if job.resolution.low > job.resolution.high:
+                raise WaltError(f"resolution: low {job.resolution.low} is above high {job.resolution.high}")
         space = self.vae.spatial_compression_ratio * config.patch_size
         for shape in job.shapes:
             height, width = (shape.cut or shape.height), (shape.cut or shape.width)
             if height % space or width % space:
                 raise WaltError(f"shapes: {height}x{width} is not a multiple of {space} (tokenizer x patch_size)")
-        self.tokens = [
-            (1 + (s.frames - 1) // self.vae.temporal_compression_ratio)
-            * ((s.cut or s.height) // space)
-            * ((s.cut or s.width) // space)
-            for s in job.shapes
-        ]
+        self.space = space
+        self.tokens = [t * h * w for t, h, w in map(self._grid, job.shapes)]
+        self.clips = open_clips(job, self.vae, words is not None, Path(job.run.output) / "skipped.jsonl")
+        self.media_latents = (
+            MediaLatents(Path(job.data.latents), job, self.clips) if self.clips and job.data.latents else None
+        )
         self.device = torch.device("cpu")
+        self.unseen: Scenes | None = None
+        self.counter = ForwardCounter(transformer, dict(self.model.config))
         if job.init is None and self.super_resolution and config.sigma_data is not None:
             self.model.fit_low_res_embed(
                 (self._latent(sample.low_res_video, sample.low_res), self._latent(sample.video, sample.latent))
@@ -338,22 +471,76 @@ class DenoiserObjective:
         if self.words is not None:
             self.words.to(device)
 
+    def _media_sample(self, draw: Draw) -> Sample:
+        """A sample of a user's media: pixels, or precomputed latents and text states."""
+        assert self.clips is not None
+        start = self.job.shapes[draw.shape].start
+        if self.media_latents is not None:
+            latent, low_res, caption, states = self.media_latents.get(draw)
+            return Sample(None, None, latent, low_res, caption, start, states=states)
+        clip = self.clips.load(draw)
+        return Sample(clip.video, clip.low_res, None, None, clip.caption, start)
+
     def batch(self, step: int, rank: int) -> list[Sample]:
         """A pack: samples of mixed shape that fill `batch_tokens`, a pure function of (recipe, step, rank)."""
+        if self.clips is not None:
+            return self._by_frame(self.clips.pack(step, rank, self._media_sample))
+        assert not isinstance(self.job.data, MediaJob)
         rng = np.random.default_rng((self.job.run.seed, step, rank))
-        weights = [shape.weight for shape in self.job.shapes]
         pack: list[Sample] = []
-        for index in fill_budget(self.job.batch_tokens, self.tokens, weights, rng):
+        for index, shape, kept in self._draw(step, rng):
             number = int(rng.integers(self.job.data.scenes))
-            shape = self.job.shapes[index]
             if self.shards is not None:
                 latent, low_res, caption = self.shards.get(index, number)
-                pack.append(Sample(None, None, latent, low_res, caption, shape.start))
+                pack.append(Sample(None, None, latent, low_res, caption, shape.start, kept=kept))
             else:
                 assert self.scenes is not None
                 clip = self.scenes.clip(number, shape, self.super_resolution)
-                pack.append(Sample(clip.video, clip.low_res, None, None, clip.caption, shape.start))
-        return pack
+                pack.append(Sample(clip.video, clip.low_res, None, None, clip.caption, shape.start, kept=kept))
+        return self._by_frame(pack)
+
+    @staticmethod
+    def _by_frame(pack: list[Sample]) -> list[Sample]:
+        """Samples of one frame size lie side by side: whole-frame windows are then in order and nothing is permuted."""
+
+        def size(sample: Sample) -> tuple[int, ...]:
+            x = sample.video if sample.latent is None else sample.latent
+            assert x is not None
+            return x.shape[2] * x.shape[3], x.shape[2], x.shape[1]
+
+        return sorted(pack, key=size)
+
+    def _draw(self, step: int, rng: np.random.Generator) -> list[tuple[int, Shape, Tensor | None]]:
+        """The samples of a pack: index of their shape, the shape at its drawn size, and the tokens that stay."""
+        job = self.job
+        weights = np.array([shape.weight for shape in job.shapes], dtype=np.float64)
+        if job.resolution is None and job.token_drop is None:
+            return [(i, job.shapes[i], None) for i in fill_budget(job.batch_tokens, self.tokens, list(weights), rng)]
+        # Sizes are known only once drawn: the first pack of a stream of draws, of which nothing depends on the rest.
+        packer = Packer(job.batch_tokens, look_ahead=32, method="first_fit", oversize="report")
+        for _ in range(100_000):
+            index = int(rng.choice(len(weights), p=weights / weights.sum()))
+            shape = job.shapes[index]
+            if job.resolution is not None and not shape.cut:
+                knobs = job.resolution.model_dump()
+                height, width = draw_size(shape.height, shape.width, self.space, rng=rng, **knobs)
+                shape = shape.model_copy(update={"height": height, "width": width})
+            grid = self._grid(shape)
+            tokens, kept = grid[0] * grid[1] * grid[2], None
+            if job.token_drop is not None:
+                knobs = job.token_drop.model_dump()
+                spread = (tokens, min(self.tokens), max(self.tokens))
+                kept = draw_kept(grid, draw_drop_rate(**knobs, tokens=spread, step=step, rng=rng), rng)
+            packs = packer.add((tokens if kept is None else int(kept.sum()), (index, shape, kept)))
+            if packs:
+                return list(packs[0].payloads)
+        raise WaltError(f"batch_tokens is {job.batch_tokens}, less than the sizes that the recipe draws")
+
+    def _grid(self, shape: Shape) -> Grid:
+        """Frames, rows and columns of a shape in tokens."""
+        height, width = (shape.cut or shape.height), (shape.cut or shape.width)
+        frames = 1 + (shape.frames - 1) // self.vae.temporal_compression_ratio
+        return frames, height // self.space, width // self.space
 
     @torch.no_grad()
     def _latent(self, video: Tensor | None, latent: Tensor | None) -> Tensor:
@@ -367,65 +554,221 @@ class DenoiserObjective:
         return normalize(latent, self.vae.config.latents_mean, self.vae.config.latents_std)
 
     def loss(
-        self, model: nn.Module, batch: list[Sample], generator: torch.Generator
+        self,
+        model: nn.Module,
+        batch: list[Sample],
+        generator: torch.Generator,
+        shared: torch.Generator | None = None,
     ) -> tuple[Tensor, dict[str, float | Tensor]]:
         knobs = self.job.diffusion
         clean = [self._latent(sample.video, sample.latent) for sample in batch]
         count = len(batch)
         steps = draw_timesteps(count, len(self.scheduler), knobs.timestep_logit_normal, generator)
         noise = [torch.randn(z.shape, generator=generator).to(self.device) for z in clean]
+        masks = self._masks(clean, batch, generator)
+        lost = drop(count, knobs.condition_dropout, generator)
+        levels = None
+        if self.super_resolution:
+            levels = torch.randint(knobs.max_noise_level + 1, (count,), generator=generator)
+        told = self._told(batch, clean, masks, lost, levels, generator)
+        twice = False
+        if self.model.config.self_conditioning:
+            # Alike on all ranks: sharded weights are gathered by all of them in every forward pass.
+            chance = float(torch.rand((), generator=generator if shared is None else shared))
+            twice = chance < knobs.self_conditioning_probability
+        errors, sizes = self._errors(model, clean, noise, steps, masks, told, twice)
+        if knobs.loss_weighting == "token":
+            weight = torch.stack(sizes).sum()
+            loss = torch.stack(errors).sum() / weight
+        else:
+            weight = torch.tensor(float(count))
+            loss = torch.stack([e / s for e, s in zip(errors, sizes, strict=True)]).mean()
+        whole = [z[0].numel() // self.model.config.patch_size**2 for z in clean]
+        tokens = sum(n if s.kept is None else int(s.kept.sum()) for n, s in zip(whole, batch, strict=True))
+        videos = sum(z.shape[1] > 1 for z in clean)
+        figures = {"weight": weight, "tokens": tokens, "samples": count, "clips": videos, "padding": 0}
+        figures["fill"] = tokens / self.job.batch_tokens
+        return loss, {**figures, "forwards": 1.0 + twice}
+
+    def _masks(self, clean: list[Tensor], batch: list[Sample], generator: torch.Generator) -> list[Tensor]:
+        """`(1, t, h, w)` per sample, ones where its clean latents are given: first frames, or anything at all."""
+        knobs, conditional = self.job.diffusion, self.model.config.frame_conditioning
         given = draw_given_frames(
             [z.shape[1] for z in clean],
             [sample.start for sample in batch],
-            knobs.frame_prediction_probability if self.model.config.frame_conditioning else 0.0,
-            knobs.condition_dropout if self.model.config.frame_conditioning else 1.0,
+            knobs.frame_prediction_probability if conditional else 0.0,
+            knobs.condition_dropout if conditional else 1.0,
             generator,
+            knobs.given_frames,
         )
         masks = [frame_mask(z, k) for z, k in zip(clean, given, strict=True)]
-        noisy = [add_noise(self.scheduler, z, e, int(t)) for z, e, t in zip(clean, noise, steps, strict=True)]
-        target = [velocity(self.scheduler, z, e, int(t)) for z, e, t in zip(clean, noise, steps, strict=True)]
+        if conditional and knobs.mask_probability:
+            chosen = drop(len(clean), knobs.mask_probability, generator)
+            masks = [random_mask(m, generator) if yes else m for m, yes in zip(masks, chosen, strict=True)]
+        return masks
+
+    def _told(
+        self,
+        batch: list[Sample],
+        clean: list[Tensor],
+        masks: list[Tensor],
+        lost: list[bool],
+        levels: Tensor | None,
+        generator: torch.Generator,
+    ) -> dict[str, Any]:
+        """The model's conditions: given frames, words, classes, noisy low resolution. `lost` ones miss words or class."""
         told: dict[str, Any] = {}
-        if self.model.config.frame_conditioning:
+        config = self.model.config
+        if config.frame_conditioning:
             told |= {"frame_latents": clean, "frame_mask": masks}
         if self.words is not None:
-            lost = drop(count, knobs.condition_dropout, generator)
-            captions = ["" if gone else sample.caption for gone, sample in zip(lost, batch, strict=True)]
-            told["encoder_hidden_states"] = self.words(captions)
-        if self.super_resolution:
-            levels = torch.randint(knobs.max_noise_level + 1, (count,), generator=generator)
+            told["encoder_hidden_states"] = self._states(batch, lost)
+        if config.num_classes is not None:
+            labels = [self._label(sample) for sample in batch]
+            null = config.num_classes
+            told["class_labels"] = torch.tensor(
+                [null if gone else label for gone, label in zip(lost, labels, strict=True)], device=self.device
+            )
+        if levels is not None:
             low = [self._latent(sample.low_res_video, sample.low_res) for sample in batch]
             told["low_res_hidden_states"] = [
                 add_noise(self.scheduler, z, torch.randn(z.shape, generator=generator).to(self.device), int(t))
                 for z, t in zip(low, levels, strict=True)
             ]
             told["low_res_noise_level"] = levels.to(self.device)
+        if any(sample.kept is not None for sample in batch):
+            told["kept"] = [sample.kept for sample in batch]
+        return told
+
+    def _label(self, sample: Sample) -> int:
+        if sample.label is not None:
+            return sample.label
+        if not self.classes:
+            raise WaltError("classes: a model with num_classes needs the file that lists them, one a line")
+        if sample.caption not in self.classes:
+            known = suggest(sample.caption, self.classes)
+            raise WaltError(f"classes: {self.job.classes} has no {sample.caption!r}{known}, the caption of a sample")
+        return self.classes[sample.caption]
+
+    def _errors(
+        self,
+        model: Any,
+        clean: list[Tensor],
+        noise: list[Tensor],
+        steps: Tensor,
+        masks: list[Tensor],
+        told: dict[str, Any],
+        twice: bool,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Of each sample, the squared error of v summed over what is not given (and averaged over channels), and how
+        many latent places that is."""
+        noisy = [add_noise(self.scheduler, z, e, int(t)) for z, e, t in zip(clean, noise, steps, strict=True)]
+        target = [velocity(self.scheduler, z, e, int(t)) for z, e, t in zip(clean, noise, steps, strict=True)]
         timestep = steps.to(self.device)
-        if self.model.config.self_conditioning:
-            chance = float(torch.rand((), generator=generator))
-            if chance < knobs.self_conditioning_probability:
-                with torch.no_grad():
-                    first = model(noisy, timestep, **told).sample
-                told["self_conditioning"] = [
-                    x0_from_velocity(self.scheduler, v.float(), x, int(t))
+        if twice:
+            with torch.no_grad():
+                first = model(noisy, timestep, **told).sample
+            told = told | {
+                "self_conditioning": [
+                    x0_from_velocity(self.scheduler, v[: len(x)].float(), x, int(t))
                     for v, x, t in zip(first, noisy, steps, strict=True)
                 ]
+            }
         predicted = model(noisy, timestep, **told).sample
-        # Given frames are known: they carry no loss.
+        kept = told.get("kept") or [None] * len(clean)
+        # Given frames are known and dropped tokens were not computed: they carry no loss.
+        scored = [(1.0 - m) * _pixels(mask, m) for mask, m in zip(kept, masks, strict=True)]
         errors = [
-            ((v.float() - y).square() * (1.0 - m)).sum() / v.shape[0]
-            for v, y, m in zip(predicted, target, masks, strict=True)
+            ((v[: len(y)].float() - y).square() * s).sum() / len(y)
+            for v, y, s in zip(predicted, target, scored, strict=True)
         ]
-        sizes = [(1.0 - m).sum() for m in masks]
-        if knobs.loss_weighting == "token":
-            loss = torch.stack(errors).sum() / torch.stack(sizes).sum()
-        else:
-            loss = torch.stack([e / s for e, s in zip(errors, sizes, strict=True)]).mean()
-        tokens = sum(z[0].numel() for z in clean) // self.model.config.patch_size**2
-        videos = sum(z.shape[1] > 1 for z in clean)
-        return loss, {"tokens": tokens, "samples": count, "clips": videos}
+        if self.model.config.get("learned_variance"):
+            for i, (v, z, x, t, s) in enumerate(zip(predicted, clean, noisy, steps, scored, strict=True)):
+                bound = variance_bound(self.scheduler, v[: len(z)].float(), v[len(z) :].float(), z, x, int(t))
+                errors[i] = errors[i] + self.job.diffusion.variance_weight * (bound * s).sum() / len(z)
+        return errors, [s.sum() for s in scored]
 
-    def export(self, model: nn.Module, folder: Path) -> None:
-        model.save_pretrained(folder)  # type: ignore[operator]
+    def held_out(self, shape: int, number: int) -> Sample:
+        """The `number`-th sample of a shape that is never trained on."""
+        start = self.job.shapes[shape].start
+        if self.clips is not None:
+            return self.clips.held_out(shape, number, self._media_sample)
+        assert not isinstance(self.job.data, MediaJob)
+        if self.shards is not None:
+            latent, low_res, caption = self.shards.held_out(shape, number)
+            return Sample(None, None, latent, low_res, caption, start)
+        if self.unseen is None:
+            # Other seeds make other scenes.
+            self.unseen = Scenes(self.job.data.model_copy(update={"seed": self.job.data.seed + HELD_OUT_SEED}))
+        clip = self.unseen.clip(number, self.job.shapes[shape], self.super_resolution)
+        return Sample(clip.video, clip.low_res, None, None, clip.caption, start)
+
+    @torch.no_grad()
+    def heldout(self, model: nn.Module) -> dict[str, float]:
+        """Mean squared error of v per noise level and shape, named `stage/shape/tLOW-HIGH`, and over all of them.
+
+        No frame is given, no condition is lost, nothing is predicted beforehand; low resolution carries half the
+        recipe's noise. Every clip is seen at the middle of every bin.
+        """
+        stage = "sr" if self.super_resolution else "base"
+        length = len(self.scheduler)
+        found: dict[str, float] = {}
+        for place, shape in enumerate(self.job.shapes):
+            batch = [self.held_out(place, number) for number in range(self.job.run.heldout_clips)]
+            clean = [self._latent(sample.video, sample.latent) for sample in batch]
+            masks = [frame_mask(z, 0) for z in clean]
+            for part in range(NOISE_BINS):
+                low, high = part * length // NOISE_BINS, (part + 1) * length // NOISE_BINS
+                generator = torch.Generator().manual_seed(1_000_003 * place + part)
+                noise = [torch.randn(z.shape, generator=generator).to(self.device) for z in clean]
+                levels = None
+                if self.super_resolution:
+                    levels = torch.full((len(batch),), self.job.diffusion.max_noise_level // 2)
+                told = self._told(batch, clean, masks, [False] * len(batch), levels, generator)
+                steps = torch.full((len(batch),), (low + high) // 2)
+                errors, sizes = self._errors(model, clean, noise, steps, masks, told, False)
+                value = float(torch.stack(errors).sum() / torch.stack(sizes).sum())
+                found[f"{stage}/{_shape_name(shape)}/t{low}-{high - 1}"] = value
+        return {**found, "loss": sum(found.values()) / len(found)}
+
+    def flops(self, batch: list[Sample]) -> float | None:
+        total = 0.0
+        for sample in batch:
+            if sample.latent is not None:
+                grid = tuple(sample.latent.shape[1:])
+            else:
+                assert sample.video is not None
+                frames, height, width = sample.video.shape[1:]
+                space = self.vae.spatial_compression_ratio
+                grid = (1 + (frames - 1) // self.vae.temporal_compression_ratio, height // space, width // space)
+            total += self.counter(grid)
+        return total
+
+    def _states(self, batch: list[Sample], lost: list[bool]) -> list[Tensor]:
+        """Text states of every sample, those of "" where the caption is dropped; precomputed ones are taken as such."""
+        assert self.words is not None
+        states = [None if gone else sample.states for gone, sample in zip(lost, batch, strict=True)]
+        unknown = [i for i, known in enumerate(states) if known is None]
+        fresh = self.words(["" if lost[i] else batch[i].caption for i in unknown]) if unknown else []
+        made = dict(zip(unknown, fresh, strict=True))
+        return [made[i] if known is None else known.to(self.device) for i, known in enumerate(states)]
+
+    def export(self, model: Any, folder: Path) -> None:
+        if self.job.lora is not None and self.job.lora.export == "adapter":
+            model.save_lora_adapter(folder)
+            return
+        if self.job.lora is not None:
+            model.fuse_lora()
+            model.unload_lora()
+        model.save_pretrained(folder)
+
+
+def _pixels(kept: Tensor | None, like: Tensor) -> Tensor | float:
+    """1 at the latent pixels of kept tokens, in the shape `(1, t, h, w)` of `like`."""
+    if kept is None:
+        return 1.0
+    patch = like.shape[-1] // kept.shape[-1]
+    return kept.to(like).repeat_interleave(patch, dim=1).repeat_interleave(patch, dim=2)[None]
 
 
 class TextStates:
@@ -458,14 +801,91 @@ class TextStates:
         return [self.cache[prompt] for prompt in prompts]
 
 
-def start_from(model: Any, folder: str) -> Any:
-    """Copies the weights of a trained model of the same shape into `model`; returns the trained one."""
-    trained = load_folder(type(model), folder, "init")
+def _shape_name(shape: Shape) -> str:
+    """Frames and size of a shape, and where its window starts and what is cut out of it, for figures by resolution."""
+    size = f"{shape.cut}x{shape.cut}" if shape.cut else f"{shape.height}x{shape.width}"
+    return (
+        f"{shape.frames}x{size}"
+        + (f"+{shape.start}" if shape.start else "")
+        + (f"@{shape.height}" if shape.cut else "")
+    )
+
+
+def add_lora(model: Any, job: LoraJob, init: str | None) -> None:
+    """Adapters on the layers that `job.targets` name; everything else is frozen."""
+    from peft import LoraConfig
+
+    if init is None:
+        raise WaltError("lora: adapters on an untrained model learn nothing; give init=FOLDER")
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for target in job.targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            ends = sorted({name.split(".", 2)[-1] if "blocks" in name else name for name in names})
+            raise WaltError(
+                f"lora.targets: no linear layer ends in {target!r}{suggest(target, ends)}; {', '.join(ends)}"
+            )
+    model.requires_grad_(False)
+    model.add_adapter(
+        LoraConfig(r=job.rank, lora_alpha=job.alpha or job.rank, target_modules=list(job.targets), lora_dropout=0.0)
+    )
+
+
+def read_classes(path: str | None, count: int | None) -> dict[str, int]:
+    """Class names by line, `{name: label}`; empty without a file."""
+    if path is None:
+        return {}
     try:
-        model.load_state_dict(trained.state_dict())
-    except RuntimeError as error:
-        raise WaltError(f"init: {folder!r} has another shape than the recipe's model") from error
+        names = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise WaltError(f"classes: {path} cannot be read: {error}") from None
+    if len(set(names)) != count:
+        raise WaltError(f"classes: {path} lists {len(set(names))} classes, the model has num_classes={count}")
+    return {name: label for label, name in enumerate(names)}
+
+
+def start_from(model: Any, folder: str, interpolate: bool = False) -> Any:
+    """Copies the weights of a trained model of the same shape into `model`; returns the trained one.
+
+    With `interpolate` the shapes of position tables may differ (W.A.L.T. Table 6: a square model goes on at 16:9).
+    """
+    trained = load_folder(type(model), folder, "init")
+    state = interpolated_positions(trained, model) if interpolate else trained.state_dict()
+    copy_weights(model, state, folder, "" if interpolate else " (interpolate_positions=true lets sample_size differ)")
     return trained
+
+
+def copy_weights(model: Any, weights: dict[str, Tensor], folder: str, hint: str = "") -> None:
+    """Loads `weights`, which came from `folder`, into a model that must have the same shape."""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise WaltError(f"init: {folder!r} has another shape than the recipe's model{hint}") from error
+
+
+def interpolated_positions(trained: nn.Module, model: nn.Module) -> dict[str, Tensor]:
+    """The trained state with absolute and relative position tables resized to those of `model`.
+
+    A table is read where the model reads tables of another size: space bilinear, time and offsets in a window linear
+    from end to end. So the first step starts from what the trained model does at the new size.
+    """
+    state = trained.state_dict()
+    modules = dict(trained.named_modules())
+    for name, module in model.named_modules():
+        old = modules.get(name)
+        if isinstance(module, WaltPositionEmbedding) and isinstance(old, WaltPositionEmbedding):
+            frames, height, width = module.grid
+            table = state[f"{name}.space"].T.reshape(1, -1, *old.grid[1:])
+            state[f"{name}.space"] = F.interpolate(table, size=(height, width), mode="bilinear").flatten(2)[0].T
+            times = state[f"{name}.time"]
+            if frames > len(times):
+                times = F.interpolate(times.T[None], size=frames, mode="linear", align_corners=True)[0].T
+            state[f"{name}.time"] = times[:frames]
+        elif isinstance(module, RelativeBias) and isinstance(old, RelativeBias):
+            table, size = state[f"{name}.table"], tuple(module.table.shape[1:])
+            if tuple(table.shape[1:]) != size:
+                table = F.interpolate(table[None], size=size, mode="trilinear", align_corners=True)[0]
+            state[f"{name}.table"] = table
+    return {name: value.contiguous() for name, value in state.items()}
 
 
 def load_folder(cls: type[Any], folder: str, what: str) -> Any:

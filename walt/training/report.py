@@ -1,37 +1,64 @@
-"""What a run says: lines on the terminal, `log.jsonl` in the run folder, and wandb (offline by default)."""
+"""What a run says: lines on the terminal, `log.jsonl` in the run folder, wandb (offline by default) and TensorBoard."""
 
 from __future__ import annotations
 
 import json
 import os
+import resource
+import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
-from torch import Tensor
 
+from walt.errors import WaltError
 from walt.training.job import Job
+
+# Figures that add up over packs, ranks and steps; the others are means over a step.
+COUNTS = ("samples", "clips", "tokens", "pixels", "padding", "flops")
+QUIET = {"samples", "tokens", "clips", "pixels", "forwards", "skipped", "time_checkpoint"}  # only in the log
+STALL_SHARE = 0.2  # of a log window spent waiting for data: named
+STALL_SECONDS = 60.0  # of one wait: named while it lasts
 
 
 class Report:
-    """Collects figures each step and prints their mean every `run.log_every` steps."""
+    """Collects figures and times each step, and prints them every `run.log_every` steps.
 
-    def __init__(self, job: Job, output: Path, start: int, enabled: bool) -> None:
-        self.job, self.enabled = job, enabled
+    Times in a row, as seconds per step: `data` (waiting for it), `compute` (forward and backward), `optimizer`,
+    `checkpoint`, and `other` (sheets, held-out loss). `mfu` is the share of `rate` that the model's own operations
+    reach in the time that training itself takes: everything but sheets and held-out loss.
+
+    Args:
+        job: the recipe.
+        output: the run folder; rows of its log after step `start` belong to work that is done again, and go.
+        start: updates done.
+        enabled: rank 0.
+        rate: floating-point operations per second of all ranks together, for `mfu`.
+    """
+
+    def __init__(self, job: Job, output: Path, start: int, enabled: bool, rate: float | None = None) -> None:
+        self.job, self.enabled, self.rate = job, enabled, rate
         self.console = Console(highlight=False)
         self.sums: dict[str, float] = {}
+        self.times: dict[str, float] = {}
         self.count = 0
         self.begun = time.monotonic()
-        self.paused = 0.0
         self.left = job.run.steps - start
+        self.at = start
         self.wandb: Any = None
+        self.board: Any = None
         self.log: Any = None
         if not enabled:
             return
-        self.log = (output / "log.jsonl").open("a")
+        path = output / "log.jsonl"
+        if path.exists():
+            _cut(path, start)
+        self.log = path.open("a")
         if job.run.wandb:
             import wandb
 
@@ -43,52 +70,173 @@ class Report:
                 mode=mode,
                 settings=wandb.Settings(silent=True),
             )
+        if job.run.tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise WaltError("run.tensorboard: needs the package tensorboard (pip install tensorboard)") from error
+            self.board = SummaryWriter(str(output / "tensorboard"))
         if start:
-            self.console.print(f"resuming after step {start}")
+            self.say(f"resuming after step {start}")
 
-    def step(self, step: int, figures: Mapping[str, float | Tensor]) -> None:
-        """Adds one step's figures; on logging steps prints, writes and clears them."""
+    @contextmanager
+    def time(self, what: str) -> Iterator[None]:
+        """Counts the time inside as `what`."""
+        begun = time.monotonic()
+        yield
+        self.times[what] = self.times.get(what, 0.0) + time.monotonic() - begun
+
+    @contextmanager
+    def waiting(self, step: int) -> Iterator[None]:
+        """The wait for a batch; a long one is named while it lasts."""
+        if not self.enabled:
+            yield
+            return
+        begun = time.monotonic()
+
+        def name() -> None:
+            waited = time.monotonic() - begun
+            self.say(f"step {step + 1}: loading stalls, waiting for data for {waited:.0f} s")
+
+        timer = threading.Timer(STALL_SECONDS, name)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+        self.times["data"] = self.times.get("data", 0.0) + time.monotonic() - begun
+
+    def step(self, step: int, figures: Mapping[str, float]) -> None:
+        """Adds one step's figures, already summed over packs and ranks; on logging steps prints and clears them."""
         if not self.enabled:
             return
         for name, value in figures.items():
             self.sums[name] = self.sums.get(name, 0.0) + float(value)
         self.count += 1
         self.left -= 1
+        self.at = step + 1
         if (step + 1) % self.job.run.log_every and step + 1 != self.job.run.steps:
             return
-        took = time.monotonic() - self.begun - self.paused
-        row = {name: value / self.count for name, value in self.sums.items()}
-        row["seconds_per_step"] = took / self.count
-        for name in ("tokens", "samples"):
-            if name in row:
-                row[f"{name}_per_second"] = self.sums[name] / took
-        eta = self.left * row["seconds_per_step"]
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in row.items())
-        self.console.print(f"step {step + 1}/{self.job.run.steps}  {shown}  eta {eta / 60:.1f} min", soft_wrap=True)
-        self.log.write(json.dumps({"step": step + 1, **row}) + "\n")
-        self.log.flush()
-        if self.wandb is not None:
-            self.wandb.log(row, step=step + 1)
-        self.sums, self.count, self.begun, self.paused = {}, 0, time.monotonic(), 0.0
+        self.flush()
 
-    @contextmanager
-    def pause(self) -> Iterator[None]:
-        """Time inside (checkpoints, sheets) does not count as training."""
-        begun = time.monotonic()
-        yield
-        self.paused += time.monotonic() - begun
+    def flush(self) -> None:
+        """Prints and writes what has been collected."""
+        if not self.enabled or not self.count:
+            return
+        now = time.monotonic()
+        whole = now - self.begun
+        other = self.times.pop("other", 0.0)
+        took = max(whole - other, 1e-9)
+        row = {name: value / self.count for name, value in self.sums.items() if name != "flops"}
+        row["seconds_per_step"] = took / self.count
+        for name in ("samples", "tokens"):
+            if name in self.sums:
+                row[f"{name}_per_second"] = self.sums[name] / took
+        if "tokens" in self.sums:
+            padding = self.sums.get("padding", 0.0)
+            row["padding"] = padding / max(padding + self.sums["tokens"], 1.0)
+        for name in ("data", "compute", "optimizer", "checkpoint"):
+            row[f"time_{name}"] = self.times.get(name, 0.0) / self.count
+        row["data_wait"] = self.times.get("data", 0.0) / took
+        if self.rate and self.sums.get("flops"):
+            row["mfu"] = self.sums["flops"] / took / self.rate
+        row["peak_memory_gb"] = _peak_memory() / 1e9
+        eta = self.left * row["seconds_per_step"]
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name not in QUIET)
+        self.say(f"step {self.at}/{self.job.run.steps}  {shown}  eta {eta / 60:.1f} min")
+        if row["data_wait"] > STALL_SHARE and self.count > 1:
+            self.say(
+                f"loading stalls: {row['data_wait']:.0%} of the time went into waiting for data; raise run.workers, or "
+                "precompute latents (walt encode)"
+            )
+        self._write({"step": self.at, **row})
+        self.scalars(self.at, row)
+        self.sums, self.times, self.count, self.begun = {}, {}, 0, now
+
+    def heldout(self, step: int, figures: Mapping[str, float]) -> None:
+        """Writes held-out figures, a row of their own."""
+        if not self.enabled:
+            return
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        self.say(f"held out after step {step}  {shown}")
+        self._write({"step": step, "heldout": dict(figures)})
+        self.scalars(step, {f"heldout/{name}": value for name, value in figures.items()})
 
     def sheet(self, path: Path, step: int) -> None:
-        """Shows a sample sheet in wandb."""
-        if self.enabled:
-            self.console.print(f"sheet {path}")
-            if self.wandb is not None:
-                import wandb
+        """Shows a sample sheet, and the clips beside it, in wandb and TensorBoard."""
+        if not self.enabled:
+            return
+        self.say(f"sheet {path}")
+        clips = path.with_suffix(".mp4")
+        if self.wandb is not None:
+            import wandb
 
-                self.wandb.log({"sheet": wandb.Image(str(path))}, step=step)
+            shown: dict[str, Any] = {"sheet": wandb.Image(str(path))}
+            if clips.exists():
+                shown["clips"] = wandb.Video(str(clips), format="mp4")
+            self.wandb.log(shown, step=step)
+        if self.board is not None:
+            import numpy as np
+            from PIL import Image
+
+            self.board.add_image("sheet", np.asarray(Image.open(path).convert("RGB")), step, dataformats="HWC")
+
+    def say(self, line: str) -> None:
+        """A line on the terminal."""
+        if self.enabled:
+            self.console.print(line, soft_wrap=True, markup=False)
+
+    def note(self, step: int, words: str) -> None:
+        """A line on the terminal and in the log: something that should not pass unseen."""
+        if self.enabled:
+            self.say(words)
+            self._write({"step": step, "note": words})
+
+    def scalars(self, step: int, row: Mapping[str, float]) -> None:
+        if self.wandb is not None:
+            self.wandb.log(dict(row), step=step)
+        if self.board is not None:
+            for name, value in row.items():
+                self.board.add_scalar(name, value, step)
+
+    def _write(self, row: Mapping[str, Any]) -> None:
+        try:
+            self.log.write(json.dumps(row) + "\n")
+            self.log.flush()
+        except OSError as error:
+            # A full disk must not end a run that can go on without its log.
+            self.say(f"cannot write log.jsonl: {error.strerror or error}")
 
     def close(self) -> None:
         if self.log is not None:
-            self.log.close()
+            try:
+                self.log.close()
+            except OSError as error:
+                self.say(f"cannot write log.jsonl: {error.strerror or error}")
+        if self.board is not None:
+            self.board.close()
         if self.wandb is not None:
             self.wandb.finish()
+
+
+def _cut(path: Path, start: int) -> None:
+    """Drops the rows after step `start`, and a last line that a kill cut short."""
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= start:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept))
+    os.replace(temporary, path)
+
+
+def _peak_memory() -> float:
+    """Bytes: of the accelerator where there is one, else the most this process ever had resident."""
+    if torch.cuda.is_available():
+        return float(torch.cuda.max_memory_allocated())
+    unit = 1 if sys.platform == "darwin" else 1024
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)

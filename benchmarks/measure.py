@@ -1,0 +1,112 @@
+"""What the benchmarks share: interleaved times, peak memory, the machine's own rate, goals."""
+
+from __future__ import annotations
+
+import ctypes
+import json as _json
+import multiprocessing
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def synchronize() -> None:
+    """Waits for the GPU, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def interleaved(runs: dict[str, Callable[[], object]], repeats: int = 5, warmup: int = 1) -> dict[str, float]:
+    """Best seconds of each run; the repeats of all are interleaved, so that a slow spell of the machine hits all."""
+    best = dict.fromkeys(runs, float("inf"))
+    for repeat in range(-warmup, repeats):
+        for name, run in runs.items():
+            synchronize()
+            start = time.perf_counter()
+            run()
+            synchronize()
+            if repeat >= 0:
+                best[name] = min(best[name], time.perf_counter() - start)
+    return best
+
+
+def peak_memory(run: Callable[[], object]) -> int:
+    """Most bytes that `run` holds above what there is before it: in a forked child on CPU, of the allocator on CUDA.
+
+    The child computes on one thread, as a fork does not take the threads of OpenMP along.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return int(torch.cuda.max_memory_allocated() - before)
+    context = multiprocessing.get_context("fork")
+    receive, send = context.Pipe(duplex=False)
+    child = context.Process(target=_peak, args=(run, send))
+    child.start()
+    send.close()
+    try:
+        value = receive.recv()
+    except EOFError:
+        value = "it was killed"
+    child.join()
+    if isinstance(value, str):
+        raise RuntimeError(f"the measured run failed: {value}")
+    return int(value)
+
+
+def _peak(run: Callable[[], object], send: Any) -> None:
+    try:
+        torch.set_num_threads(1)
+        # Give back what the parent had freed: memory that is reused would not count.
+        ctypes.CDLL(None).malloc_trim(0)
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        before = pages * resource.getpagesize()
+        run()
+        send.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+    except BaseException as error:  # the parent reports it
+        send.send(f"{type(error).__name__}: {error}")
+
+
+def matmul_rate(dtype: torch.dtype, device: str = "cpu") -> float:
+    """This machine's FLOP/s in a large matrix product of that type (best of five)."""
+    size = 8192 if device != "cpu" else 1536
+    a = torch.randn(size, size, dtype=torch.float32).to(device, dtype)
+    seconds = interleaved({"matmul": lambda: a @ a}, repeats=5, warmup=1)["matmul"]
+    return 2.0 * size**3 / seconds
+
+
+@dataclass
+class Goal:
+    """A measured value and what it should at least (or, not `at_least`, at most) be."""
+
+    name: str
+    value: float
+    goal: float
+    at_least: bool = True
+
+    @property
+    def met(self) -> bool:
+        """Whether the goal is reached."""
+        return self.value >= self.goal if self.at_least else self.value <= self.goal
+
+
+def finish(goals: list[Goal], json: str | None) -> int:
+    """Prints one line a goal, writes them to a JSON file if asked, and returns the exit status: 1 where one is missed."""
+    for goal in goals:
+        sign = "" if goal.at_least else "at most "
+        print(f"{goal.name}: {goal.value:.4g} (goal {sign}{goal.goal:g}){'' if goal.met else ' MISSED'}")
+    if json is not None:
+        rows = [{"name": g.name, "value": g.value, "goal": g.goal, "at_least": g.at_least, "met": g.met} for g in goals]
+        path = Path(json)
+        temporary = path.with_name(path.name + ".part")
+        temporary.write_text(_json.dumps(rows, indent=2) + "\n")
+        temporary.replace(path)
+    return int(not all(goal.met for goal in goals))

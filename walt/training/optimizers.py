@@ -1,0 +1,146 @@
+"""Optimizers of a recipe, their schedule, the average of the weights, and the guard that refuses bad updates."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+
+from walt.training.job import OptimizerJob, RunJob
+
+
+def make_optimizer(job: OptimizerJob, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
+    """AdamW, or Adafactor as torch has it (factored second moments, update clipping, steps relative to the weight's RMS).
+
+    `betas` belong to AdamW.
+    """
+    if job.kind == "adafactor":
+        return torch.optim.Adafactor(parameters, lr=job.lr, weight_decay=job.weight_decay)
+    return torch.optim.AdamW(parameters, lr=job.lr, betas=job.betas, weight_decay=job.weight_decay)
+
+
+def warm(optimizer: torch.optim.Optimizer) -> None:
+    """Gives a new optimizer its state (zeros), so that a checkpoint has something to be read into."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
+def learning_rate(optimizer: OptimizerJob, step: int, steps: int) -> float:
+    """Linear warm-up, then cosine to `final_lr_ratio` of the peak, or constant: a function of the step alone."""
+    if step < optimizer.warmup_steps:
+        return optimizer.lr * (step + 1) / optimizer.warmup_steps
+    if optimizer.schedule == "constant":
+        return optimizer.lr
+    progress = (step - optimizer.warmup_steps) / max(1, steps - optimizer.warmup_steps)
+    low = optimizer.final_lr_ratio
+    return optimizer.lr * (low + (1.0 - low) * 0.5 * (1.0 + math.cos(math.pi * progress)))
+
+
+class Average:
+    """The running average of trained weights, whole or sharded; without one (`run.ema_decay` 0) the weights themselves.
+
+    The decay of update n is min(ema_decay, 1 - n^-0.75): early updates forget the random start.
+    """
+
+    def __init__(self, decay: float, trained: dict[str, nn.Parameter]) -> None:
+        self.trained = trained
+        self.ema = None
+        if decay:
+            self.ema = EMAModel(
+                trained.values(), decay=decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75, foreach=True
+            )
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        return {} if self.ema is None else dict(zip(self.trained, self.ema.shadow_params, strict=True))
+
+    @property
+    def updates(self) -> int:
+        return 0 if self.ema is None else int(self.ema.optimization_step)
+
+    @updates.setter
+    def updates(self, count: int) -> None:
+        if self.ema is not None:
+            self.ema.optimization_step = count
+
+    def step(self) -> None:
+        if self.ema is not None:
+            self.ema.step(self.trained.values())
+
+
+class averaged:
+    """Context: the model carries its averaged weights (and is in eval mode) inside, its own again afterwards."""
+
+    def __init__(self, average: Average, model: nn.Module) -> None:
+        self.average, self.model = average, model
+        self.kept: list[Tensor] = []
+
+    @torch.no_grad()
+    def __enter__(self) -> None:
+        for name, weight in self.average.weights.items():
+            parameter = self.average.trained[name]
+            self.kept.append(parameter.detach().clone())
+            parameter.copy_(weight)
+        self.model.eval()
+
+    @torch.no_grad()
+    def __exit__(self, *exc: object) -> None:
+        for name, weight in zip(self.average.weights, self.kept, strict=True):
+            self.average.trained[name].copy_(weight)
+        self.kept = []
+        self.model.train()
+
+
+class Guard:
+    """Refuses an update whose loss or gradient is not finite, or whose gradient norm jumps away from the last ones.
+
+    What it remembers is saved with a checkpoint, so that a resumed run refuses what the uninterrupted one does.
+    """
+
+    REMEMBERED = 64
+    FIRST = 16  # norms to have seen before any is called a spike
+
+    def __init__(self, run: RunJob) -> None:
+        self.factor = run.spike_factor
+        self.norms: dict[str, list[float]] = {}
+        self.skipped = 0  # in a row
+        self.total = 0
+
+    def refuses(self, losses: dict[str, float], norms: dict[str, float]) -> str | None:
+        """Why this update must not happen, or None; the numbers are the same on all ranks, and so is the answer."""
+        reason = None
+        for name in norms:
+            usual = self.norms.setdefault(name, [])
+            if not (math.isfinite(losses[name]) and math.isfinite(norms[name])):
+                reason = f"{name}: loss {losses[name]:.4g}, gradient norm {norms[name]:.4g}"
+            elif self.factor and len(usual) >= self.FIRST and norms[name] > self.factor * statistics.median(usual):
+                median = statistics.median(usual)
+                reason = (
+                    f"{name}: gradient norm {norms[name]:.4g}, {norms[name] / median:.0f} times the usual {median:.3g}"
+                )
+        if reason is not None:
+            self.skipped += 1
+            self.total += 1
+            return reason
+        self.skipped = 0
+        for name, norm in norms.items():
+            self.norms[name] = [*self.norms[name], norm][-self.REMEMBERED :]
+        return None
+
+    def state(self) -> dict[str, Any]:
+        return {"norms": self.norms, "skipped": self.skipped, "total": self.total}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.norms, self.skipped, self.total = state["norms"], state["skipped"], state["total"]
