@@ -665,6 +665,8 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin):
         detail_threshold: size below which the decoder's Haar details fade (`DetailShrinkage`), in units of the front
             end's coefficients; 0 for none, as in the paper. Needs `front_end` "haar".
         latents_mean, latents_std: per-channel statistics of encoded training data; consumers normalise by them.
+        z_dim, scale_factor_temporal, scale_factor_spatial: latent channels and ratios under the names that pipelines for
+            Wan's tokenizer read in the config. They follow from the fields above; leave them out.
 
     Memory, all without any change of the result: `enable_slicing()` (one clip of a batch at a time),
     `enable_tiling(...)` (stripes of a frame), `use_framewise_encoding` / `use_framewise_decoding = True` (one latent at a
@@ -697,6 +699,9 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin):
         latents_mean: tuple[float, ...] | None = None,
         latents_std: tuple[float, ...] | None = None,
         scaling_factor: float = 1.0,
+        z_dim: int | None = None,
+        scale_factor_temporal: int | None = None,
+        scale_factor_spatial: int | None = None,
     ) -> None:
         super().__init__()
         _check_config(patch_size, front_end, norm, adaptation, encoder_widths, decoder_widths, temporal_downsample)
@@ -709,6 +714,15 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin):
         blocks = in_channels * patch_size**3
         self.spatial_compression_ratio = patch_size * 2 ** (len(encoder_widths) - 1)
         self.temporal_compression_ratio = patch_size * math.prod(times)
+        derived = {
+            "z_dim": (z_dim, latent_channels),
+            "scale_factor_temporal": (scale_factor_temporal, self.temporal_compression_ratio),
+            "scale_factor_spatial": (scale_factor_spatial, self.spatial_compression_ratio),
+        }
+        for name, (given, value) in derived.items():
+            if given not in (None, value):
+                raise WaltError(f"{name} follows from the other fields: {given} given, {value} is right")
+        self.register_to_config(**{name: value for name, (_, value) in derived.items()})
         self.patcher = Patcher(patch_size, front_end)
         self.encoder = Encoder3d(blocks, latent_channels, encoder_widths, times, layers_per_block, norm, block_shortcut)
         shrinkage = None
