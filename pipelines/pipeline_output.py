@@ -19,3 +19,18 @@ class WaltPipelineOutput(BaseOutput):
     """
 
     frames: Any
+
+
+@dataclass
+class NuwaPipelineOutput(BaseOutput):
+    """What NUWA made.
+
+    Attributes:
+        frames: as of WaltPipelineOutput; "latent" gives the tokens, long `(B, T, h, w[, S])`.
+        images: the same without the time axis when there is one frame: a list of PIL images, or `(B, ...)`; else None.
+        scores: float32 `(B,)`, those of the candidates that were chosen; None without candidates.
+    """
+
+    frames: Any
+    images: Any = None
+    scores: Any = None

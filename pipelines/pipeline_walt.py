@@ -10,6 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from walt.errors import WaltError
+from walt.models.transformer_dit import DiTTransformer3DModel
+from walt.models.transformer_uvit import UViTTransformer3DModel
 from walt.models.transformer_walt import WaltTransformer3DModel
 from walt.pipelines.pipeline_output import WaltPipelineOutput
 from walt.pipelines.sampling import (
@@ -33,7 +35,7 @@ class WaltPipeline(SamplingPipeline):
         tokenizer, text_encoder: any transformers tokenizer and encoder with `last_hidden_state`; None for a model
             conditioned on classes alone, or to work from `prompt_embeds`.
         vae: the causal tokenizer.
-        transformer: the denoiser.
+        transformer: the denoiser, any of `walt.models.backbone.BACKBONES`.
         scheduler: a v-prediction scheduler with zero terminal SNR (`walt.diffusion.make_scheduler`, or DPM-Solver,
             UniPC, Euler from its config).
     """
@@ -45,7 +47,7 @@ class WaltPipeline(SamplingPipeline):
         tokenizer: PreTrainedTokenizerBase | None,
         text_encoder: PreTrainedModel | CompactTextEncoder | None,
         vae: AutoencoderKLWalt,
-        transformer: WaltTransformer3DModel,
+        transformer: WaltTransformer3DModel | DiTTransformer3DModel | UViTTransformer3DModel,
         scheduler: KarrasDiffusionSchedulers,
     ) -> None:
         super().__init__()
@@ -189,9 +191,9 @@ class WaltPipeline(SamplingPipeline):
         """The number of prompts (or classes); a WaltError for whatever does not fit this pipeline's models."""
         config = self.transformer.config
         check_size(height, width, self.vae_scale_factor_spatial * int(config.patch_size))
-        check_frames(num_frames, self.transformer)
+        check_frames(num_frames, self.transformer, self.vae_scale_factor_temporal)
         self._check_common(num_inference_steps, num_videos_per_prompt, guidance_rescale, output_type)
-        if config.low_res_channels is not None:
+        if config.get("low_res_channels") is not None:
             raise WaltError("this transformer is a super-resolution stage: use WaltSuperResolutionPipeline")
         prompts = self._check_prompt(
             prompt,

@@ -123,7 +123,7 @@ class WaltCascadePipeline(SamplingPipeline):
         width = default[1] if width is None else width
         check_size(height, width, self.size_multiple(stages))
         for model in self.transformers[:stages]:
-            check_frames(num_frames, model)
+            check_frames(num_frames, model, self.vae_scale_factor_temporal)
         return stages, height, width
 
     @torch.no_grad()
@@ -261,7 +261,9 @@ class WaltCascadePipeline(SamplingPipeline):
         if output_type != "latent":
             return self._output(video, output_type)
         count = video.shape[2]
-        chunks = [video[:, :, start : start + chunk_length(count)] for start in chunk_starts(count)]
+        ratio = self.vae_scale_factor_temporal
+        length = chunk_length(count, ratio)
+        chunks = [video[:, :, start : start + length] for start in chunk_starts(count, ratio)]
         return torch.cat([encode_video(self.vae, chunk) for chunk in chunks], dim=2)
 
     def _stage_callback(self, stage: Any, callback: StepCallback | None) -> StepCallback:

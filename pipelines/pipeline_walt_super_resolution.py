@@ -171,7 +171,7 @@ class WaltSuperResolutionPipeline(SamplingPipeline):
             ) from error
         if small.ndim != 5 or small.shape[1] != 3:
             raise WaltError(f"video must have 3 colour channels, got (B, C, T, H, W) = {tuple(small.shape)}")
-        check_frames(small.shape[2], self.transformer)
+        check_frames(small.shape[2], self.transformer, self.vae_scale_factor_temporal)
         multiple = self.vae_scale_factor_spatial
         for name, side in (("height", small.shape[3]), ("width", small.shape[4])):
             if side % multiple or side // multiple * config.low_res_scale % config.patch_size:

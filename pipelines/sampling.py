@@ -20,10 +20,20 @@ from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from walt.chunking import OVERLAP_FRAMES, OVERLAP_LATENTS, chunk_length, chunk_starts, join_chunks, latent_frames
+from walt.chunking import (
+    OVERLAP_LATENTS,
+    TEMPORAL_RATIO,
+    chunk_length,
+    chunk_starts,
+    join_chunks,
+    latent_frames,
+    overlap_frames,
+)
 from walt.diffusion import add_noise, guide, x0_from_velocity
 from walt.errors import WaltError
 from walt.latents import denormalize, normalize
+from walt.models.transformer_walt import TextCache, WaltTransformer3DModel
+from walt.tokenizers.adapter import adapt
 from walt.tokenizers.text import CompactTextEncoder
 
 logger = logging.get_logger(__name__)
@@ -101,12 +111,14 @@ def seeded_noise(
 
 def encode_video(vae: Any, video: Tensor) -> Tensor:
     """`(B, 3, 1+4k, H, W)` in [-1, 1] -> normalised float32 latents `(B, C, 1+k, H/8, W/8)`."""
+    vae = adapt(vae)
     latents = vae.encode(video.to(vae.device, vae.dtype)).latent_dist.mode().float()
     return normalize(latents, *_statistics(vae, latents.shape[1]))
 
 
 def decode_latents(vae: Any, latents: Tensor) -> Tensor:
     """The inverse: normalised latents of one chunk -> float32 video in [-1, 1], clamped; one sample at a time."""
+    vae = adapt(vae)
     raw = denormalize(latents, *_statistics(vae, latents.shape[1])).to(vae.device, vae.dtype)
     return torch.cat([vae.decode(z).sample.float().clamp(-1, 1) for z in raw.split(1)])
 
@@ -128,6 +140,8 @@ def predict(
     x0: Tensor | None,
     guided: bool,
     attention_kwargs: dict[str, Any] | None = None,
+    texts: dict[Any, Any] | None = None,
+    progress: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """v of every sample, and without its text or class where `guided`: all of it in one packed forward if it fits.
 
@@ -135,6 +149,9 @@ def predict(
         x: noisy latents `(B, C, t, h, w)`.
         timestep: one number, the same for all.
         x0: the previous estimate of the clean latents (self-conditioning), None for zeros.
+        texts: one dictionary for all calls with this transformer and `attention_kwargs`: holds what the text becomes,
+            so that it is projected once per prompt and not once per step.
+        progress: where the loop stands, for diffusers' step caches (fields of their `cache_context`).
 
     Returns:
         (conditional, unconditional or None), float32 `(B, C, t, h, w)`.
@@ -143,6 +160,9 @@ def predict(
     branches = (False, True) if guided else (False,)
     rows = [(i, negative) for negative in branches for i in range(batch)]
     text = {negative: prompt.rows(negative) for negative in branches}
+    if texts is not None and texts.get("prompt") is not prompt:
+        texts.clear()
+        texts["prompt"] = prompt
 
     def pick(values: Tensor | None, part: list[tuple[int, bool]]) -> list[Tensor] | None:
         return None if values is None else [values[i].to(dtype) for i, _ in part]
@@ -152,6 +172,8 @@ def predict(
         if config.text_dim is not None:
             states = [(text[negative] or [])[i].to(dtype) for i, negative in part]
             given["encoder_hidden_states"] = states
+            if texts is not None and isinstance(transformer, WaltTransformer3DModel):
+                given["text_cache"] = texts.setdefault(tuple(part), TextCache())
         if conditions.class_labels is not None:
             null = torch.full_like(conditions.class_labels[0], config.num_classes)
             given["class_labels"] = torch.stack([null if neg else conditions.class_labels[i] for i, neg in part])
@@ -170,14 +192,20 @@ def predict(
     size = max(1, MAX_PACK_TOKENS // tokens)
     out: list[Tensor] = []
     for start in range(0, len(rows), size):
-        with transformer.cache_context(f"pack_{start}"):
+        with transformer.cache_context(f"pack_{start}", **(progress or {})):
             out += forward(rows[start : start + size])
-    v = torch.stack(out).float()
+    v = torch.stack(out)[:, : x.shape[1]].float()  # a learned variance beside it is not used
     return v[:batch], v[batch:] if guided else None
 
 
 def denoise(
-    pipe: SamplingPipeline, transformer: Any, noise: Tensor, steps: int, prompt: Prompt, conditions: Conditions
+    pipe: SamplingPipeline,
+    transformer: Any,
+    noise: Tensor,
+    steps: int,
+    prompt: Prompt,
+    conditions: Conditions,
+    texts: dict[Any, Any] | None = None,
 ) -> tuple[Tensor, Prompt]:
     """One chunk from noise to clean latents with the pipeline's scheduler.
 
@@ -187,16 +215,20 @@ def denoise(
     Args:
         noise: standard normal `(B, C, t, h, w)`.
         steps: inference steps.
+        texts: as for `predict`, to share the text of one chunk with the next.
 
     Returns:
         Clean normalised latents like `noise`, and the prompt (a callback may have changed it).
     """
     scheduler = pipe.scheduler
+    texts = {} if texts is None else texts
     # Anew for every chunk: multistep schedulers remember past predictions.
     scheduler.set_timesteps(steps, device=noise.device)
+    if getattr(transformer, "is_cache_enabled", False):
+        transformer._reset_stateful_cache()  # what a step cache remembers is of another chunk or run
     keep = None if conditions.frame_mask is None else conditions.frame_mask.bool()
     x, x0 = noise * scheduler.init_noise_sigma, None
-    for t in scheduler.timesteps:
+    for i, t in enumerate(scheduler.timesteps):
         if pipe.interrupt:
             break
         pipe._current_timestep = t
@@ -205,7 +237,8 @@ def denoise(
         if keep is not None and conditions.frame_latents is not None:
             x_t = torch.where(keep, add_noise(scheduler, conditions.frame_latents, noise, step), x_t)
         guided = pipe.do_classifier_free_guidance
-        cond, uncond = predict(transformer, x_t, t, prompt, conditions, x0, guided, pipe.attention_kwargs)
+        at = {"step_index": i, "num_inference_steps": len(scheduler.timesteps), "timestep": t}
+        cond, uncond = predict(transformer, x_t, t, prompt, conditions, x0, guided, pipe.attention_kwargs, texts, at)
         v = cond if uncond is None else guide(cond, uncond, pipe.guidance_scale, pipe.guidance_rescale)
         x0 = x0_from_velocity(scheduler, v, x_t, step)
         x = scheduler.step(v, t, x, return_dict=False)[0]
@@ -245,13 +278,14 @@ def denoise_chunks(
     Returns:
         `(B, 3, T, H, W)` in [-1, 1], or the normalised latents of all chunks `(B, C, t, h, w)`.
     """
-    vae, device, starts = pipe.vae, pipe._execution_device, chunk_starts(num_frames)
-    length = chunk_length(num_frames)
-    shape = (int(transformer.config.in_channels), latent_frames(length), *size)
+    vae, device, ratio = pipe.vae, pipe._execution_device, pipe.vae_scale_factor_temporal
+    starts, length = chunk_starts(num_frames, ratio), chunk_length(num_frames, ratio)
+    shape = (int(transformer.config.in_channels), latent_frames(length, ratio), *size)
     if latents is not None:
         expected = (len(seeds), shape[0], shape[1] * len(starts), *size)
         if tuple(latents.shape) != expected:
             raise WaltError(f"latents must have the shape {expected}, got {tuple(latents.shape)}")
+    texts: dict[Any, Any] = {}
     videos: list[Tensor] = []
     results: list[Tensor] = []
     for k, start in enumerate(starts):
@@ -263,7 +297,7 @@ def denoise_chunks(
                 conditions, low_res=add_noise(pipe.scheduler, small, noise, noise_level), noise_level=noise_level
             )
         if k:
-            past = encode_video(vae, videos[-1][:, :, -OVERLAP_FRAMES:]).to(device)
+            past = encode_video(vae, videos[-1][:, :, -overlap_frames(ratio) :]).to(device)
             given, mask = past.new_zeros(len(seeds), *shape), past.new_zeros(len(seeds), 1, *shape[1:])
             given[:, :, :OVERLAP_LATENTS], mask[:, :, :OVERLAP_LATENTS] = past, 1
             conditions = replace(conditions, frame_latents=given, frame_mask=mask)
@@ -271,20 +305,22 @@ def denoise_chunks(
             noise = seeded_noise(seeds, k, START_NOISE, shape, device)
         else:
             noise = latents[:, :, k * shape[1] : (k + 1) * shape[1]].to(device, torch.float32)
-        x, prompt = denoise(pipe, transformer, noise, steps, prompt, conditions)
+        x, prompt = denoise(pipe, transformer, noise, steps, prompt, conditions, texts)
         results.append(x)
         if decode or k + 1 < len(starts):
             videos.append(decode_latents(vae, x))
-    return join_chunks(videos) if decode else torch.cat(results, dim=2)
+    return join_chunks(videos, ratio) if decode else torch.cat(results, dim=2)
 
 
 # -- checks ------------------------------------------------------------------------------------------------------------
 
 
-def check_frames(num_frames: int, transformer: Any) -> None:
+def check_frames(num_frames: int, transformer: Any, ratio: int = TEMPORAL_RATIO) -> None:
     """Raises a WaltError when `num_frames` fits no chunks, or needs several and the denoiser takes no given frames."""
-    if len(chunk_starts(num_frames)) > 1 and not transformer.config.frame_conditioning:
-        raise WaltError(f"num_frames={num_frames} needs a transformer with frame_conditioning; this one makes up to 17")
+    if len(chunk_starts(num_frames, ratio)) > 1 and not transformer.config.frame_conditioning:
+        raise WaltError(
+            f"num_frames={num_frames} needs a transformer with frame_conditioning; this one makes up to {1 + 4 * ratio}"
+        )
 
 
 def check_size(height: int, width: int, multiple: int) -> None:
@@ -320,8 +356,9 @@ class SamplingPipeline(DiffusionPipeline):
 
     def _set_up(self) -> None:
         """Values derived from components, each of which may be absent."""
-        self.vae_scale_factor_spatial = int(self.vae.spatial_compression_ratio) if getattr(self, "vae", None) else 8
-        self.vae_scale_factor_temporal = int(self.vae.temporal_compression_ratio) if getattr(self, "vae", None) else 4
+        vae = adapt(getattr(self, "vae", None))
+        self.vae_scale_factor_spatial = int(vae.spatial_compression_ratio) if vae is not None else 8
+        self.vae_scale_factor_temporal = int(vae.temporal_compression_ratio) if vae is not None else TEMPORAL_RATIO
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor_spatial, do_resize=False)
         self._guidance_scale = 1.0
         self._guidance_rescale = 0.0
@@ -502,7 +539,7 @@ class SamplingPipeline(DiffusionPipeline):
     def _count_steps(self, steps: int, num_frames: int) -> int:
         """Calls of the scheduler that a video of `num_frames` takes."""
         self.scheduler.set_timesteps(steps)
-        return len(self.scheduler.timesteps) * len(chunk_starts(num_frames))
+        return len(self.scheduler.timesteps) * len(chunk_starts(num_frames, self.vae_scale_factor_temporal))
 
     def _end_step(self, t: Any, latents: Tensor, prompt: Prompt) -> tuple[Tensor, Prompt]:
         if self._callback is not None:

@@ -6,10 +6,20 @@ import itertools
 
 import pytest
 import torch
+from diffusers.models.attention_dispatch import attention_backend
 from torch import Tensor
 
-from walt.attention import RelativeBias, WindowPlan, plan_windows, rotate, rotation, window_attention
+from walt.attention import (
+    RelativeBias,
+    WindowPlan,
+    blocked_attention,
+    choose_backend,
+    plan_windows,
+    rotation,
+    window_attention,
+)
 from walt.errors import WaltError
+from walt.fused import rotate
 from walt.latents import Grid, positions, token_counts
 
 GRIDS: tuple[Grid, ...] = ((3, 4, 5), (1, 4, 4), (2, 7, 3), (1, 2, 6), (3, 4, 5))
@@ -221,3 +231,113 @@ def test_errors_name_the_argument() -> None:
         plan_windows(GRIDS, (None, 2, 2), (0, 2, 0))
     with pytest.raises(WaltError, match="2 text lengths given for 5 samples"):
         plan_windows(GRIDS, contexts=(1, 2))
+
+
+BACKENDS = ("walt_windows", "walt_blocked", "flex", "_native_math")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("windows", "identity"), CASES)
+def test_every_backend_is_masked_full_attention(
+    backend: str, windows: tuple[tuple[int | None, int | None, int | None], Grid], identity: bool
+) -> None:
+    torch.manual_seed(0)
+    lengths = (3, 2, 0, 3, 1)
+    dtype = torch.float32 if backend == "flex" else torch.float64
+    for contexts in (None, lengths):
+        plan = plan_windows(GRIDS, *windows, identity_images=identity, contexts=contexts)
+        q, k, v = torch.randn(3, plan.tokens, 2, 16, dtype=dtype)
+        ck, cv = torch.randn(2, sum(lengths), 2, 16, dtype=dtype)
+        ids, sample = window_ids(GRIDS, *windows, identity)
+        allowed, keys, values = ids[:, None] == ids[None], k, v
+        if contexts:
+            owner = torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)])
+            allowed = torch.cat([allowed, sample[:, None] == owner[None]], dim=1)
+            keys, values = torch.cat([k, ck]), torch.cat([v, cv])
+        with attention_backend(backend):
+            out = planned(plan, q, k, v, context_key=ck, context_value=cv)
+        assert torch.allclose(out, naive(q, keys, values, allowed), atol=1e-5 if dtype == torch.float32 else 1e-12)
+
+
+@pytest.mark.parametrize("block_bytes", [1, 2000, 2**20])
+def test_blocked_attention_and_its_gradients(block_bytes: int) -> None:
+    torch.manual_seed(0)
+    q = torch.randn(5, 6, 2, 4, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(5, 7, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    for shape in (None, (1, 2, 6, 7), (5, 2, 6, 7)):
+        mask = None if shape is None else torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        inputs = (q, k, v) if mask is None else (q, k, v, mask)
+        grads = []
+        for own in (True, False):
+            if own:
+                y = blocked_attention(q, k, v, mask, block_bytes=block_bytes)
+            else:
+                turned = (x.transpose(1, 2) for x in (q, k, v))
+                y = torch.nn.functional.scaled_dot_product_attention(*turned, attn_mask=mask).transpose(1, 2)
+            grads.append((y, *torch.autograd.grad(y.square().sum(), inputs)))
+        assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(*grads, strict=True))
+
+
+def test_bias_runs_blocked_with_its_gradient_and_is_refused_by_one_call_backends() -> None:
+    torch.manual_seed(0)
+    bias = RelativeBias(2, (2, 3, 3), resize=False)
+    torch.nn.init.normal_(bias.table)
+    plan = plan_windows(((2, 4, 5), (1, 5, 2)), (None, 3, 3), (0, 1, 1), by_shape=True)
+    q, k, v = torch.randn(3, plan.tokens, 2, 4)
+    outs = []
+    for backend in ("walt_windows", "walt_blocked"):
+        bias.table.grad = None
+        with attention_backend(backend):
+            y = planned(plan, q, k, v, bias=bias)
+        y.square().sum().backward()
+        assert bias.table.grad is not None
+        outs.append((y, bias.table.grad.clone()))
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*outs, strict=True))
+    for backend in ("flex", "walt_varlen"):
+        with attention_backend(backend), pytest.raises(WaltError, match=f"{backend}' takes no bias"):
+            planned(plan, q, k, v, bias=bias)
+    with attention_backend("walt_varlen"), pytest.raises(WaltError, match="runs on CUDA only, the tensors are on cpu"):
+        planned(plan, q, k, v)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="variable-length kernels exist on CUDA only")
+@pytest.mark.parametrize("backend", ["walt_varlen", "flex", None])
+def test_one_call_backends_on_cuda(backend: str | None) -> None:
+    torch.manual_seed(0)
+    lengths = (3, 2, 0, 3, 1)
+    plan = plan_windows(GRIDS, (None, 3, 3), (0, 1, 1), identity_images=True, contexts=lengths)
+    q, k, v = torch.randn(3, plan.tokens, 2, 64, device="cuda", dtype=torch.bfloat16)
+    ck, cv = torch.randn(2, sum(lengths), 2, 64, device="cuda", dtype=torch.bfloat16)
+    with attention_backend("walt_windows"):
+        expected = planned(plan.to("cuda"), q, k, v, context_key=ck, context_value=cv)
+    first = plan.singles
+    turned = [plan.to("cuda").gather(x) for x in (q, k, v)]
+    out = window_attention(
+        turned[0][first:], turned[1][first:], turned[2], plan.to("cuda"), context_key=ck, context_value=cv,
+        backend=backend,
+    )  # fmt: skip
+    assert torch.allclose(plan.to("cuda").scatter(out).float(), expected.float(), atol=2e-2)
+
+
+def test_images_cost_no_attention_in_spatiotemporal_layers() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def flops(grids: tuple[Grid, ...]) -> int:
+        plan = plan_windows(grids, (None, 2, 2), identity_images=True)
+        v = torch.randn(plan.tokens, 2, 8)
+        # torch counts the products of this backend, not those inside its CPU kernel
+        with FlopCounterMode(display=False) as counter, attention_backend("walt_blocked"):
+            window_attention(v[plan.singles :], v[plan.singles :], v, plan)
+        return int(counter.get_total_flops())
+
+    clip = flops(((3, 4, 4),))
+    assert clip == 4 * 4 * 2 * 12 * 12 * 8  # 4 windows, 2 heads, 12 x 12 scores of 8, two products
+    assert flops(((1, 8, 8), (3, 4, 4), (1, 4, 6))) == clip and flops(((1, 8, 8),)) == 0
+
+
+def test_automatic_choice() -> None:
+    plan = plan_windows(GRIDS, (None, 2, 2))
+    assert choose_backend(None, torch.zeros(1), plan, False) == "native"
+    with attention_backend("walt_blocked"):
+        assert choose_backend(None, torch.zeros(1), plan, True) == "walt_blocked"
+    assert choose_backend("flex", torch.zeros(1), plan, False) == "flex"

@@ -36,6 +36,8 @@ CASES: list[tuple[Grid, Grid, Extent]] = [
     ((3, 4, 4), (5, 1, 1), ("all", 1, 1)),  # text
 ]
 
+CASES_OF_NATTEN: list[tuple[Grid, Extent]] = [((4, 7, 6), (3, 3, 5)), ((1, 7, 6), (3, 3, 3))]
+
 
 def sees(place: Grid, key: Grid, rule: Rule) -> bool:
     """The definition, word for word."""
@@ -72,12 +74,15 @@ def naive(query: Tensor, key: Tensor, value: Tensor, rule: Rule, key_mask: Tenso
     return torch.stack(out).view(query.shape)
 
 
-def inputs(size: Grid, condition: Grid, dtype: torch.dtype = torch.float64, d: int = 4) -> list[Tensor]:
+def inputs(
+    size: Grid, condition: Grid, dtype: torch.dtype = torch.float64, d: int = 4
+) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return [
+    query, key, value = (
         torch.randn(2, *grid, 2, d, dtype=torch.float64, generator=generator).to(dtype).requires_grad_()
         for grid in (size, condition, condition)
-    ]
+    )
+    return query, key, value
 
 
 def variants(size: Grid, condition: Grid) -> list[tuple[bool, bool]]:
@@ -149,10 +154,16 @@ def test_flex_equals_the_definition() -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("natten") is None, reason="NATTEN is not installed")
 def test_natten_equals_the_definition() -> None:
-    size: Grid = (4, 7, 6)
-    x = inputs(size, size, torch.float32, 16)
-    got = nearby_attention(*x, (3, 3, 5), backend="natten")
-    torch.testing.assert_close(got, naive(*x, Rule(size, size, (1, 1, 2)), None), rtol=1e-4, atol=1e-5)
+    """Forward only: on CPU NATTEN has no backward."""
+    with torch.no_grad():
+        for size, extent in CASES_OF_NATTEN:
+            x = inputs(size, size, torch.float32, 16)
+            got = nearby_attention(*x, extent, backend="natten")
+            torch.testing.assert_close(
+                got, naive(*x, Rule(size, size, radii(extent, size)), None), rtol=1e-4, atol=1e-5
+            )
+    with pytest.raises(WaltError, match="cannot do causal"):
+        nearby_attention(*x, causal=True, backend="natten")
 
 
 @pytest.mark.parametrize(("size", "condition", "extent"), CASES)
@@ -197,7 +208,7 @@ def test_waves_of_the_paper() -> None:
 def test_an_axis_of_one_needs_no_step() -> None:
     """An image is decoded in j + 2 i, a line of text one by one."""
     for size, steps in (((1, 16, 16), (0, 2, 1)), ((1, 1, 9), (0, 0, 1)), ((5, 1, 1), (1, 0, 0))):
-        assert wave_steps(Rule(size, size, radii((3, 3, 3), size), causal=True)) == steps  # type: ignore[arg-type]
+        assert wave_steps(Rule(size, size, radii((3, 3, 3), size), causal=True)) == steps
 
 
 def test_bad_input() -> None:

@@ -11,11 +11,14 @@ from torch import nn
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from walt.diffusion import make_scheduler
+from walt.models.transformer_nuwa import NuwaTransformer3DModel
 from walt.models.transformer_walt import WaltTransformer3DModel
+from walt.pipelines.pipeline_nuwa import NuwaPipeline
 from walt.pipelines.pipeline_walt import WaltPipeline
 from walt.pipelines.pipeline_walt_cascade import WaltCascadePipeline
 from walt.pipelines.pipeline_walt_super_resolution import WaltSuperResolutionPipeline
 from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt
+from walt.tokenizers.vq_model_walt import WaltVQModel
 
 WORDS = [
     "a",
@@ -41,6 +44,19 @@ WORDS = [
 ]
 TEXT_DIM = 16
 BASE_LATENT = (5, 2, 2)  # frames of 16 x 16 pixels
+NUWA: dict[str, Any] = {
+    "vocab_size": 16,
+    "text_dim": TEXT_DIM,
+    "sketch_vocab_size": 8,
+    "num_layers_encoder": 1,
+    "num_layers_decoder": 2,
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "code_dim": None,
+    "sample_size": (4, 4, 4),  # frames of 32 x 32 pixels
+    "text_length": 32,
+}
+NUWA_CLASSES = ("background", "rocket", "frog", "sun")
 
 
 def randomize(model: nn.Module, seed: int) -> Any:
@@ -177,3 +193,37 @@ def quiet(pipe: Any) -> Any:
 def seeded(seed: int) -> torch.Generator:
     """A generator at `seed`."""
     return torch.Generator().manual_seed(seed)
+
+
+def vq(seed: int = 5, **fields: Any) -> WaltVQModel:
+    """8x in space, 16 codes; codes differ enough for decoded tokens to differ."""
+    torch.manual_seed(seed)
+    config: dict[str, Any] = {
+        "num_vq_embeddings": 16,
+        "vq_embed_dim": 4,
+        "encoder_widths": (8, 8),
+        "decoder_widths": (8, 8),
+        "layers_per_block": 1,
+        "patch_size": 4,
+    }
+    return randomize(WaltVQModel(**{**config, **fields}), seed)
+
+
+def vq_seg(classes: int = 4) -> WaltVQModel:
+    """The same for class maps."""
+    return vq(6, in_channels=classes, segmentation=True, num_vq_embeddings=8)
+
+
+def nuwa_transformer(seed: int = 7, **fields: Any) -> NuwaTransformer3DModel:
+    """Takes text and sketches; its words differ by their neighbours and conditions."""
+    torch.manual_seed(seed)
+    return randomize(NuwaTransformer3DModel(**{**NUWA, **fields}), seed)
+
+
+def nuwa_pipeline(**fields: Any) -> NuwaPipeline:
+    """All eight tasks at 32 x 32, up to 4 frames."""
+    return quiet(
+        NuwaPipeline(
+            vq(), vq_seg(), nuwa_transformer(**fields), bert(), tokenizer(), NUWA_CLASSES, num_frames=3, frame_rate=2.0
+        )
+    )

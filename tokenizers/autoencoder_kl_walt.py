@@ -27,12 +27,19 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from walt.errors import WaltError
+from walt.tokenizers import winograd
 from walt.tokenizers.quantizers import Quantizer, make_quantizer
 from walt.tokenizers.tiling import Canvas, Carry, Queue, run
 
 Past = Any  # None | () | nested tuples of tensors
 
 START: tuple[()] = ()
+
+
+def _begins(past: Past) -> bool:
+    """Whether the chunk is the first. By length: torch.compile cannot trace `not` of nested tuples."""
+    return past is None or len(past) == 0
+
 
 # Beyond what resampling overshoots, and beyond what any denoiser makes of a channel, in its deviations.
 PIXEL_LIMIT = 2.0
@@ -135,6 +142,8 @@ class CausalConv3d(nn.Conv3d):
             if not x.shape[3]:
                 return x, None
         else:
+            if past is None and not lone and winograd.fits(x, self.weight, self.stride):
+                return winograd.conv3d(x, self.weight, self.bias, padding[1:], before=kernel - 1), None
             if kernel > 1 and not lone:
                 x = torch.cat([past[0], x], dim=2) if past else F.pad(x, (0, 0, 0, 0, kernel - 1, 0))
             if past is not None:
@@ -143,6 +152,8 @@ class CausalConv3d(nn.Conv3d):
             # A lone frame meets zeros in all but the last temporal tap: a 2D convolution, a third of the work.
             y = F.conv2d(x[:, :, 0], self.weight[:, :, -1], self.bias, self.stride[1:], padding[1:])
             return y.unsqueeze(2), None
+        if winograd.fits(x, self.weight, self.stride):
+            return winograd.conv3d(x, self.weight, self.bias, padding[1:]), present
         return F.conv3d(x, self.weight, self.bias, self.stride, padding), present
 
     def carry(self, height: int, past: Past, owned: bool) -> Carry:
@@ -158,6 +169,9 @@ class ChannelNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels)) if affine else None
 
     def forward(self, x: Tensor) -> Tensor:
+        if _channels_last(x):
+            # One pass instead of four.
+            return F.rms_norm(x.movedim(1, -1), x.shape[1:2], self.weight, 1e-6).movedim(-1, 1)
         y = x * torch.rsqrt(x.square().mean(dim=1, keepdim=True) + 1e-6)
         return y if self.weight is None else y * self.weight.view(1, -1, 1, 1, 1)
 
@@ -167,6 +181,23 @@ def make_norm(kind: str, channels: int, affine: bool = True) -> nn.Module:
     if kind == "group":
         return nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6, affine=affine)
     return ChannelNorm(channels, affine)
+
+
+def _channels_last(x: Tensor) -> bool:
+    """Whether a network runs in that layout: without gradients on a CPU, whose convolutions compute in it anyway.
+
+    Their backward is slower in it; on a GPU it was not measured.
+    """
+    return x.device.type == "cpu" and not torch.is_grad_enabled()
+
+
+def _layout(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last_3d) if _channels_last(x) else x
+
+
+def _activate(norm: nn.Module, x: Tensor) -> Tensor:
+    """Norm and swish; in place where no gradient needs the normed values."""
+    return F.silu(norm(x), inplace=not torch.is_grad_enabled())
 
 
 class ResidualCarry:
@@ -195,14 +226,16 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor, past: Past = None, carry: ResidualCarry | None = None) -> tuple[Tensor, Past]:
         if carry is not None:
             carry.straight.put(x)
-            y, _ = self.conv1(F.silu(self.norm1(x)), None, carry.first)
+            y, _ = self.conv1(_activate(self.norm1, x), None, carry.first)
             if y.shape[3]:
-                y, _ = self.conv2(F.silu(self.norm2(y)), None, carry.second)
+                y, _ = self.conv2(_activate(self.norm2, y), None, carry.second)
             return (self.shortcut(carry.straight.take(y.shape[3])) + y if y.shape[3] else y), None
         first, second = past if past else (past, past)
-        y, first = self.conv1(F.silu(self.norm1(x)), first)
-        y, second = self.conv2(F.silu(self.norm2(y)), second)
-        return self.shortcut(x) + y, None if past is None else (first, second)
+        y, first = self.conv1(_activate(self.norm1, x), first)
+        y, second = self.conv2(_activate(self.norm2, y), second)
+        return y.add_(self.shortcut(x)) if not torch.is_grad_enabled() else self.shortcut(x) + y, (
+            None if past is None else (first, second)
+        )
 
     def carry(self, height: int, past: Past, owned: bool) -> ResidualCarry:
         """For a frame of `height` rows that passes in stripes."""
@@ -218,13 +251,17 @@ class Upsample(nn.Module):
         self.conv = CausalConv3d(in_channels, out_channels * 4 * time)
 
     def forward(self, x: Tensor, past: Past = None, carry: Carry | None = None) -> tuple[Tensor, Past]:
-        first = not past
+        first = _begins(past)
         y, present = self.conv(x, past, carry)
         b, c, t, h, w = y.shape
         if not h:
             return y, None
-        y = y.reshape(b, c // (4 * self.time), self.time, 2, 2, t, h, w).permute(0, 1, 5, 2, 6, 3, 7, 4)
-        y = y.reshape(b, c // (4 * self.time), t * self.time, 2 * h, 2 * w)
+        if _channels_last(y):
+            y = y.movedim(1, -1).reshape(b, t, h, w, c // (4 * self.time), self.time, 2, 2)
+            y = y.permute(0, 1, 5, 2, 6, 3, 7, 4).reshape(b, t * self.time, 2 * h, 2 * w, -1).movedim(-1, 1)
+        else:
+            y = y.reshape(b, c // (4 * self.time), self.time, 2, 2, t, h, w).permute(0, 1, 5, 2, 6, 3, 7, 4)
+            y = y.reshape(b, c // (4 * self.time), t * self.time, 2 * h, 2 * w)
         return (y[:, :, self.time - 1 :] if first else y), present
 
     def carry(self, height: int, past: Past, owned: bool) -> Carry:
@@ -258,13 +295,23 @@ class Adaptation(nn.Module):
             return y * (1.0 + scale) + self.shift(flat.mean(dim=2))[:, :, None, None, None]
         rows, skip = _covering(top, x.shape[3], self.space)
         affine = self.affine(latent[..., rows, :])
-        if self.time > 1:
-            affine = affine.repeat_interleave(self.time, dim=2)
-            affine = affine[:, :, self.time - 1 :] if first else affine
-        if self.space > 1:
-            affine = affine.repeat_interleave(self.space, dim=3).repeat_interleave(self.space, dim=4)
-        scale, shift = affine[..., skip : skip + x.shape[3], :].chunk(2, dim=1)
-        return y * (1.0 + scale) + shift
+        fine = [_repeat(part, self.time, self.space) for part in affine.chunk(2, dim=1)]
+        if first:
+            fine = [part[:, :, self.time - 1 :] for part in fine]
+        scale, shift = (part[..., skip : skip + x.shape[3], :] for part in fine)
+        return torch.addcmul(y + shift, y, scale)
+
+
+def _repeat(x: Tensor, time: int, space: int) -> Tensor:
+    """Every value `time` x `space` x `space` times."""
+    if time == space == 1:
+        return x
+    b, c, t, h, w = x.shape
+    if not _channels_last(x):
+        x = x[:, :, :, None, :, None, :, None].expand(b, c, t, time, h, space, w, space)
+        return x.reshape(b, c, t * time, h * space, w * space)
+    x = x.movedim(1, -1)[:, :, None, :, None, :, None].expand(b, t, time, h, space, w, space, c)
+    return x.reshape(b, t * time, h * space, w * space, c).movedim(-1, 1)
 
 
 def _covering(top: int, rows: int, scale: int) -> tuple[slice, int]:
@@ -523,23 +570,23 @@ class Encoder3d(_Stack):
         """The latents and the new past; with `stripes` their `emit` gets the latents, and x is only a sample of dtype."""
         pasts = self._pasts(past, len(self.layers) + 2)
         if stripes is not None:
-            return x, self._in_stripes(pasts, stripes, first=not past)
-        straight = None if self.shortcut is None else self.shortcut(x, first=not past)
-        x, pasts[0] = self.conv_in(x, pasts[0])
+            return x, self._in_stripes(pasts, stripes, first=_begins(past))
+        straight = None if self.shortcut is None else self.shortcut(x, first=_begins(past))
+        x, pasts[0] = self.conv_in(_layout(x), pasts[0])
         for i, layer in enumerate(self.layers):
             x, pasts[i + 1] = self._run(layer, x, pasts[i + 1])
-        x, pasts[-1] = self.conv_out(F.silu(self.norm_out(x)), pasts[-1])
+        x, pasts[-1] = self.conv_out(_activate(self.norm_out, x), pasts[-1])
         return x if straight is None else x + straight, None if past is None else tuple(pasts)
 
     def _in_stripes(self, pasts: list[Past], stripes: Stripes, first: bool) -> Past:
         space = 2 ** sum(isinstance(layer, CausalConv3d) for layer in self.layers)
         way = _Way(stripes, space)
-        way.layer(self.conv_in, pasts[0])
+        way.layer(self.conv_in, pasts[0], before=_layout)
         for layer, past in zip(self.layers, pasts[1:-1], strict=True):
             way.layer(layer, past)
             if isinstance(layer, CausalConv3d):
                 way.scaled(1, 2)
-        way.layer(self.conv_out, pasts[-1], before=lambda x: F.silu(self.norm_out(x)))
+        way.layer(self.conv_out, pasts[-1], before=lambda x: _activate(self.norm_out, x))
         shortcut = self.shortcut
         if shortcut is not None:
             # Reads its rows of the input once more: they are not worth keeping.
@@ -591,21 +638,21 @@ class Decoder3d(_Stack):
 
     def forward(self, z: Tensor, past: Past = None, stripes: Stripes | None = None) -> tuple[Tensor, Past]:
         """The blocks and the new past; with `stripes` their `emit` gets the blocks."""
-        first = not past
+        first = _begins(past)
         pasts = self._pasts(past, len(self.layers) + 3)
         # The last past is a lapped shortcut's: the latent before.
-        before = pasts[-1][0] if pasts[-1] else None
+        before = None if _begins(pasts[-1]) else pasts[-1][0]
         pasts[-1] = (z[:, :, -1:].clone(),) if isinstance(self.shortcut, LappedProjection) else ()
         pasts[-1] = None if past is None else pasts[-1]
         if stripes is not None:
             return z, self._in_stripes(z, pasts, stripes, first, before)
-        x, pasts[0] = self.conv_in(z, pasts[0])
+        x, pasts[0] = self.conv_in(_layout(z), pasts[0])
         for i, layer in enumerate(self.layers):
             if isinstance(layer, Adaptation):
                 x = layer(x, z, first)
             else:
                 x, pasts[i + 1] = self._run(layer, x, pasts[i + 1])
-        x, pasts[-2] = self.conv_out(F.silu(self.norm_out(x)), pasts[-2])
+        x, pasts[-2] = self.conv_out(_activate(self.norm_out, x), pasts[-2])
         if self.shortcut is not None:
             x = x + self._straight(z, first, before)
         if self.shrinkage is not None:
@@ -621,7 +668,7 @@ class Decoder3d(_Stack):
 
     def _in_stripes(self, z: Tensor, pasts: list[Past], stripes: Stripes, first: bool, before: Tensor | None) -> Past:
         way = _Way(stripes, 1)
-        way.layer(self.conv_in, pasts[0])
+        way.layer(self.conv_in, pasts[0], before=_layout)
         for layer, past in zip(self.layers, pasts[1:-2], strict=True):
             if isinstance(layer, Adaptation):
                 way.carries.append(Carry(way.height, None))  # keeps the layers' places; has no past
@@ -630,7 +677,7 @@ class Decoder3d(_Stack):
             way.layer(layer, past)
             if isinstance(layer, Upsample):
                 way.scaled(2)
-        way.layer(self.conv_out, pasts[-2], before=lambda x: F.silu(self.norm_out(x)))
+        way.layer(self.conv_out, pasts[-2], before=lambda x: _activate(self.norm_out, x))
         shortcut, shrinkage = self.shortcut, self.shrinkage
         if shortcut is not None:
 
@@ -691,6 +738,8 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin):
         quantizer: None (continuous latents, W.A.L.T.), "lfq" (MAGVIT-v2), "fsq" or "vq": latents become codes, which
             `encode` returns and `encode_indices` numbers.
         quantizer_config: arguments of the quantizer beside its channels (`walt.tokenizers.quantizers`).
+        z_dim, scale_factor_temporal, scale_factor_spatial: latent channels and ratios under the names that pipelines for
+            Wan's tokenizer read in the config. They follow from the fields above; leave them out.
 
     Memory, all without any change of the result: `enable_slicing()` (one clip of a batch at a time),
     `enable_tiling(...)` (stripes of a frame), `use_framewise_encoding` / `use_framewise_decoding = True` (one latent at a
@@ -726,6 +775,9 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin):
         scaling_factor: float = 1.0,
         quantizer: str | None = None,
         quantizer_config: dict[str, Any] | None = None,
+        z_dim: int | None = None,
+        scale_factor_temporal: int | None = None,
+        scale_factor_spatial: int | None = None,
     ) -> None:
         super().__init__()
         _check_config(patch_size, front_end, norm, adaptation, encoder_widths, decoder_widths, temporal_downsample)
@@ -740,6 +792,15 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin):
         blocks = in_channels * patch_size**3
         self.spatial_compression_ratio = patch_size * 2 ** (len(encoder_widths) - 1)
         self.temporal_compression_ratio = patch_size * math.prod(times)
+        derived = {
+            "z_dim": (z_dim, latent_channels),
+            "scale_factor_temporal": (scale_factor_temporal, self.temporal_compression_ratio),
+            "scale_factor_spatial": (scale_factor_spatial, self.spatial_compression_ratio),
+        }
+        for name, (given, value) in derived.items():
+            if given not in (None, value):
+                raise WaltError(f"{name} follows from the other fields: {given} given, {value} is right")
+        self.register_to_config(**{name: value for name, (_, value) in derived.items()})
         self.patcher = Patcher(patch_size, front_end)
         self.encoder = Encoder3d(blocks, latent_channels, encoder_widths, times, layers_per_block, norm, block_shortcut)
         shrinkage = None

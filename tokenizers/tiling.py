@@ -61,7 +61,7 @@ class Carry:
         lead = kernel[0] - 1
         if self._past is not None and self._past:
             lead = self._past[0].shape[2]
-        full = x.new_empty((b, c, lead + t, above + rows + below, w))
+        full = _empty((b, c, lead + t, above + rows + below, w), x)
         inner = full[:, :, :, above : above + rows]
         inner[:, :, lead:] = x
         if self._past:
@@ -83,8 +83,14 @@ class Carry:
 
     def _keep(self, rows: Tensor) -> None:
         if self._plane is None:
-            self._plane = rows.new_empty((*rows.shape[:3], self.height, rows.shape[4]))
+            self._plane = _empty((*rows.shape[:3], self.height, rows.shape[4]), rows)
         self._plane[..., self.top : self.top + rows.shape[3], :] = rows
+
+
+def _empty(shape: Sequence[int], like: Tensor) -> Tensor:
+    """An empty tensor in the layout of the networks: channels last on a CPU."""
+    layout = torch.channels_last_3d if like.device.type == "cpu" else torch.contiguous_format
+    return torch.empty(*shape, dtype=like.dtype, device=like.device, memory_format=layout)
 
 
 class Queue:

@@ -12,8 +12,11 @@ from walt import register as _register
 
 if TYPE_CHECKING:
     from walt.errors import WaltError
+    from walt.models.transformer_dit import DiTTransformer3DModel
     from walt.models.transformer_nuwa import NuwaTransformer3DModel
+    from walt.models.transformer_uvit import UViTTransformer3DModel
     from walt.models.transformer_walt import WaltTransformer3DModel
+    from walt.pipelines.pipeline_nuwa import NuwaPipeline
     from walt.pipelines.pipeline_walt import WaltPipeline
     from walt.pipelines.pipeline_walt_cascade import WaltCascadePipeline
     from walt.pipelines.pipeline_walt_super_resolution import WaltSuperResolutionPipeline
@@ -24,7 +27,10 @@ if TYPE_CHECKING:
 __all__ = [
     "AutoencoderKLWalt",
     "CompactTextEncoder",
+    "DiTTransformer3DModel",
+    "NuwaPipeline",
     "NuwaTransformer3DModel",
+    "UViTTransformer3DModel",
     "WaltCascadePipeline",
     "WaltError",
     "WaltPipeline",
@@ -41,7 +47,10 @@ LOADABLE_BASES = ("ModelMixin", "SchedulerMixin")
 _HOMES = {
     "AutoencoderKLWalt": "walt.tokenizers.autoencoder_kl_walt",
     "CompactTextEncoder": "walt.tokenizers.text",
+    "DiTTransformer3DModel": "walt.models.transformer_dit",
+    "NuwaPipeline": "walt.pipelines.pipeline_nuwa",
     "NuwaTransformer3DModel": "walt.models.transformer_nuwa",
+    "UViTTransformer3DModel": "walt.models.transformer_uvit",
     "WaltCascadePipeline": "walt.pipelines.pipeline_walt_cascade",
     "WaltPipeline": "walt.pipelines.pipeline_walt",
     "WaltSuperResolutionPipeline": "walt.pipelines.pipeline_walt_super_resolution",
@@ -58,11 +67,14 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 
-def embedded_model() -> str:
-    """The folder of the embedded model, for `from_pretrained`; a WaltError when this installation has none."""
+def embedded_model(name: str = "embedded") -> str:
+    """The folder of an embedded model, for `from_pretrained`; a WaltError when this installation has none.
+
+    "embedded" is the text-to-video cascade, "embedded_nuwa" the NUWA of eight tasks.
+    """
     from walt.cli import model_folder
 
-    return str(model_folder(None))
+    return str(model_folder(None, name))
 
 
 def __dir__() -> list[str]:

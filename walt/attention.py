@@ -3,20 +3,31 @@
 Attention never sees a mask: a plan sorts the windows of a pack by length, windows of one length become the batch
 dimension of one call, and a border that does not fill a window is a shorter window. Plans are built on the host, once
 per set of grids, cached, and copied to the device without blocking.
+
+Backends, by the names of diffusers' `set_attention_backend` and `attention_backend(...)`; none chosen is automatic:
+any of diffusers' own (windows as the batch of its kernel), "walt_windows" (torch's SDPA so, even where the automatic
+choice is another), "walt_blocked" (matrix products over a few windows at a time, so that the scores stay in the cache),
+"walt_varlen" (one variable-length call for all windows of a pack, CUDA), "flash_varlen" (the same through flash-attn)
+and "flex" (one FlexAttention call). A relative bias runs on those that take a mask, and is refused by the rest.
 Letters: L tokens, N heads, d head size, W windows of a group, n tokens of a window, s text states of a window.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _AttentionBackendRegistry,
+    dispatch_attention_fn,
+)
 from torch import Tensor, nn
 
 from walt.errors import WaltError
@@ -240,7 +251,7 @@ def window_attention(
     backend: Any = None,
     parallel_config: Any = None,
 ) -> Tensor:
-    """Attention of every window of a pack, one kernel call per group of equal windows, no mask and no padding.
+    """Attention of every window of a pack, with no mask and no padding.
 
     Args:
         query: `(L - plan.singles, N, d)` in window order; key likewise. Lone tokens need neither.
@@ -249,33 +260,292 @@ def window_attention(
         context_key: text `(S, N, d)` of all samples end to end, when the plan has contexts; value likewise.
         bias: gives the additive float bias `(1, N, n, n)` of a window shape and its offsets (`RelativeBias`); the plan
             must be made `by_shape`.
-        backend: diffusers attention backend, None for the active one. A bias needs one that takes a mask.
+        backend: as in the head of this file; None for the active one of diffusers, or the automatic choice.
 
     Returns:
         `(L, N, d)` in window order.
+
+    Raises:
+        WaltError: a bias on a backend that takes none, or a backend that cannot run here.
     """
     # Split, not sliced: the gradient of a split is one concatenation, that of slices a sum of padded copies.
     rows = [group.windows * group.length for group in plan.groups]
-    queries, keys = query.split(rows), key.split(rows)
-    values = value.split([plan.singles, *rows])
+    values = value.split([plan.singles, *rows]) if plan.singles else (value[:0], *value.split(rows))
     out = [values[0]] if plan.singles else []
-    for i, group in enumerate(plan.groups):
-        q, k, v = (x.unflatten(0, (group.windows, group.length)) for x in (queries[i], keys[i], values[i + 1]))
+    if not plan.groups:
+        # Nothing attends (images only): empty rows keep queries, keys and bias in the graph, so their gradients are
+        # zero rather than absent and a data-parallel reducer does not wait for them.
+        empty = query + key
+        out.append((empty if bias is None else empty + bias((1, 1, 1))[0, :, 0]).to(value.dtype))
+        return out[0] if len(out) == 1 else torch.cat(out)
+    name = choose_backend(backend, query, plan, bias is not None)
+    windows = []
+    for i, (group, q, k, v) in enumerate(zip(plan.groups, query.split(rows), key.split(rows), values[1:], strict=True)):
+        size = (group.windows, group.length)
+        q, k, v = q.unflatten(0, size), k.unflatten(0, size), v.unflatten(0, size)
         if group.context_length:
             assert plan.context_index is not None and context_key is not None and context_value is not None
             size = (group.windows, group.context_length)
             index = plan.context_index[group.context_start :][: group.windows * group.context_length]
             k = torch.cat([k, context_key.index_select(0, index).unflatten(0, size)], dim=1)
             v = torch.cat([v, context_value.index_select(0, index).unflatten(0, size)], dim=1)
+        if name in _ONE_CALL:
+            windows.append((k.flatten(0, 1), v.flatten(0, 1)))
+            continue
         mask = bias(group.shape, plan.offsets[i]).to(q.dtype) if bias is not None and plan.offsets else None
-        y = dispatch_attention_fn(q, k, v, attn_mask=mask, backend=backend, parallel_config=parallel_config)
+        y = dispatch_attention_fn(q, k, v, attn_mask=mask, backend=name, parallel_config=parallel_config)
         out.append(y.flatten(0, 1))
-    if not plan.groups:
-        # Nothing attends (images only): empty rows keep queries, keys and bias in the graph, so their gradients are
-        # zero rather than absent and a data-parallel reducer does not wait for them.
-        empty = query + key
-        out.append((empty if bias is None else empty + bias((1, 1, 1))[0, :, 0]).to(value.dtype))
+    if name in _ONE_CALL:
+        if any(group.context_length for group in plan.groups):
+            key, value = (torch.cat(parts) for parts in zip(*windows, strict=True))
+        else:
+            value = value[plan.singles :]
+        out.append(_ONE_CALL[name](query, key, value, plan))
     return out[0] if len(out) == 1 else torch.cat(out)
+
+
+def context_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Sequence[int],
+    contexts: Sequence[int],
+    *,
+    backend: Any = None,
+    parallel_config: Any = None,
+) -> Tensor:
+    """Every token attends to the states of its sample alone; neighbouring samples of equal sizes are one call.
+
+    Args:
+        query: `(L, N, d)`, samples end to end.
+        key: `(S, N, d)`, the states of all samples end to end, at least one each; value likewise.
+        lengths: tokens of each sample; contexts: its states.
+
+    Returns:
+        `(L, N, d)`.
+    """
+    runs = [(n, s, len(list(run))) for (n, s), run in itertools.groupby(zip(lengths, contexts, strict=True))]
+    queries = query.split([n * count for n, _, count in runs])
+    keys, values = (x.split([s * count for _, s, count in runs]) for x in (key, value))
+    name = _AttentionBackendRegistry._active_backend if backend is None else AttentionBackendName(backend)
+    if name in _ONE_CALL:
+        name = AttentionBackendName.NATIVE  # those take window plans
+    out = []
+    for (n, s, count), q, k, v in zip(runs, queries, keys, values, strict=True):
+        q, k, v = q.unflatten(0, (count, n)), k.unflatten(0, (count, s)), v.unflatten(0, (count, s))
+        out.append(dispatch_attention_fn(q, k, v, backend=name, parallel_config=parallel_config).flatten(0, 1))
+    return out[0] if len(out) == 1 else torch.cat(out)
+
+
+# -- backends ----------------------------------------------------------------------------------------------------------
+
+NO_BIAS = (
+    "walt_varlen",
+    "flash_varlen",
+    "flex",
+    "flash",
+    "_flash_3",
+    "_flash_varlen_3",
+    "_native_flash",
+    "sage",
+    "aiter",
+)
+"""Backends that take no additive bias, so refuse a model with `relative_positions="bias"`."""
+
+
+def choose_backend(backend: Any, query: Tensor, plan: WindowPlan, biased: bool) -> AttentionBackendName | None:
+    """The backend of one call: the given one, else diffusers' active one, else the fastest that can run it.
+
+    Automatic means: on CUDA in half precision one variable-length call where a pack has windows of several lengths;
+    on a CPU in bfloat16 with matrix units for it the blocked form; torch's SDPA over windows otherwise.
+
+    Raises:
+        WaltError: a bias on a backend that takes none, or one that needs CUDA on another device.
+    """
+    active = _AttentionBackendRegistry._active_backend if backend is None else AttentionBackendName(backend)
+    if backend is None and active == AttentionBackendName.NATIVE:
+        half = query.dtype in (torch.float16, torch.bfloat16)
+        if query.is_cuda and half and not biased and len(plan.groups) > 1 and _has_varlen():
+            return AttentionBackendName("walt_varlen")
+        if query.device.type == "cpu" and query.dtype == torch.bfloat16 and _has_bfloat16_units():
+            return AttentionBackendName("walt_blocked")
+        return active
+    if biased and active.value in NO_BIAS:
+        raise WaltError(
+            f'attention backend {active.value!r} takes no bias, which relative_positions="bias" needs; use "native", '
+            '"walt_windows" or "walt_blocked", or a model with relative_positions="rope"'
+        )
+    if active.value in ("walt_varlen", "flash_varlen") and not query.is_cuda:
+        raise WaltError(f"attention backend {active.value!r} runs on CUDA only, the tensors are on {query.device.type}")
+    return active
+
+
+@lru_cache(maxsize=1)
+def _has_varlen() -> bool:
+    try:
+        import torch.nn.attention.varlen
+    except ImportError:
+        return False
+    return bool(torch.cuda.get_device_capability() >= (8, 0))
+
+
+@lru_cache(maxsize=1)
+def _has_bfloat16_units() -> bool:
+    return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+@lru_cache(maxsize=512)
+def _bounds(plan: WindowPlan, device: torch.device) -> tuple[Tensor, Tensor, int, int]:
+    """First query and first key of every window and the end, int32 `(windows + 1,)`; and the largest counts."""
+    queries = [g.length for g in plan.groups for _ in range(g.windows)]
+    keys = [g.length + g.context_length for g in plan.groups for _ in range(g.windows)]
+    with torch.inference_mode(False):
+        starts = [
+            torch.tensor(list(itertools.accumulate(n, initial=0)), dtype=torch.int32, device="cpu")
+            for n in (queries, keys)
+        ]
+        if device.type == "cuda":
+            starts = [start.pin_memory().to(device, non_blocking=True) for start in starts]
+    return starts[0], starts[1], max(queries), max(keys)
+
+
+def _varlen(query: Tensor, key: Tensor, value: Tensor, plan: WindowPlan) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    first_query, first_key, most_queries, most_keys = _bounds(plan, query.device)
+    out: Tensor = varlen_attn(query, key, value, first_query, first_key, most_queries, most_keys)
+    return out
+
+
+def _flash_varlen(query: Tensor, key: Tensor, value: Tensor, plan: WindowPlan) -> Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    first_query, first_key, most_queries, most_keys = _bounds(plan, query.device)
+    out: Tensor = flash_attn_varlen_func(query, key, value, first_query, first_key, most_queries, most_keys)
+    return out
+
+
+def _flex(query: Tensor, key: Tensor, value: Tensor, plan: WindowPlan) -> Tensor:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
+    call = _compiled_flex() if query.is_cuda else flex_attention
+    return call(q, k, v, block_mask=_block_mask(plan, query.device))[0].transpose(0, 1)
+
+
+@lru_cache(maxsize=1)
+def _compiled_flex() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    compiled: Callable[..., Tensor] = torch.compile(flex_attention, dynamic=True)
+    return compiled
+
+
+@lru_cache(maxsize=64)
+def _block_mask(plan: WindowPlan, device: torch.device) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    first_query, first_key, _, _ = _bounds(plan, torch.device("cpu"))
+    with torch.inference_mode(False):
+        ids = torch.arange(len(first_query) - 1, device="cpu")
+        of_query = ids.repeat_interleave(first_query.diff()).to(device)
+        of_key = ids.repeat_interleave(first_key.diff()).to(device)
+
+        def same(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return of_query[i] == of_key[j]
+
+        return create_block_mask(same, None, None, len(of_query), len(of_key), device=str(device))
+
+
+_ONE_CALL: dict[Any, Callable[[Tensor, Tensor, Tensor, WindowPlan], Tensor]] = {
+    "walt_varlen": _varlen,
+    "flash_varlen": _flash_varlen,
+    "flex": _flex,
+}
+
+
+BLOCK_BYTES = 2**19
+"""Scores of one block of `blocked_attention`: they stay in a core's second-level cache."""
+
+
+def blocked_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+    block_bytes: int = BLOCK_BYTES,
+) -> Tensor:
+    """Attention as matrix products over a few windows and heads at a time.
+
+    Args:
+        query: `(W, n, N, d)`; key and value `(W, s, N, d)`.
+        attn_mask: additive, broadcastable to `(W, N, n, s)`, float.
+        scale: of the scores, None for `d ** -0.5`.
+        block_bytes: most bytes of scores held at a time (at least one head of one window).
+
+    Returns:
+        `(W, n, N, d)`.
+    """
+    heads = query.shape[2]
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    mask = None
+    if attn_mask is not None:
+        mask = attn_mask.expand(attn_mask.shape[0], heads, q.shape[1], k.shape[1]).to(q.dtype)
+        # Per head (the same for all windows), or per window and head.
+        mask = (mask if len(mask) == 1 else mask.expand(len(query), -1, -1, -1)).flatten(0, 1)
+    out: Tensor = _Blocked.apply(q, k, v, mask, factor, block_bytes)
+    return out.unflatten(0, (-1, heads)).transpose(1, 2)
+
+
+class _Blocked(torch.autograd.Function):
+    """`(b, n, d)` queries; a mask of fewer rows than b repeats."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, block_bytes: int
+    ) -> Tensor:
+        out = torch.empty_like(q)
+        for at in _blocks(q, k, mask, block_bytes):
+            torch.bmm(_weights(q[at], k[at], mask, scale), v[at], out=out[at])
+        ctx.save_for_backward(q, k, v, mask, out)
+        ctx.scale, ctx.block_bytes = scale, block_bytes
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, mask, out = ctx.saved_tensors
+        grad = grad.contiguous()
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        dmask = torch.zeros_like(mask) if mask is not None and ctx.needs_input_grad[3] else None
+        for at in _blocks(q, k, mask, ctx.block_bytes):
+            weights = _weights(q[at], k[at], mask, ctx.scale)
+            torch.bmm(weights.transpose(1, 2), grad[at], out=dv[at])
+            scores = torch.bmm(grad[at], v[at].transpose(1, 2))
+            scores.sub_((grad[at] * out[at]).sum(-1, keepdim=True)).mul_(weights)
+            if dmask is not None:
+                dmask += scores.unflatten(0, (-1, len(dmask))).sum(0)
+            scores.mul_(ctx.scale)
+            torch.bmm(scores, k[at], out=dq[at])
+            torch.bmm(scores.transpose(1, 2), q[at], out=dk[at])
+        return dq, dk, dv, dmask, None, None
+
+
+def _blocks(q: Tensor, k: Tensor, mask: Tensor | None, block_bytes: int) -> list[slice]:
+    """Slices of the batch whose scores take at most `block_bytes`; whole turns of the mask where there is one."""
+    step = max(1, block_bytes // (q.shape[1] * k.shape[1] * q.element_size()))
+    if mask is not None:
+        step = max(1, step // len(mask)) * len(mask)
+    return [slice(i, min(i + step, len(q))) for i in range(0, len(q), step)]
+
+
+def _weights(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    scores = torch.bmm(q, k.transpose(1, 2)).mul_(scale)
+    if mask is not None:
+        scores.unflatten(0, (-1, len(mask))).add_(mask)
+    return scores.softmax(-1)
 
 
 class RelativeBias(nn.Module):
@@ -309,9 +579,11 @@ class RelativeBias(nn.Module):
             target.append(2 * n - 1)
         if table.shape[1:] != torch.Size(target):
             table = F.interpolate(table[None].float(), size=target, mode="trilinear", align_corners=True)[0]
-        n = shape[0] * shape[1] * shape[2]
         entries = table.flatten(1)
-        return (entries if offsets is None else entries.index_select(1, offsets)).view(1, -1, n, n)
+        if offsets is not None:
+            entries = entries.index_select(1, offsets)
+        n = math.isqrt(entries.shape[1])  # fewer than the window's tokens where some were dropped
+        return entries.view(1, -1, n, n)
 
 
 @lru_cache(maxsize=64)
@@ -339,19 +611,22 @@ def rotation(
     The pairs of a head are divided among frame, row and column (what three does not divide goes to the frame);
     positions are absolute in the token's own sample.
     """
+    tables = [_rotation_of(grid, head_dim, device, theta) for grid in grids]
+    with torch.inference_mode(False):
+        cos, sin = (torch.cat(parts) for parts in zip(*tables, strict=True))
+    return cos, sin
+
+
+@lru_cache(maxsize=256)
+def _rotation_of(grid: Grid, head_dim: int, device: torch.device, theta: float) -> tuple[Tensor, Tensor]:
+    """The rows of one sample: packs differ, their samples' sizes come again."""
     with torch.inference_mode(False):
         pairs = head_dim // 2
         share = pairs // 3
-        place = positions(grids).to(torch.float32)
+        place = positions([grid]).to(torch.float32)
         angles = []
         for axis, n in enumerate((pairs - 2 * share, share, share)):
             frequency = theta ** -(torch.arange(n, dtype=torch.float32, device="cpu") / max(n, 1))
             angles.append(place[:, axis, None] * frequency)
         angle = torch.cat(angles, dim=1)[:, None]
         return angle.cos().to(device), angle.sin().to(device)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the pairs (i, i + d/2) of `x` `(L, N, d)`; the result has the wider dtype of `x` and float32."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)

@@ -1,8 +1,9 @@
-"""The command line: `walt sample | info | train | encode | data | evaluate | export`, one entry of COMMANDS each.
+"""The command line: `walt sample | nuwa | info | train | encode | data | evaluate | export`, one entry of COMMANDS each.
 
 A command has three parts: its arguments, `prepare` (checks them: what it raises is a usage error, exit code 2) and
 `run` (what it raises happens at run time, exit code 1). Every error is one line, "walt: error: ..."; Ctrl-C exits with
-130. Heavy imports happen inside the functions, so that `walt --help` answers at once.
+130, a training stopped by SIGTERM, its checkpoint saved, with 143. Heavy imports happen inside the functions, so that
+`walt --help` answers at once.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from walt import commands
-from walt.errors import WaltError, suggest
+from walt import commands, nuwa_commands
+from walt.errors import Terminated, WaltError, suggest
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +39,7 @@ class UsageError(WaltError):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command line and returns its exit code: 0, 1 at run time, 2 for usage, 130 for Ctrl-C."""
+    """Runs a command line and returns its exit code: 0, 1 at run time, 2 for usage, 130 for Ctrl-C, 143 for SIGTERM."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         args = _parse(argv)
@@ -52,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return command.run(args) or 0
     except UsageError as error:
         return _fail(error, 2)
+    except Terminated as error:
+        return _fail(error, 143)
     except (WaltError, OSError) as error:
         return _fail(error, 1)
     except (MemoryError, RuntimeError) as error:
@@ -89,10 +92,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 # -- models and devices ------------------------------------------------------------------------------------------------
 
 
-def model_folder(given: str | None) -> Path:
-    """The folder given, or the embedded model; a WaltError when there is no model there."""
+def model_folder(given: str | None, embedded: str = "embedded") -> Path:
+    """The folder given, or the embedded model of that name; a WaltError when there is no model there."""
     if given is None:
-        folder = Path(str(resources.files("walt") / "embedded"))
+        folder = Path(str(resources.files("walt") / embedded))
         if not (folder / "model_index.json").is_file():
             raise WaltError("this installation of walt has no embedded model: pass --model FOLDER")
         return folder
@@ -137,7 +140,7 @@ def load_cascade(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     from walt.pipelines.pipeline_walt import WaltPipeline
     from walt.pipelines.pipeline_walt_cascade import WaltCascadePipeline
 
-    _quiet()
+    quiet()
     pipe = load_pipeline(folder, dtype)
     if isinstance(pipe, WaltPipeline):
         if pipe.tokenizer is None or pipe.text_encoder is None:
@@ -150,7 +153,7 @@ def load_cascade(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     return pipe.to(device)
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Keeps the libraries' bars and advice off the terminal."""
     import diffusers.utils.logging
     import transformers.utils.logging
@@ -376,6 +379,12 @@ def _info_run(args: argparse.Namespace) -> None:
 
 COMMANDS: dict[str, Command] = {
     "sample": Command("Make videos or stills from prompts.", _sample_arguments, _sample_prepare, _sample_run),
+    "nuwa": Command(
+        "Text, sketches or parts of pictures to images and videos.",
+        nuwa_commands.add,
+        nuwa_commands.prepare,
+        nuwa_commands.run,
+    ),
     "info": Command("Describe a model: shapes, parameters, words, cost.", _info_arguments, _info_prepare, _info_run),
     "train": Command("Run a training recipe.", commands.add_train, commands.load_recipe, commands.train),
     "encode": Command("Precompute a recipe's latents.", commands.add_encode, commands.encode_prepare, commands.encode),

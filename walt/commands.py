@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from walt import nuwa_commands
 from walt.errors import WaltError
 
 if TYPE_CHECKING:
@@ -27,7 +28,11 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="a recipe of walt/configs, such as emoji.base; `list` shows them all")
     parser.add_argument("overrides", nargs="*", metavar="field=value", help="changes, such as run.steps=100")
     parser.add_argument("--no-resume", action="store_true", help="start over although the run folder has a checkpoint")
-    parser.add_argument("--dry-run", action="store_true", help="print the whole recipe and stop")
+    parser.add_argument("--dry-run", action="store_true", help="print the whole recipe and what it will cost, and stop")
+    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="dry run: processes to plan for (default: 1)")
+    parser.add_argument(
+        "--tflops", type=float, metavar="T", help="dry run: a rank's sustained rate (default: measured)"
+    )
 
 
 def load_recipe(args: argparse.Namespace) -> None:
@@ -49,6 +54,7 @@ def train(args: argparse.Namespace) -> None:
         return
     if args.dry_run:
         console.print(job.model_dump_json(indent=2), highlight=False)
+        _print_plan(job, args, console)
         return
     objective = build_objective(job)
     parameters = sum(p.numel() for p in objective.model.parameters())
@@ -64,18 +70,53 @@ def _account(console: Console, clips: Any) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
+def _print_plan(job: Any, args: argparse.Namespace, console: Console) -> None:
+    from rich.table import Table
+
+    from walt.training.plan import make_plan
+
+    if args.ranks < 1 or (args.tflops is not None and not args.tflops > 0):
+        raise WaltError(f"--ranks and --tflops must be positive, got {args.ranks} and {args.tflops}")
+    plan = make_plan(job, args.ranks, args.tflops and args.tflops * 1e12)
+
+    def say(line: str) -> None:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    say(f"parameters: {plan.parameters:,}, of them trained {plan.trained:,}")
+    say(f"ranks: {plan.ranks} ({job.run.parallel}), packs per step: {plan.packs}, samples per step: {plan.samples:.0f}")
+    memory = Table("purpose", "GiB", title="memory of each rank (estimate)")
+    for purpose, size in [*plan.memory.items(), ("total", plan.total_memory)]:
+        memory.add_row(purpose, f"{size / 2**30:.3f}")
+    console.print(memory)
+    shards = Table("part", "parameters", "on each rank", title="shard plan")
+    for name, size, share in plan.shards:
+        shards.add_row(name, f"{size:,}", f"{share:,}")
+    console.print(shards)
+    if plan.tokens:
+        say(f"tokens per step: {plan.tokens:,.0f}")
+    measured = "given" if plan.matmul_rate is None else f"matrix products here {plan.matmul_rate / 1e9:.4g} GFLOP/s"
+    say(
+        f"operations per step: {plan.flops / 1e12:.4g} TFLOP; a rank sustains {plan.rate / 1e9:.4g} GFLOP/s ({measured})"
+    )
+    parts = ", ".join(f"{name} {value:.3g} s" for name, value in plan.seconds.items())
+    say(f"seconds per step: {plan.total_seconds:.3g} ({parts}; reading data is not counted)")
+    say(f"{job.run.steps} steps: {plan.total_seconds * job.run.steps / 86400:.3g} days")
+
+
 def build_objective(job: Any) -> Any:
     """The objective of a recipe with its models and folders loaded; every missing file is a WaltError."""
     import torch
 
-    from walt.models.transformer_walt import WaltTransformer3DModel
+    from walt.models.backbone import backbone
     from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt
     from walt.tokenizers.discriminator import Discriminator
     from walt.tokenizers.losses import AdversarialLoss, PerceptualLoss
     from walt.tokenizers.vq_model_walt import WaltVQModel
-    from walt.training.job import TokenizerJob
+    from walt.training.job import NuwaJob, TokenizerJob
     from walt.training.objectives import DenoiserObjective, TokenizerObjective, build_model
 
+    if isinstance(job, NuwaJob):
+        return _nuwa_objective(job)
     if isinstance(job, TokenizerJob):
         weights = job.loss.perceptual_weights
         model = AutoencoderKLWalt if job.architecture == "causal" else WaltVQModel
@@ -88,7 +129,18 @@ def build_objective(job: Any) -> Any:
             )
         return TokenizerObjective(job, model, PerceptualLoss(weights) if weights else None, adversary)
     vae, words = _encoders(job)
-    return DenoiserObjective(job, WaltTransformer3DModel, vae, words)
+    return DenoiserObjective(job, backbone(job.backbone), vae, words)
+
+
+def _nuwa_objective(job: Any) -> Any:
+    from walt.models.transformer_nuwa import NuwaTransformer3DModel
+    from walt.tokenizers.vq_model_walt import WaltVQModel
+    from walt.training.nuwa import NuwaObjective
+    from walt.training.objectives import load_folder
+
+    vq = load_folder(WaltVQModel, job.tokenizer, "tokenizer")
+    vq_seg = job.sketch_tokenizer and load_folder(WaltVQModel, job.sketch_tokenizer, "sketch_tokenizer")
+    return NuwaObjective(job, NuwaTransformer3DModel, vq, vq_seg, _words(job))
 
 
 def _words(job: Any) -> Any:
@@ -110,22 +162,78 @@ def _words(job: Any) -> Any:
 # sample sheets
 
 
-def draw_sheet(objective: Any, model: nn.Module, path: Path) -> None:
-    """PNG: originals above reconstructions (tokenizer), or samples of training prompts (denoiser)."""
+def draw_sheet(objective: Any, model: nn.Module, path: Path | None) -> None:
+    """PNG: originals above reconstructions (tokenizer), or samples of training prompts (denoiser, NUWA); and the clips
+    beside it as an mp4. Without a path they are made and not written: what the other ranks of a sharded model do."""
     import torch
     from PIL import Image
 
+    from walt.media import write_video
+    from walt.training.nuwa import NuwaObjective
     from walt.training.objectives import TokenizerObjective
 
     draw = _reconstructions if isinstance(objective, TokenizerObjective) else _samples
+    if isinstance(objective, NuwaObjective):
+        draw = _nuwa_samples
     with torch.no_grad():
-        rows = draw(objective, model)
+        made = draw(objective, model)
+    if path is None:
+        return
+    rows = [row if row.ndim == 3 else _strip(row) for row in made]
     width = max(row.shape[-1] for row in rows)
     rows = [torch.nn.functional.pad(row, (0, width - row.shape[-1], 0, 4), value=1.0) for row in rows]
     sheet = ((torch.cat(rows, dim=1).clamp(-1, 1) + 1.0) * 127.5).round().to(torch.uint8).permute(1, 2, 0)
     temporary = path.with_suffix(".tmp.png")
     Image.fromarray(sheet.cpu().numpy()).save(temporary)
     temporary.replace(path)
+    clips = [video for video in made if video.ndim == 4 and video.shape[1] > 1]
+    if clips:
+        write_video(_grid(clips), path.with_suffix(".mp4"), 8.0)
+
+
+def _grid(videos: list[Tensor]) -> Any:
+    """Clips `(3, T, H, W)` in [-1, 1] in two columns (real and made), uint8 `(T, H, W, 3)`; short ones hold their end."""
+    import torch
+
+    frames, height, width = (max(video.shape[axis] for video in videos) for axis in (1, 2, 3))
+    cells = []
+    for video in videos:
+        held = torch.cat([video, video[:, -1:].expand(-1, frames - video.shape[1], -1, -1)], dim=1)
+        cells.append(torch.nn.functional.pad(held, (0, width - video.shape[3], 0, height - video.shape[2]), value=1.0))
+    if len(cells) % 2:
+        cells.append(torch.ones_like(cells[0]))
+    rows = [torch.cat(cells[i : i + 2], dim=3) for i in range(0, len(cells), 2)]
+    pixels = ((torch.cat(rows, dim=2).clamp(-1, 1) + 1.0) * 127.5).round().to(torch.uint8)
+    return pixels.permute(1, 2, 3, 0).cpu().numpy()
+
+
+def _nuwa_samples(objective: Any, model: Any) -> list[Tensor]:
+    """For a sample of every task: what the model makes, above the real thing as its tokens show it."""
+    import torch
+
+    from walt.data.sketches import classes
+    from walt.pipelines.pipeline_nuwa import NuwaPipeline
+    from walt.training.nuwa import TASKS
+
+    names = classes(objective.scenes.theatre.subjects)
+    words = objective.words
+    pipe = NuwaPipeline(objective.vq, objective.vq_seg, model, words.encoder, words.tokenizer, names)
+    pipe.set_progress_bar_config(disable=True)
+    rows = []
+    for number, task in enumerate(objective.tasks):
+        kind = TASKS[task]
+        real = objective.scenes.get(kind.target, number)
+        video = real.video[None]
+        told: dict[str, Any] = {"text": {"prompt": real.caption}, "sketch": {"sketch": real.sketch}}.get(
+            kind.condition, {"video": video[:, :1] / 2 + 0.5}
+        )
+        frames = len(real.video)
+        if kind.condition != "sketch":
+            told = {**told, "num_frames": frames, "height": video.shape[3], "width": video.shape[4]}
+        made = pipe(**told, generator=torch.Generator().manual_seed(number), output_type="pt").frames[0]
+        shown = objective.vq.decode_indices(objective.vq.encode_indices(real.video.to(objective.device))).cpu()
+        rows += [_strip(made.float().cpu().transpose(0, 1) * 2 - 1), _strip(shown.float().transpose(0, 1))]
+    return rows
 
 
 def _strip(video: Tensor, frames: int = 6) -> Tensor:
@@ -154,7 +262,7 @@ def _reconstructions(objective: Any, model: Any) -> list[Tensor]:
         if objective.segmentation:
             names = classes(objective.scenes.theatre.subjects)
             video, output = (to_video(to_colours(x.numpy(), names)) for x in (video, output.argmax(dim=0)))
-        rows += [_strip(video), _strip(output)]
+        rows += [video, output]
     return rows
 
 
@@ -194,6 +302,7 @@ def _samples(objective: Any, model: Any) -> list[Tensor]:
             sample.set_progress_bar_config(disable=True)
             made = sample(
                 prompt=packed[number].caption if words is not None else None,
+                class_labels=None if model.config.num_classes is None else objective._label(packed[number]),
                 height=real.shape[3],
                 width=real.shape[4],
                 num_frames=real.shape[2],
@@ -202,7 +311,7 @@ def _samples(objective: Any, model: Any) -> list[Tensor]:
                 generator=generator,
                 output_type="pt",
             )
-        rows += [_strip(made.frames[0].transpose(0, 1) * 2.0 - 1.0), _strip(real[0])]
+        rows += [made.frames[0].transpose(0, 1).cpu() * 2.0 - 1.0, real[0].cpu()]
     return rows
 
 
@@ -242,16 +351,15 @@ def encode(args: argparse.Namespace) -> None:
     import torch
 
     from walt.data.latents import write_latents
-    from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt
+    from walt.tokenizers.adapter import load_vae
     from walt.training.job import MediaJob
-    from walt.training.objectives import load_folder
 
     if isinstance(args.job.data, MediaJob):
         _encode_media(args.job, Path(args.output))
         return
     job, counts = args.job, args.counts
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    vae = load_folder(AutoencoderKLWalt, job.tokenizer, "tokenizer").eval().to(device)
+    vae = load_vae(job.tokenizer).eval().to(device)
 
     def encoder(video: Tensor) -> Tensor:
         with torch.no_grad():
@@ -273,6 +381,7 @@ def _encode_media(job: Any, output: Path) -> None:
 
     vae, words = _encoders(job)
     clips = open_clips(job, vae, words is not None, output / "skipped.jsonl")
+    assert clips is not None
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else None
     if device is not None:
         vae.to(device)
@@ -302,10 +411,9 @@ def _encode_media(job: Any, output: Path) -> None:
 
 def _encoders(job: Any) -> tuple[Any, Any]:
     """A denoiser recipe's tokenizer and text encoder."""
-    from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt
-    from walt.training.objectives import load_folder
+    from walt.tokenizers.adapter import load_vae
 
-    return load_folder(AutoencoderKLWalt, job.tokenizer, "tokenizer").eval(), _words(job)
+    return load_vae(job.tokenizer).eval(), _words(job)
 
 
 def _positive(text: str) -> int:
@@ -372,12 +480,12 @@ def _check(args: argparse.Namespace, console: Console) -> None:
             args.workers,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
-    broken = list(index.broken)
+    found: list[Broken | None] = list(index.broken)
     rows = index.items
     if args.all:
         with _progress() as progress:
-            broken += progress.track(decode_all(index), total=len(rows), description="decoding")
-        broken = [item for item in broken if isinstance(item, Broken)]
+            found += progress.track(decode_all(index), total=len(rows), description="decoding")
+    broken = [item for item in found if item is not None]
     account = Account(Path(args.report) if args.report else None, limit=1.0)
     account.listed(args.folder, len(rows) + len(index.broken), broken)
     video = rows["video"]
@@ -523,19 +631,22 @@ def export(args: argparse.Namespace) -> None:
 
 
 def add_evaluate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=("super-resolution", "tokenizer", "joins", "sheet", "prompts", "video"))
-    parser.add_argument("--model", help="cascade folder (default: the embedded model)")
+    parser.add_argument("what", choices=("super-resolution", "tokenizer", "joins", "sheet", "prompts", "video", "nuwa"))
+    parser.add_argument("--model", help="model folder (default: the embedded cascade; nuwa: the embedded NUWA)")
     parser.add_argument("--source", default="cache/emoji", help="sprites (walt data emoji)")
     parser.add_argument("--weights", default="cache/lpips_vgg.safetensors", help="LPIPS weights (walt data lpips)")
-    parser.add_argument("-n", "--count", type=int, help="clips or results (default: 6; prompts: 200)")
+    parser.add_argument("-n", "--count", type=int, help="clips or results (default: 6; prompts: 200; nuwa: 16)")
     parser.add_argument("--frames", type=int, help="frames per clip (default: 5; prompts: 17)")
     parser.add_argument("--stages", type=int, choices=(1, 2, 3), default=1, help="joins, sheet, prompts: stages to run")
     parser.add_argument("--steps", type=int, default=20, help="sampling steps of every stage")
-    parser.add_argument("-o", "--output", default="sheet.png", help="sheet: the PNG to write")
+    parser.add_argument("-o", "--output", default="sheet.png", help="sheet, nuwa: the PNG to write")
     parser.add_argument(
         "--work", help="prompts, video: folder where a rerun goes on (default: runs/prompts, runs/video)"
     )
-    parser.add_argument("--json", metavar="FILE", help="prompts, video: where to write every verdict or row")
+    parser.add_argument("--json", metavar="FILE", help="prompts, video, nuwa: where to write every verdict or row")
+    parser.add_argument("--tasks", metavar="A,B", help="nuwa: only these of its tasks, by the names of `walt nuwa`")
+    parser.add_argument("--guidance", type=float, help="nuwa: guidance scale (default: the model's)")
+    parser.add_argument("--top-p", type=float, help="nuwa: sampling among the likeliest tokens (default: the model's)")
     parser.add_argument("--batch", type=int, default=8, help="prompts: clips sampled at a time")
     parser.add_argument(
         "--subject-share", type=float, default=0.75, help="prompts: goal, as a share of the real clips' (default: 0.75)"
@@ -560,6 +671,9 @@ def evaluate_prepare(args: argparse.Namespace) -> None:
     args.work = args.work or f"runs/{args.what}"
     if args.what == "video":
         _check_video(args)
+        return
+    if args.what == "nuwa":
+        nuwa_commands.evaluate_prepare(args)
         return
     if args.count is None:
         args.count = 200 if args.what == "prompts" else 6
@@ -621,6 +735,9 @@ def evaluate(args: argparse.Namespace) -> int | None:
 
     if args.what == "video":
         _evaluate_video(args)
+        return None
+    if args.what == "nuwa":
+        nuwa_commands.evaluate(args, _held_out(args), _image_network(args.image_network))
         return None
     device = choose_device("auto")
     pipe = load_cascade(args.model, choose_dtype("auto", device), device)

@@ -11,6 +11,7 @@ any shape, and works in the dtype of its tensors.
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import torch
@@ -106,6 +107,40 @@ def noise_from_velocity(scheduler: Schedule, v: Tensor, x_t: Tensor, timestep: T
     """eps = sigma x_t + signal v."""
     signal, sigma = coefficients(scheduler, timestep, x_t)
     return sigma * x_t + signal * v
+
+
+def variance_bound(scheduler: Schedule, v: Tensor, fraction: Tensor, x0: Tensor, x_t: Tensor, timestep: int) -> Tensor:
+    """The step's term of the variational bound, bits per element, that a learned variance is trained by.
+
+    Nichol and Dhariwal (arXiv 2102.09672, sections 3.1 and 3.3, as DiT uses it): log variance between that of the
+    posterior (`fraction` -1) and beta (`fraction` 1); the mean that `v` predicts takes no gradient. At step 0 the negative
+    log density of the clean latents, which are continuous.
+
+    Args:
+        v, fraction: prediction and its extra channels, like `x0`.
+        timestep: one step, 0..999.
+    """
+    table = [1.0, *scheduler.alphas_cumprod.double().tolist()]
+
+    def variances(step: int) -> tuple[float, float]:
+        beta = 1 - table[step + 1] / table[step]
+        return beta, beta * (1 - table[step]) / (1 - table[step + 1])
+
+    (beta, _), (_, posterior) = variances(timestep), variances(max(timestep, 1))  # that of step 0 is 0
+    before, now = table[timestep], table[timestep + 1]
+    share = (fraction + 1) / 2
+    log_variance = share * math.log(beta) + (1 - share) * math.log(posterior)
+
+    def mean(clean: Tensor) -> Tensor:
+        return (math.sqrt(before) * beta * clean + math.sqrt(now / before) * (1 - before) * x_t) / (1 - now)
+
+    predicted = mean(x0_from_velocity(scheduler, v.detach(), x_t, timestep))
+    if timestep == 0:
+        nats = math.log(2 * math.pi) + log_variance + (x0 - predicted).square() * torch.exp(-log_variance)
+    else:
+        ratio = math.log(posterior) - log_variance
+        nats = torch.exp(ratio) - ratio - 1 + (mean(x0) - predicted).square() * torch.exp(-log_variance)
+    return 0.5 * nats / math.log(2)
 
 
 def guide(cond: Tensor, uncond: Tensor, scale: float, rescale: float = 0.0) -> Tensor:

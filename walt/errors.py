@@ -10,6 +10,10 @@ class WaltError(ValueError):
     """A mistake in the input, found at the boundary. The CLI prints its message and exits with 1 (2 for usage)."""
 
 
+class Terminated(WaltError):
+    """SIGTERM came, and what was running saved its state and stopped. The CLI exits with 143 = 128 + SIGTERM."""
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """Returns ' (did you mean "x"?)' for the known name closest to `name`, or '' when none is close."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)

@@ -195,7 +195,7 @@ class Probe:
 
 
 def probe(file: Path | bytes, suffix: str) -> Probe:
-    """Reads the header and, of a video, the first frame. Cheap checks of the file's end find what is cut off.
+    """Reads the header and, of a video, the first frame; of a JPEG all. The file's end shows whether it is cut off.
 
     Args:
         file: a path, or the whole content.
@@ -218,6 +218,8 @@ def probe(file: Path | bytes, suffix: str) -> Probe:
             with _opened(file) as stream:
                 durations = _webp_durations(stream) if suffix == ".webp" else _gif_durations(image)
             return Probe("video", image.height, image.width, count, sum(durations))
+        if suffix in (".jpg", ".jpeg"):
+            _check_jpeg(file)
         turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientation: stored lying on its side
         height, width = (image.width, image.height) if turned else (image.height, image.width)
         return Probe("image", height, width, 1, 0.0)
@@ -331,7 +333,7 @@ def _container(file: Path | bytes) -> Iterator[tuple[av.container.InputContainer
     """The open container and its first video stream; FFmpeg's errors become MediaErrors."""
     opened = False
     try:
-        with av.open(io.BytesIO(file) if isinstance(file, bytes) else str(file)) as container:
+        with av.open(io.BytesIO(file) if isinstance(file, bytes) else str(file), "r") as container:
             opened = True
             if not container.streams.video:
                 raise MediaError("no video", "it holds no video stream")
@@ -394,6 +396,20 @@ def _check_end(stream: BinaryIO, size: int, suffix: str) -> None:
             raise MediaError("cut off", "the mark of the image's end is missing")
 
 
+def _check_jpeg(file: Path | bytes) -> None:
+    """Decodes a JPEG strictly: Pillow's library paints over a hole without a word, FFmpeg reports it."""
+    try:
+        with av.open(io.BytesIO(file) if isinstance(file, bytes) else str(file), "r") as container:
+            stream = container.streams.video[0]
+            stream.codec_context.options = {"err_detect": "explode"}
+            stream.codec_context.thread_count = 1
+            next(container.decode(stream), None)
+    except av.error.InvalidDataError as error:
+        raise MediaError("damaged", "the picture is incomplete") from error
+    except (OSError, IndexError, av.error.FFmpegError):
+        return  # a kind of JPEG that FFmpeg does not know; Pillow may
+
+
 def _seconds(milliseconds: object) -> float:
     """The length of an animation's frame; 0 means "as browsers do it", a tenth of a second."""
     value = float(milliseconds) if isinstance(milliseconds, int | float) else 0.0
@@ -450,7 +466,7 @@ def _fitted(image: Image.Image, size: tuple[int, int]) -> Pixels:
     height, width = _cover(image.height, image.width, size)
     if (height, width) != (image.height, image.width):
         image = image.resize((width, height), Image.Resampling.LANCZOS)
-    return _centre(np.asarray(image), size)
+    return _centre(np.array(image), size)
 
 
 def _scaled(frame: av.VideoFrame, size: tuple[int, int]) -> Pixels:

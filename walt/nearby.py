@@ -17,13 +17,14 @@ import importlib.util
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from walt.errors import WaltError, suggest
 from walt.latents import Grid
@@ -249,10 +250,11 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, lower: bool = 
 
 
 @dataclass(frozen=True, eq=False)
-class _Tiles:
-    """`tiles` tiles of `queries` positions, each with a box of `keys` keys.
+class _Chunk:
+    """Some tiles that are computed together: `tiles` tiles of `queries` positions, each with a box of `keys` keys.
 
-    Tiles that would stick out are moved inside, so there is no padding: some queries are computed twice.
+    Tiles that would stick out of the volume are moved inside, so there is no padding, but some queries are computed in
+    two tiles: `own` are those whose result counts.
     """
 
     tiles: int
@@ -260,61 +262,83 @@ class _Tiles:
     keys: int
     query_index: Tensor  # (tiles * queries,) positions
     key_index: Tensor  # (tiles * keys,) keys
-    back: Tensor  # (L,) where in the tiles to read each position's output
-    mask: Tensor  # (tiles, 1, queries, keys) bool; a query that sees nothing is given everything
-    some: Tensor | None  # (tiles, 1, queries, 1) bool, whether a query sees anything; None when all do
-    query_bag: tuple[Tensor, Tensor]  # the transposes of the three indices, for the gradient
-    key_bag: tuple[Tensor, Tensor]
-    back_bag: tuple[Tensor, Tensor]
+    own: Tensor | None  # rows of query_index that count; None for all
+    mask: Tensor  # (tiles, queries, keys) bool
+    rows: Tensor  # the different keys of key_index, whose gradients are sums over their places in it: of these,
+    bag: Tensor  # ordered by key,
+    offsets: Tensor  # and where each key's begin
+
+    def places(self) -> Tensor:
+        """Positions whose result counts."""
+        return self.query_index if self.own is None else self.query_index[self.own]
+
+    def take(self, x: Tensor, index: Tensor) -> Tensor:
+        """Rows of `(B, L, N, d)` as `(B * tiles, N, queries or keys, d)`."""
+        return x.index_select(1, index).view(len(x) * self.tiles, -1, *x.shape[2:]).transpose(1, 2)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+        """Attention of the chunk's tiles, `(B * tiles, N, queries, d)`; `key_mask (B, L')`."""
+        batch = len(q) // self.tiles
+        mask = self.mask.repeat(batch, 1, 1)[:, None]
+        if key_mask is not None:
+            mask = mask & key_mask.index_select(1, self.key_index).view(len(q), 1, 1, -1)
+        return _attend(q, k, v, mask)
+
+    def give(self, x: Tensor) -> Tensor:
+        """The inverse of `take` for queries: `(B, places, N, d)`."""
+        rows = x.transpose(1, 2).reshape(len(x) // self.tiles, -1, x.shape[1], x.shape[3])
+        return rows if self.own is None else rows.index_select(1, self.own)
 
 
 def _blocked(query: Tensor, key: Tensor, value: Tensor, rule: Rule, key_mask: Tensor | None) -> Tensor:
-    plan = _tiles_on(rule, query.device)
-    batch, heads = query.shape[0], query.shape[4]
-
-    def cut(x: Tensor, index: Tensor, bag: tuple[Tensor, Tensor], length: int) -> Tensor:
-        """`(B, ..., N, d)` to `(B * tiles, N, length, d)`."""
-        rows = _Gather.apply(x.flatten(1, 3).flatten(2), index, *bag)
-        return rows.view(batch * plan.tiles, length, heads, -1).transpose(1, 2)
-
-    q = cut(query, plan.query_index, plan.query_bag, plan.queries)
-    k = cut(key, plan.key_index, plan.key_bag, plan.keys)
-    v = cut(value, plan.key_index, plan.key_bag, plan.keys)
-    if key_mask is not None:
-        seen = key_mask.flatten(1).index_select(1, plan.key_index).view(batch, plan.tiles, 1, 1, -1)
-        mask = plan.mask if plan.some is None else plan.mask & plan.some
-        out = _attend(q, k, v, (mask[None] & seen).flatten(0, 1))
-    else:
-        mask = plan.mask if batch == 1 else plan.mask.repeat(batch, 1, 1, 1)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        if plan.some is not None:
-            out = (out.unflatten(0, (batch, plan.tiles)) * plan.some).flatten(0, 1)
-    rows = out.transpose(1, 2).reshape(batch, plan.tiles * plan.queries, -1)
-    return _Gather.apply(rows, plan.back, *plan.back_bag).view(batch, *rule.size, heads, -1)
+    # As many keys at once as stay in a processor's cache; a GPU wants more to do.
+    budget = 1024 if query.device.type == "cpu" else 1 << 17
+    chunks = _chunks_on(rule, max(1, budget // len(query)), query.device)
+    q, k, v = (x.flatten(1, 3) for x in (query, key, value))
+    out = _Blocked.apply(q, k, v, None if key_mask is None else key_mask.flatten(1), chunks)
+    return out.unflatten(1, rule.size)
 
 
-class _Gather(torch.autograd.Function):
-    """Rows of `(B, L, D)` by an index; the gradient sums rows by the index's transpose, as index_add is many times slower."""
+class _Blocked(torch.autograd.Function):
+    """Chunk after chunk. Nothing of a chunk is kept for the gradient: it is computed once more, which costs less memory
+    than full attention's output. Gradients of gathers are sums of gathers, as index_add is many times slower."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, bag: Tensor, offsets: Tensor) -> Tensor:
-        ctx.save_for_backward(bag, offsets)
-        return x.index_select(1, index)
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, chunks: tuple[_Chunk, ...]
+    ) -> Tensor:
+        ctx.save_for_backward(q, k, v, key_mask)
+        ctx.chunks = chunks
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        for c in chunks:
+            y = c.attend(c.take(q, c.query_index), c.take(k, c.key_index), c.take(v, c.key_index), key_mask)
+            out.index_copy_(1, c.places(), c.give(y))
+        return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        bag, offsets = ctx.saved_tensors
-        rows = [F.embedding_bag(bag, grad.contiguous(), offsets, mode="sum") for grad in grads[0]]
-        return torch.stack(rows), None, None, None
-
-
-def _bag(index: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """The transpose of a gather by `index` from `length` rows: for every row, where it went."""
-    return index.argsort(stable=True), F.pad(index.bincount(minlength=length).cumsum(0), (1, 0))[:-1]
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        q, k, v, key_mask = ctx.saved_tensors
+        dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+        dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (k, v))
+        for c in ctx.chunks:
+            with torch.enable_grad():
+                taken = [
+                    c.take(x, i).requires_grad_() for x, i in ((q, c.query_index), (k, c.key_index), (v, c.key_index))
+                ]
+                y = c.give(c.attend(*taken, key_mask))
+            tiles = torch.autograd.grad(y, taken, grads[0].index_select(1, c.places()))
+            dq.index_copy_(1, c.places(), c.give(tiles[0]))
+            for total, part in zip((dk, dv), tiles[1:], strict=True):
+                parts = part.transpose(1, 2).reshape(len(k), c.tiles * c.keys, -1)
+                sums = torch.stack([F.embedding_bag(c.bag, x, c.offsets, mode="sum") for x in parts])
+                total.index_copy_(1, c.rows, total.index_select(1, c.rows) + sums.view(len(k), -1, *k.shape[2:]))
+        return dq, dk, dv, None, None
 
 
 @lru_cache(maxsize=64)
-def _tiles(rule: Rule) -> _Tiles:
+def _chunks(rule: Rule, budget: int) -> tuple[_Chunk, ...]:
+    """The chunks of at most `budget` fetched keys (but at least one tile)."""
     with torch.inference_mode(False):
         tile = _tile_size(rule)
         axes = [_axis(rule, axis, t) for axis, t in enumerate(tile)]
@@ -325,41 +349,51 @@ def _tiles(rule: Rule) -> _Tiles:
             shape = [1] * 9
             shape[i], shape[3 + i], shape[6 + i] = seen.shape
             near = near & seen.view(shape)
-        seen = near.reshape(len(q), q.shape[1], k.shape[1])
+        mask = near.reshape(len(q), q.shape[1], k.shape[1])
         if rule.causal:
-            seen = seen & (k[:, None] <= q[:, :, None] if rule.include_self else k[:, None] < q[:, :, None])
-        some = seen.any(-1, keepdim=True)
-        length = math.prod(rule.size)
-        back = torch.empty(length, dtype=torch.long, device="cpu")
-        back[q.flatten()] = torch.arange(q.numel(), device="cpu")
-        return _Tiles(
-            len(q),
-            q.shape[1],
-            k.shape[1],
-            q.flatten(),
-            k.flatten(),
-            back,
-            (seen | ~some)[:, None],
-            None if bool(some.all()) else some[:, None],
-            _bag(q.flatten(), length),
-            _bag(k.flatten(), math.prod(rule.condition)),
-            _bag(back, q.numel()),
-        )
+            mask = mask & (k[:, None] <= q[:, :, None] if rule.include_self else k[:, None] < q[:, :, None])
+        counts = torch.empty(math.prod(rule.size), dtype=torch.long, device="cpu")
+        counts[q.flatten()] = torch.arange(q.numel(), device="cpu")  # of several, the last counts
+        own = torch.zeros(q.numel(), dtype=torch.bool, device="cpu")
+        own[counts] = True
+
+        many = max(1, budget // k.shape[1])
+        chunks = []
+        for q_part, k_part, mask_part, own_part in zip(
+            q.split(many), k.split(many), mask.split(many), own.view(q.shape).split(many), strict=True
+        ):
+            rows, place, number = k_part.flatten().unique(return_inverse=True, return_counts=True)
+            chunks.append(
+                _Chunk(
+                    len(q_part),
+                    q.shape[1],
+                    k.shape[1],
+                    q_part.flatten(),
+                    k_part.flatten(),
+                    None if bool(own_part.all()) else own_part.flatten().nonzero()[:, 0],
+                    mask_part,
+                    rows,
+                    place.argsort(stable=True),
+                    F.pad(number.cumsum(0), (1, 0))[:-1],
+                )
+            )
+        return tuple(chunks)
 
 
 @lru_cache(maxsize=64)
-def _tiles_on(rule: Rule, device: torch.device) -> _Tiles:
-    plan = _tiles(rule)
+def _chunks_on(rule: Rule, budget: int, device: torch.device) -> tuple[_Chunk, ...]:
+    chunks = _chunks(rule, budget)
     if device.type == "cpu":
-        return plan
-
-    def move(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.to(device)
-        return tuple(map(move, value)) if isinstance(value, tuple) else value
-
+        return chunks
     with torch.inference_mode(False):
-        return _Tiles(**{field.name: move(getattr(plan, field.name)) for field in fields(plan)})
+        moved = []
+        for chunk in chunks:
+            values = {field.name: getattr(chunk, field.name) for field in fields(chunk)}
+            tensors: dict[str, Any] = {
+                name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)
+            }
+            moved.append(replace(chunk, **tensors))
+        return tuple(moved)
 
 
 def _axis(rule: Rule, axis: int, tile: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -495,21 +529,25 @@ def _natten(query: Tensor, key: Tensor, value: Tensor, rule: Rule, key_mask: Ten
     """
     if importlib.util.find_spec("natten") is None:
         raise WaltError('backend: "natten" given, but NATTEN is not installed (pip install natten)')
-    if rule.causal or key_mask is not None or rule.size != rule.condition:
-        raise WaltError('backend: "natten" cannot do causal, masked or cross-attention; use "blocked"')
+    alone = any(r == 0 and n > 1 for r, n in zip(rule.radius, rule.size, strict=True))
+    if rule.causal or key_mask is not None or rule.size != rule.condition or alone:
+        raise WaltError(
+            'backend: "natten" cannot do causal, masked or cross-attention, nor an extent of 1; use "blocked"'
+        )
+    radius = [max(1, r) for r in rule.radius]  # along an axis of one there is only the rim
     from natten.functional import na3d  # type: ignore[import-not-found]
 
     channels = query.shape[-1]
     scale = 1 / math.sqrt(channels)
-    more = 8 - channels % 8
-    rim = [r for r in reversed(rule.radius) for _ in range(2)]
+    more = (1 << channels.bit_length()) - channels  # its kernels want a power of two
+    rim = [r for r in reversed(radius) for _ in range(2)]
     sides = (0, more, 0, 0, *rim)
     q, k, v = (F.pad(x, sides) for x in (query, key, value))
     outside = F.pad(torch.zeros(rule.size, device=query.device, dtype=query.dtype), rim, value=-1e4)
     k = torch.cat([k[..., :-1], outside[None, ..., None, None].expand(*k.shape[:-1], 1)], -1)
     q = torch.cat([q[..., :-1], torch.full_like(q[..., :1], 1 / scale)], -1)
-    out = na3d(q, k, v, kernel_size=tuple(2 * r + 1 for r in rule.radius), scale=scale)
-    (a, b, c), (s, h, w) = rule.radius, rule.size
+    out = na3d(q, k, v, kernel_size=tuple(2 * r + 1 for r in radius), scale=scale)
+    (a, b, c), (s, h, w) = radius, rule.size
     return out[:, a : a + s, b : b + h, c : c + w, :, :channels]
 
 

@@ -17,14 +17,21 @@ from types import ModuleType
 from typing import Any
 
 _LOADING = "diffusers.pipelines.pipeline_loading_utils"
-_TRANSFORMER = "walt.models.transformer_walt"
+# Not U-ViT: what its later blocks take from earlier ones is no part of a step cache.
+_TRANSFORMERS = {
+    "walt.models.transformer_walt": "WaltTransformer3DModel",
+    "walt.models.transformer_dit": "DiTTransformer3DModel",
+}
+_DISPATCH = "diffusers.models.attention_dispatch"
 _METHODS = ["save_pretrained", "from_pretrained"]
 
 
 def install() -> None:
     """Registers walt now where diffusers is already imported, and otherwise when it is. Safe to call again."""
     _after_import(_LOADING, _register_classes)
-    _after_import(_TRANSFORMER, _register_blocks)
+    for name in _TRANSFORMERS:
+        _after_import(name, _register_blocks)
+    _after_import(_DISPATCH, _register_attention)
 
 
 def diffusers_cli() -> None:
@@ -66,15 +73,44 @@ def _register_classes(loading: ModuleType) -> None:
     vars(diffusers)["__getattr__"] = lookup
 
 
-def _register_blocks(transformer: ModuleType) -> None:
+def _register_blocks(module: ModuleType) -> None:
     """Tells diffusers' step caches (FirstBlockCache, MagCache, ...) which value walt's blocks return and take."""
     from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 
-    for name in transformer.WaltTransformer3DModel._repeated_blocks or ():
+    for name in getattr(module, _TRANSFORMERS[module.__name__])._repeated_blocks or ():
         TransformerBlockRegistry.register(
-            model_class=getattr(transformer, name),
+            model_class=getattr(module, name),
             metadata=TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=None),
         )
+
+
+def _register_attention(dispatch: ModuleType) -> None:
+    """Adds walt's attention backends to diffusers' names, so `set_attention_backend` and the context manager take them.
+
+    The names are an enumeration, which has no public way to grow.
+    """
+    names = dispatch.AttentionBackendName
+
+    def windows(query: Any, key: Any, value: Any, attn_mask: Any = None, scale: float | None = None) -> Any:
+        return dispatch.dispatch_attention_fn(query, key, value, attn_mask, scale=scale, backend=names.NATIVE)
+
+    def blocked(query: Any, key: Any, value: Any, attn_mask: Any = None, scale: float | None = None) -> Any:
+        from walt.attention import blocked_attention
+
+        return blocked_attention(query, key, value, attn_mask, scale)
+
+    def varlen(query: Any, key: Any, value: Any) -> Any:
+        from walt.errors import WaltError
+
+        raise WaltError("attention backend 'walt_varlen' works on walt's window plans, not in other models")
+
+    for value, function in (("walt_windows", windows), ("walt_blocked", blocked), ("walt_varlen", varlen)):
+        if value not in names._value2member_map_:
+            member = str.__new__(names, value)
+            member._name_, member._value_ = value.upper(), value
+            names._member_map_[member._name_] = names._value2member_map_[value] = member
+            names._member_names_.append(member._name_)
+        dispatch._AttentionBackendRegistry.register(names(value))(function)
 
 
 def _after_import(name: str, action: Callable[[ModuleType], None]) -> None:

@@ -233,8 +233,6 @@ def test_bad_latents_and_configs() -> None:
     ):
         with pytest.raises(WaltError, match=words):
             make("patch4", **change)
-    with pytest.raises(WaltError, match="tiling is not available"):
-        make("patch4").enable_tiling()
 
 
 @torch.no_grad()

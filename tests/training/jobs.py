@@ -7,15 +7,22 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tests import tiny
 from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt
 from walt.training.job import (
     DataJob,
     DenoiserJob,
     DiffusionJob,
+    NuwaClip,
+    NuwaJob,
+    NuwaTask,
+    NuwaTasks,
     OptimizerJob,
     RunJob,
     Shape,
@@ -52,8 +59,10 @@ def tokenizer_job(output: Path, steps: int = 20, **run: object) -> TokenizerJob:
     )
 
 
-def save_tokenizer(folder: Path) -> Path:
+def save_tokenizer(folder: Path, seed: int | None = None) -> Path:
     """An untrained but complete tokenizer folder."""
+    if seed is not None:
+        torch.manual_seed(seed)
     AutoencoderKLWalt(**TOKENIZER, latents_mean=(0.0,) * 8, latents_std=(1.0,) * 8).save_pretrained(folder)
     return folder
 
@@ -115,16 +124,19 @@ def small_job(
     )
 
 
-def start(job: TokenizerJob | DenoiserJob, ranks: int = 1, **environment: str) -> subprocess.Popen[str]:
-    """Starts a job in processes of its own; more than one rank through torchrun on gloo."""
-    path = Path(job.run.output).with_suffix(".job.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(job.model_dump_json())
+def start(*jobs: TokenizerJob | DenoiserJob, ranks: int = 1) -> subprocess.Popen[str]:
+    """Starts jobs, one after the other, in processes of their own; more than one rank through torchrun on gloo."""
+    paths = []
+    for job in jobs:
+        path = Path(job.run.output).with_suffix(f".{len(paths)}.job.json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(job.model_dump_json())
+        paths.append(str(path))
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     return subprocess.Popen(
-        [sys.executable, *launcher, "-m", "tests.training.worker", str(path)],
+        [sys.executable, *launcher, "-m", "tests.training.worker", *paths],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -136,3 +148,27 @@ def finish(process: subprocess.Popen[str], code: int = 0) -> str:
     said, _ = process.communicate()
     assert process.returncode == code, said
     return said
+
+
+def nuwa_job(folder: Path, output: Path, steps: int = 20, **changes: Any) -> NuwaJob:
+    """All five tasks at 32 x 32, two frames; `folder` holds vq, vq_seg, text_encoder and tokenizer."""
+    return NuwaJob(
+        model=tiny.NUWA,
+        tokenizer=str(folder / "vq"),
+        sketch_tokenizer=str(folder / "vq_seg"),
+        text_encoder=str(folder / "text_encoder"),
+        text_tokenizer=str(folder / "tokenizer"),
+        data=data(),
+        clip=NuwaClip(frames=2, height=32, width=32),
+        tasks=NuwaTasks(**{name: NuwaTask(batch=2) for name in NuwaTasks.model_fields}),
+        optimizer=OptimizerJob(lr=3e-3, warmup_steps=2),
+        run=RunJob(output=str(output), steps=steps, wandb=False, checkpoint_every=10, log_every=1),
+    ).model_copy(update=changes)
+
+
+def save_nuwa_parts(folder: Path) -> Path:
+    """Untrained but complete tokenizers and text encoder, as `nuwa_job` needs them."""
+    parts = {"vq": tiny.vq(), "vq_seg": tiny.vq_seg(), "text_encoder": tiny.bert(), "tokenizer": tiny.tokenizer()}
+    for name, part in parts.items():
+        part.save_pretrained(folder / name)
+    return folder

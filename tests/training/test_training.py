@@ -22,7 +22,7 @@ from walt.data.latents import LatentShards, write_latents
 from walt.data.packing import fill_budget
 from walt.data.scenes import world
 from walt.errors import WaltError
-from walt.training.job import DiffusionJob, Job, OptimizerJob, load_job, recipes
+from walt.training.job import DataJob, DiffusionJob, Job, OptimizerJob, load_job, recipes
 from walt.training.loop import learning_rate, train
 
 ROOT = Path(__file__).parents[2]
@@ -249,6 +249,7 @@ def test_latents_of_another_world_are_refused(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(WaltError, match="has no latents of shape"):  # not taken for a whole folder
         LatentShards(tmp_path / "latents", job)
 
+    assert isinstance(job.data, DataJob)
     changed = dataclasses.replace(world(job.data), size=(0.1, 0.2))
     monkeypatch.setattr("walt.data.latents.world", lambda data: changed)
     with pytest.raises(WaltError, match="another tokenizer, data recipe or world"):

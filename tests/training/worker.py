@@ -1,4 +1,4 @@
-"""A training process of the tests, alone or under torchrun: `python -m tests.training.worker JOB.json`."""
+"""A training process of the tests, alone or under torchrun: `python -m tests.training.worker JOB.json [JOB.json ...]`."""
 
 from __future__ import annotations
 
@@ -7,17 +7,24 @@ import sys
 from pathlib import Path
 
 from walt.commands import build_objective
+from walt.errors import Terminated, WaltError
 from walt.training.job import DenoiserJob, TokenizerJob
-from walt.training.loop import EXIT_TERMINATED, Terminated, train
+from walt.training.loop import train
 
 
 def main() -> int:
-    values = json.loads(Path(sys.argv[1]).read_text())
-    job = (TokenizerJob if values["kind"] == "tokenizer" else DenoiserJob).model_validate(values)
-    try:
-        train(job, build_objective(job))
-    except Terminated:
-        return EXIT_TERMINATED
+    for path in sys.argv[1:]:
+        values = json.loads(Path(path).read_text())
+        job = (TokenizerJob if values["kind"] == "tokenizer" else DenoiserJob).model_validate(values)
+        try:
+            train(job, build_objective(job))
+        except Terminated:
+            return 143
+        except WaltError as error:
+            # Several jobs in one launch: what one refuses does not stop the next.
+            print(f"refused: {error}", flush=True)
+            if len(sys.argv) == 2:
+                return 1
     return 0
 
 

@@ -109,7 +109,9 @@ class _Table:
         self.frames = np.where(video, np.ceil(rows["seconds"] * data.fps - 1e-4), 1).astype(np.int64)
         need = np.array([shape.frames + shape.start for shape in shapes])
         length = np.array([shape.frames for shape in shapes])
-        fits = (self.frames[:, None] >= need) & (video[:, None] | (length == 1))
+        still = length == 1
+        fits = (self.frames[:, None] >= need) & np.where(video[:, None], ~still | data.video_stills, still)
+        self.video_stills = data.video_stills
         short, long = np.minimum(rows["height"], rows["width"]), np.maximum(rows["height"], rows["width"])
         checks = (
             ("too small", short < data.min_size, f"the shorter side is below data.min_size={data.min_size}"),
@@ -141,7 +143,8 @@ class _Table:
     def allowed(self, item: int, shapes: Sequence[Shape]) -> tuple[int, ...]:
         """The shapes that an item can fill."""
         video, frames = bool(self.index.items["video"][item]), int(self.frames[item])
-        return _allowed(video, min(frames, max(s.frames + s.start for s in shapes)), tuple(shapes))
+        most = max(shape.frames + shape.start for shape in shapes)
+        return _allowed(video, min(frames, most), tuple(shapes), self.video_stills)
 
 
 def _chance(key: str) -> float:
@@ -150,8 +153,12 @@ def _chance(key: str) -> float:
 
 
 @functools.lru_cache(maxsize=4096)
-def _allowed(video: bool, frames: int, shapes: tuple[Shape, ...]) -> tuple[int, ...]:
-    return tuple(i for i, s in enumerate(shapes) if frames >= s.frames + s.start and (video or s.frames == 1))
+def _allowed(video: bool, frames: int, shapes: tuple[Shape, ...], video_stills: bool) -> tuple[int, ...]:
+    return tuple(
+        i
+        for i, shape in enumerate(shapes)
+        if frames >= shape.frames + shape.start and ((video_stills or shape.frames > 1) if video else shape.frames == 1)
+    )
 
 
 class Clips:
@@ -191,10 +198,8 @@ class Clips:
             raise WaltError("data.sources: at least one is needed, such as data.sources=[{path: videos}]")
         self.data, self.shapes, self.multiple, self.low_res = data, tuple(shapes), multiple, low_res
         self.cost, self.budget = cost, budget
-        self.rank, world = (
-            int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"))
-        )
-        self.ranks = world if ranks is None else ranks
+        self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        self.packs = packs or self.world
         for shape in self.shapes:
             height, width = (shape.cut or shape.height), (shape.cut or shape.width)
             if cost(shape.frames, height, width) > budget:
@@ -262,7 +267,7 @@ class Clips:
         rng = np.random.default_rng((self.data.seed, 3, zlib.crc32(named.encode()), draw.part, draw.variant))
         last, parts = frames - shape.frames, int(table.parts[draw.item])
         low = min(max(draw.part * frames // parts, shape.start), last)
-        high = min(max((draw.part + 1) * frames // parts - shape.frames, low), last)
+        high = min(max((draw.part + 1) * frames // parts - 1, low), last)  # begins in its part, may reach into the next
         first = int(rng.integers(low, high + 1))
         cut = None
         if shape.cut:
@@ -363,15 +368,13 @@ class Clips:
             WaltError: a mostly broken source, or a pack of nothing but broken items.
         """
         load = load or self.load
-        loaded, room = [], 0
-        for draw in self.plan.pack(step, rank):
-            clip = self._try(draw, load)
-            if clip is None:
-                room += self.units(draw)
-            else:
+        loaded, room = [], self.budget
+        planned = list(self.plan.pack(step, rank))
+        for draw in planned:
+            if (clip := self._try(draw, load)) is not None:
                 loaded.append(clip)
-        ahead = iter(range(step + 1, step + 1 + REPLACEMENTS)) if room else iter(())
-        for later in ahead:
+                room -= self.units(draw)
+        for later in range(step + 1, step + 1 + REPLACEMENTS) if len(loaded) < len(planned) else ():
             for draw in sorted(self.plan.pack(later, rank), key=lambda draw: (-self.units(draw), draw)):
                 if self.units(draw) <= room and (clip := self._try(draw, load)) is not None:
                     loaded.append(clip)
@@ -409,6 +412,7 @@ class Plan:
     def __init__(self, clips: Clips, folder: Path | None) -> None:
         self.clips, self.folder = clips, folder
         self.name = clips.identity() if folder is not None else ""
+        self.first = self.next = self.position = 0
         self._begin(0)
 
     def pack(self, step: int, rank: int) -> list[Draw]:

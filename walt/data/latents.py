@@ -56,12 +56,13 @@ def write_latents(
     """
     if len(counts) != len(job.shapes):
         raise WaltError(f"count: {len(job.shapes)} numbers needed, one per shape of the recipe, got {len(counts)}")
-    scenes = Scenes(job.data)
+    data = _theatre(job)
+    scenes = Scenes(data)
     twins = job.model.get("low_res_channels") is not None
     output.mkdir(parents=True, exist_ok=True)
     index = output / "index.json"
-    recipe = job.data.model_dump(mode="json", exclude={"latents", "source"})
-    known = {"tokenizer": fingerprint(Path(job.tokenizer)), "data": recipe, "world": _world(job.data)}
+    recipe = data.model_dump(mode="json", exclude={"kind", "latents", "source"})
+    known = {"tokenizer": fingerprint(Path(job.tokenizer)), "data": recipe, "world": _world(data)}
     if index.exists():
         old = _read_index(index)
         if {key: old.get(key) for key in known} != known:
@@ -103,7 +104,7 @@ class LatentShards:
         index = _read_index(folder / "index.json")
         if index["tokenizer"] != fingerprint(Path(job.tokenizer)):
             raise WaltError(f"{folder} holds latents of another tokenizer than {job.tokenizer}; encode them again")
-        if index.get("world") != _world(job.data):
+        if index.get("world") != _world(_theatre(job)):
             raise WaltError(f"{folder} holds latents of another world (subjects, sizes, ...); run `walt encode` again")
         self.latents: list[Tensor] = []
         self.low_res: list[Tensor | None] = []
@@ -135,6 +136,12 @@ class LatentShards:
     def _row(self, shape: int, row: int) -> tuple[Tensor, Tensor | None, str]:
         low = self.low_res[shape]
         return self.latents[shape][row].float(), None if low is None else low[row].float(), self.captions[shape][row]
+
+
+def _theatre(job: DenoiserJob) -> DataJob:
+    if not isinstance(job.data, DataJob):
+        raise WaltError(f"data.kind: {job.data.kind} has latents of its own (walt.data.precompute)")
+    return job.data
 
 
 def _key(shape: dict[str, Any]) -> str:

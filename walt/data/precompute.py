@@ -62,7 +62,18 @@ class Tally:
 def recipe_identity(job: DenoiserJob) -> dict[str, Any]:
     """What decides a latent beside the media: compared when a folder is written to again and when it is read."""
     assert isinstance(job.data, MediaJob)
-    fields = ("seed", "fps", "aspect", "enlarge", "variants", "max_clips", "captions", "min_size", "max_size")
+    fields = (
+        "seed",
+        "fps",
+        "aspect",
+        "enlarge",
+        "variants",
+        "max_clips",
+        "video_stills",
+        "captions",
+        "min_size",
+        "max_size",
+    )
     identity = {
         "tokenizer": fingerprint(Path(job.tokenizer)),
         "text_encoder": fingerprint(Path(job.text_encoder)) if job.text_encoder else None,
@@ -202,9 +213,9 @@ def _encode_part(work: _Work, name: str, source: int, draws: Sequence[Draw], has
     tensors: dict[str, Tensor] = {}
     rows = []
     for (draw, key), clip in zip(zip(draws, keys, strict=True), _ahead(work, source, draws, items), strict=True):
-        if isinstance(clip, MediaError) or draw.item in broken:
-            if draw.item not in broken and isinstance(clip, MediaError):
-                broken[draw.item] = Broken(items[draw.item].key, clip.reason, str(clip))
+        if isinstance(clip, MediaError):
+            # Other windows of the item may be whole: they are used, as they are on the fly.
+            broken.setdefault(draw.item, Broken(items[draw.item].key, clip.reason, str(clip)))
             work.tally.skipped += 1
         else:
             tensors[key] = work.encode(clip.video[None])[0].half().cpu().contiguous()
@@ -221,12 +232,11 @@ def _encode_part(work: _Work, name: str, source: int, draws: Sequence[Draw], has
     if work.words is not None and captions:
         for caption, states in zip(captions, work.words(captions), strict=True):
             tensors[_text_key(caption)] = states.half().cpu().contiguous()
-    lost = [[found.key, found.reason, found.detail] for _, found in sorted(broken.items())]
+    named = [[found.key, found.reason, found.detail] for _, found in sorted(broken.items())]
     with replacing(path) as temporary:
         # safetensors refuses an empty file: a part of broken items still says so.
-        save_file(
-            tensors or {"none": torch.zeros(1)}, temporary, {"rows": json.dumps(rows), "broken": json.dumps(lost)}
-        )
+        # And writes several metadata fields in any order: this is one.
+        save_file(tensors or {"none": torch.zeros(1)}, temporary, {"part": json.dumps({"rows": rows, "broken": named})})
     return path.name
 
 
@@ -339,8 +349,8 @@ def _open_part(path: Path) -> Any:
 def _read_rows(path: Path) -> tuple[list[list[Any]], list[Broken]]:
     try:
         with safe_open(path, "pt") as file:
-            metadata = file.metadata()
-        return json.loads(metadata["rows"]), [Broken(*row) for row in json.loads(metadata["broken"])]
+            part = json.loads(file.metadata()["part"])
+        return part["rows"], [Broken(*row) for row in part["broken"]]
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise WaltError(f"latent part {path} is damaged ({error}); run `walt encode` again") from None
 

@@ -69,6 +69,14 @@ def draw_sketch(
     return render_with_sketch(theatre, scene, height, width, start, frames, crop)[1]
 
 
+def sample_frames(
+    theatre: EmojiTheatre, scene: Scene, height: int, width: int, start: int = 0, frames: int = 5, step: int = 4
+) -> tuple[Pixels, Sketch]:
+    """`render_with_sketch` of every `step`-th frame: `start`, `start + step`, ..., `frames` of them."""
+    parts = [render_with_sketch(theatre, scene, height, width, start + i * step, 1) for i in range(frames)]
+    return np.concatenate([video for video, _ in parts]), np.concatenate([sketch for _, sketch in parts])
+
+
 # ------------------------------------------------------------------------------------------------------------- colours
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import glob
 import hashlib
+import importlib
 import io
 import itertools
 import json
@@ -342,7 +343,7 @@ class DatasetSource:
     def __post_init__(self) -> None:
         self.name = self.where.path
         try:
-            import datasets
+            datasets = importlib.import_module("datasets")
         except ImportError:
             raise WaltError(f'sources: "{self.name}" needs the package datasets: pip install datasets') from None
         path = self.where.path.removeprefix("hf:")
@@ -359,10 +360,10 @@ class DatasetSource:
             table = table[self.where.split]
         kinds = {"Image": datasets.Image, "Video": datasets.Video}
         media = [name for name, feature in table.features.items() if type(feature).__name__ in kinds]
-        column = self.where.media or next(iter(media), None)
+        column = self.where.media or next(iter(media), "")
         if column not in media:
-            known = f"{suggest(str(column), media)}; it has {', '.join(media) or 'none'}"
-            raise WaltError(f'sources: "{self.name}" has no image or video column {column or ""}{known}')
+            known = f"{suggest(column, media)}; it has {', '.join(media) or 'none'}"
+            raise WaltError(f'sources: "{self.name}" has no image or video column {column}{known}')
         kind = type(table.features[column]).__name__
         self.column: str = column
         self.table: Any = table.cast_column(column, kinds[kind](decode=False))

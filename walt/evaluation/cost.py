@@ -87,14 +87,14 @@ def describe(pipe: Any, frames: int, device: torch.device, dtype: torch.dtype) -
         if isinstance(part, torch.nn.Module)
     ]
     count = len(pipe.transformers)
-    stages, largest, chunks = [], 0, len(chunk_starts(frames))
+    stages, largest, chunks = [], 0, len(chunk_starts(frames, pipe.vae_scale_factor_temporal))
     for i, model in enumerate(pipe.transformers):
         height, width = pipe.default_size(i + 1)
         steps = pipe.default_steps(count)[i]
         scale = pipe.config.super_resolution_guidance_scale if i else pipe.config.base_guidance_scale
         latent = (
             int(model.config.in_channels),
-            latent_frames(chunk_length(frames)),
+            latent_frames(chunk_length(frames, pipe.vae_scale_factor_temporal), pipe.vae_scale_factor_temporal),
             height // pipe.vae_scale_factor_spatial,
             width // pipe.vae_scale_factor_spatial,
         )
@@ -144,7 +144,7 @@ def _count_forward(model: Any, latent: tuple[int, int, int, int]) -> tuple[float
         given: dict[str, Any] = {}
         if model.config.text_dim is not None:
             given["encoder_hidden_states"] = [torch.empty(16, model.config.text_dim, dtype=model.dtype)]
-        if model.config.low_res_channels is not None:
+        if model.config.get("low_res_channels") is not None:
             scale = model.config.low_res_scale
             low = (model.config.low_res_channels, t, h // scale, w // scale)
             given["low_res_hidden_states"] = [torch.empty(low, dtype=model.dtype)]

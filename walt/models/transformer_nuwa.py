@@ -606,7 +606,7 @@ class NuwaTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         plan = _DecodePlan.make(rule, ~fixed.all(0).cpu(), wavefront, device)
         state = _Decoding(self, plan, condition, samples_per_condition, shape)
         positions = self.pos_embed(shape).flatten(0, 2)
-        mapped = fixed.any()
+        some_fixed = bool(fixed.any())
         for step in plan.steps:
             content = self._embed_codes(
                 tokens.index_select(1, step.content)[..., 0] if subcodes == 1 else tokens.index_select(1, step.content)
@@ -624,7 +624,7 @@ class NuwaTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                     given, null_logits = logits.chunk(2)
                     logits = null_logits + guidance_scale * (given - null_logits)
                 chosen = _choose(logits, noise[:, :, i].index_select(1, step.query), temperature, top_k, top_p)
-                if mapped:
+                if some_fixed:
                     old = tokens[:, :, i].index_select(1, step.query)
                     chosen = torch.where(fixed.index_select(1, step.query), old, chosen)
                 tokens[:, :, i].index_copy_(1, step.query, chosen)

@@ -7,13 +7,15 @@ Inside, a pack is always `(L, D)`; a `(B, C, t, h, w)` batch is a pack of equal 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import FromOriginalModelMixin, PeftAdapterMixin
+from diffusers.models.activations import GELU
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
@@ -22,13 +24,22 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
-from walt.attention import RelativeBias, Window, WindowPlan, plan_windows, rotate, rotation, window_attention
+from walt.attention import RelativeBias, Window, WindowPlan, plan_windows, rotation, window_attention
 from walt.diffusion import signal_level
-from walt.errors import WaltError, suggest
+from walt.dropping import Kept, drop_from_plan, dropped_lengths, kept_tokens
+from walt.errors import WaltError
+from walt.fused import add_frames, gated_add, gelu, modulate, rotate
 from walt.latents import Grid, pack, token_counts, unpack
-
-Samples = Tensor | Sequence[Tensor]
-"""A batch with B first, or a list of B samples of any sizes."""
+from walt.models.backbone import (
+    Samples,
+    check_labels,
+    check_latents,
+    conditions,
+    one_of,
+    pack_text,
+    per_sample,
+    samples,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +51,20 @@ class Layout:
     plan: WindowPlan
     cross_plan: WindowPlan | None
     rotation: tuple[Tensor, Tensor] | None  # cosines and sines in the order of `plan`
+    dropped: Kept | None = None  # token dropping: which tokens of `grids` there are
+
+
+@dataclass(eq=False)
+class TextCache:
+    """What the text of a pack becomes, kept by the caller from step to step: a new one is empty, the first call fills it.
+
+    It holds the embedded text, and for every layer the keys and values of cross-attention. It belongs to one model, one
+    set of texts in one order, and one scale of adapters; make a new one when any of these changes.
+    """
+
+    states: Tensor | None = None
+    lengths: tuple[int, ...] | None = None
+    layers: dict[int, list[Tensor]] = field(default_factory=dict)
 
 
 class WaltAttnProcessor:
@@ -55,6 +80,7 @@ class WaltAttnProcessor:
         encoder_hidden_states: Tensor | None,
         plan: WindowPlan,
         rotary: tuple[Tensor, Tensor] | None = None,
+        text_pair: list[Tensor] | None = None,
     ) -> Tensor:
         x = plan.gather(hidden_states)
         first = plan.singles  # tokens alone in their window need no query and no key
@@ -75,13 +101,17 @@ class WaltAttnProcessor:
             query, key = rotate(query, cos[first:], sin[first:]), rotate(key, cos[first:], sin[first:])
 
         context_key = context_value = None
-        if encoder_hidden_states is not None:
+        if text_pair:
+            context_key, context_value = text_pair
+        elif encoder_hidden_states is not None:
             if attn.fused_projections:
                 context_key, context_value = attn.to_kv(encoder_hidden_states).chunk(2, dim=-1)
             else:
                 context_key, context_value = attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
             context_key = attn.norm_k(attn.split_heads(context_key)).to(value.dtype)
             context_value = attn.split_heads(context_value)
+            if text_pair is not None:
+                text_pair += [context_key, context_value]
 
         out = window_attention(
             query.to(value.dtype),
@@ -138,8 +168,10 @@ class WaltAttention(nn.Module, AttentionModuleMixin):
         encoder_hidden_states: Tensor | None,
         plan: WindowPlan,
         rotary: tuple[Tensor, Tensor] | None = None,
+        text_pair: list[Tensor] | None = None,
     ) -> Tensor:
-        return self.processor(self, hidden_states, encoder_hidden_states, plan, rotary)
+        """Attention of `(L, D)`; `text_pair` is a layer of a TextCache, [] to be filled with the text's key and value."""
+        return self.processor(self, hidden_states, encoder_hidden_states, plan, rotary, text_pair)
 
 
 class LocalMixing(nn.Module):
@@ -155,17 +187,29 @@ class LocalMixing(nn.Module):
 
     def forward(self, x: Tensor, grids: tuple[Grid, ...]) -> Tensor:
         """`(L, D)` of a pack of `grids` to `(L, D)`."""
+        if len(set(grids)) == 1:
+            return self._mix(x.view(len(grids), *grids[0], -1)).flatten(0, 3)
         parts: list[Tensor] = list(x.split(list(token_counts(grids))))
         for grid in dict.fromkeys(grids):
             places = [i for i, other in enumerate(grids) if other == grid]
             y = torch.stack([parts[i] for i in places]).unflatten(1, grid)
-            mixed = self.space(y.flatten(0, 1).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).unflatten(0, y.shape[:2])
-            if grid[0] > 1:
-                mixed = mixed + F.pad(y[:, :-1] * self.time[0], (0, 0, 0, 0, 0, 0, 1, 0))
-                mixed = mixed + F.pad(y[:, 1:] * self.time[1], (0, 0, 0, 0, 0, 0, 0, 1))
-            for i, part in zip(places, (y + mixed).flatten(1, 3).unbind(), strict=True):
+            for i, part in zip(places, self._mix(y).flatten(1, 3).unbind(), strict=True):
                 parts[i] = part
         return torch.cat(parts)
+
+    def among(self, x: Tensor, grids: tuple[Grid, ...], dropped: Kept) -> Tensor:
+        """`(K, D)` of the kept tokens: a neighbour that was dropped adds nothing, as one beyond the border."""
+        return dropped.take(self(dropped.put_back(x), grids))
+
+    def _mix(self, y: Tensor) -> Tensor:
+        """`(B, t, h, w, D)`."""
+        mixed = self.space(y.flatten(0, 1).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).unflatten(0, y.shape[:2])
+        return add_frames(mixed, y, self.time) if y.shape[1] > 1 else y + mixed
+
+
+class _GELU(GELU):
+    def gelu(self, gate: Tensor) -> Tensor:
+        return gelu(gate)
 
 
 class _WaltBlock(nn.Module):
@@ -195,6 +239,7 @@ class _WaltBlock(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.local = LocalMixing(width) if local_mixing else None
         self.ff = FeedForward(width, inner_dim=ffn_dim, activation_fn="gelu-approximate")
+        self.ff.net[0].__class__ = _GELU  # a new one would draw initial weights for nothing
         self.adaln = nn.Linear(width, 6 * width) if adaln == "full" else None
         self.adaln_down = nn.Linear(width, rank, bias=False) if adaln == "lora" else None
         self.adaln_up = nn.Linear(rank, 6 * width, bias=False) if adaln == "lora" else None
@@ -206,6 +251,7 @@ class _WaltBlock(nn.Module):
         embedding: Tensor,
         modulation: Tensor | None,
         layout: Layout,
+        text_pair: list[Tensor] | None = None,
     ) -> Tensor:
         """One layer.
 
@@ -215,6 +261,7 @@ class _WaltBlock(nn.Module):
             embedding: `(B, D)`, the paper's c + t.
             modulation: `(B, 6 D)`, A_1 of AdaLN-LoRA; None when every layer has its own.
             layout: the windows.
+            text_pair: this layer's entry of a TextCache, None for none.
         """
         if self.adaln is not None:
             modulation = self.adaln(F.silu(embedding))
@@ -223,14 +270,15 @@ class _WaltBlock(nn.Module):
         assert modulation is not None
         scale1, shift1, gate1, scale2, shift2, gate2 = modulation.chunk(6, dim=-1)
         x = hidden_states
-        y = _modulate(self.norm1(x), scale1, shift1, layout.lengths)
-        x = x + _gate(self.attn(y, None, layout.plan, layout.rotation), gate1, layout.lengths)
+        y = modulate(self.norm1(x), scale1, shift1, layout.lengths)
+        x = gated_add(x, self.attn(y, None, layout.plan, layout.rotation), gate1, layout.lengths)
         if self.cross_attn is not None and self.norm_cross is not None:
-            x = x + self.cross_attn(self.norm_cross(x), encoder_hidden_states, layout.cross_plan)
-        y = _modulate(self.norm2(x), scale2, shift2, layout.lengths)
+            x = x + self.cross_attn(self.norm_cross(x), encoder_hidden_states, layout.cross_plan, text_pair=text_pair)
+        y = modulate(self.norm2(x), scale2, shift2, layout.lengths)
         if self.local is not None:
-            y = self.local(y, layout.grids)
-        return x + _gate(self.ff(y), gate2, layout.lengths)
+            dropped = layout.dropped
+            y = self.local(y, layout.grids) if dropped is None else self.local.among(y, layout.grids, dropped)
+        return gated_add(x, self.ff(y), gate2, layout.lengths)
 
 
 class WaltSpatialBlock(_WaltBlock):
@@ -314,6 +362,7 @@ class WaltTransformer3DModel(
     _supports_gradient_checkpointing = True
     _no_split_modules = ["WaltSpatialBlock", "WaltSpatioTemporalBlock"]
     _repeated_blocks = ["WaltSpatialBlock", "WaltSpatioTemporalBlock"]
+    _skip_keys = ["text_cache"]  # filled in place: offload hooks must not pass a copy
     _skip_layerwise_casting_patterns = [
         "patch_embed",
         "pos_embed",
@@ -355,8 +404,8 @@ class WaltTransformer3DModel(
         sigma_data: float | None = None,
     ) -> None:
         super().__init__()
-        _one_of("relative_positions", relative_positions, ("bias", "rope", None))
-        _one_of("cross_attention_window", cross_attention_window, ("spatial", "same"))
+        one_of("relative_positions", relative_positions, ("bias", "rope", None))
+        one_of("cross_attention_window", cross_attention_window, ("spatial", "same"))
         for name, value in (("num_layers", num_layers), ("patch_size", patch_size), ("low_res_scale", low_res_scale)):
             if value < 1:
                 raise WaltError(f"{name}: {value} given, at least 1 needed")
@@ -489,8 +538,10 @@ class WaltTransformer3DModel(
         frame_latents: Samples | None = None,
         frame_mask: Samples | None = None,
         self_conditioning: Samples | None = None,
+        kept: Sequence[Tensor | None] | None = None,
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
+        text_cache: TextCache | None = None,
     ) -> Transformer2DModelOutput | tuple[Samples]:
         """Predicts v.
 
@@ -506,8 +557,12 @@ class WaltTransformer3DModel(
             frame_latents: clean latents like `hidden_states`, used where the mask is 1; None for no given frame.
             frame_mask: `(B, 1, t, h, w)` or a list of `(1, t, h, w)`, 1 where a latent is given.
             self_conditioning: the previous estimate of the clean latents, like `hidden_states`; None for zeros.
+            kept: token dropping in training: per sample which tokens are computed, bool `(t, h / p, w / p)` on the CPU,
+                or None for all; at dropped places the network's output is 0.
             attention_kwargs: {"scale": LoRA scale}.
             return_dict: `Transformer2DModelOutput(sample=)` or a 1-tuple.
+            text_cache: with it the text is embedded and projected in the first of the calls that share it; the later
+                ones do not look at `encoder_hidden_states`. For sampling: without gradients.
 
         Returns:
             v in the form and dtype of `hidden_states`, with `out_channels`.
@@ -516,20 +571,33 @@ class WaltTransformer3DModel(
             WaltError: an argument that the model needs is missing, one it cannot use is given, or shapes disagree.
         """
         noisy = list(hidden_states)
-        self._check_latents(noisy)
+        check_latents(noisy, self.config.in_channels, self.config.patch_size)
         batch, dtype, device = len(noisy), noisy[0].dtype, noisy[0].device
 
         pieces = [noisy]
-        pieces += self._conditions(noisy, frame_latents, frame_mask, self_conditioning)
+        pieces += conditions(self.config, noisy, frame_latents, frame_mask, self_conditioning)
         large = self._low_resolution(noisy, low_res_hidden_states)
         pieces += large
         tokens, grids = pack([torch.cat(parts) for parts in zip(*pieces, strict=True)], self.config.patch_size)
-        x = self.patch_embed(tokens)
+        dropped = kept_tokens(grids, kept, device)
+        x = self.patch_embed(tokens if dropped is None else dropped.take(tokens))
         if self.pos_embed is not None:
-            x = x + self.pos_embed(grids)
+            place = self.pos_embed(grids)
+            x = x + (place if dropped is None else dropped.take(place))
 
         embedding = self._embedding(batch, dtype, device, timestep, class_labels, low_res_noise_level)
-        text, text_lengths = self._text(batch, dtype, encoder_hidden_states, encoder_attention_mask)
+        if text_cache is not None and torch.is_grad_enabled():
+            raise WaltError("text_cache: given with gradients enabled, it is for sampling (torch.no_grad)")
+        if text_cache is not None and text_cache.lengths is not None:
+            if len(text_cache.lengths) != batch:
+                raise WaltError(
+                    f"text_cache: holds the text of {len(text_cache.lengths)} samples, {batch} latents given"
+                )
+            text, text_lengths = text_cache.states, text_cache.lengths
+        else:
+            text, text_lengths = self._text(batch, dtype, encoder_hidden_states, encoder_attention_mask)
+            if text_cache is not None:
+                text_cache.states, text_cache.lengths = text, text_lengths
         if self.config.pooled_text and text is not None and text_lengths is not None:
             pooled = [part.sum(dim=0) / max(1, len(part)) for part in text.split(text_lengths)]
             embedding = embedding + torch.stack(pooled)
@@ -539,17 +607,18 @@ class WaltTransformer3DModel(
         for i, block in enumerate(self.transformer_blocks):
             kind = (i % 2, i // 2 % 2)  # spatial or spatiotemporal; successive layers of a kind alternate their shift
             if kind not in layouts:
-                layouts[kind] = self._layout(grids, text_lengths, device, *kind)
+                layouts[kind] = self._layout(grids, text_lengths, device, *kind, dropped)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 x = self._gradient_checkpointing_func(block, x, text, embedding, modulation, layouts[kind])
             else:
-                x = block(x, text, embedding, modulation, layouts[kind])
+                pair = None if text_cache is None or text is None else text_cache.layers.setdefault(i, [])
+                x = block(x, text, embedding, modulation, layouts[kind], pair)
 
         scale, shift = self.adaln_out(F.silu(embedding)).chunk(2, dim=-1)
-        x = _modulate(self.norm_out(x), scale, shift, tuple(token_counts(grids)))
-        out = unpack(self.proj_out(x).to(dtype), grids, self.config.patch_size)
+        x = self.proj_out(modulate(self.norm_out(x), scale, shift, dropped_lengths(grids, dropped))).to(dtype)
+        out = unpack(x if dropped is None else dropped.put_back(x), grids, self.config.patch_size)
         if self.config.sigma_data is not None:
-            levels = _per_sample("timestep", timestep, batch, device)
+            levels = per_sample("timestep", timestep, batch, device)
             out = self._precondition(out, noisy, large, low_res_hidden_states, levels)
         sample: Samples = torch.stack(out) if isinstance(hidden_states, Tensor) else out
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
@@ -561,66 +630,28 @@ class WaltTransformer3DModel(
         device: torch.device,
         temporal: int,
         odd: int,
+        dropped: Kept | None,
     ) -> Layout:
         config = self.config
         identity = bool(temporal) and config.image_identity
         window = self._spatiotemporal if temporal else self._spatial
         by_shape = config.relative_positions == "bias"
         shift = _half(window) if odd else (0, 0, 0)
-        plan = plan_windows(grids, window, shift, identity_images=identity, by_shape=by_shape).to(device)
+        place = partial(_place, kept=dropped, device=device)
+        plan = place(plan_windows(grids, window, shift, identity_images=identity, by_shape=by_shape))
         cross_plan = None
         if text_lengths is not None:
             if config.cross_attention_window == "spatial":
                 window, identity = self._spatial, False
                 shift = _half(window) if odd else (0, 0, 0)
-            cross_plan = plan_windows(grids, window, shift, identity_images=identity, contexts=text_lengths).to(device)
+            cross_plan = place(plan_windows(grids, window, shift, identity_images=identity, contexts=text_lengths))
         rotary = None
         if config.relative_positions == "rope":
             cos, sin = rotation(grids, config.attention_head_dim, device)
+            if dropped is not None:
+                cos, sin = dropped.take(cos), dropped.take(sin)
             rotary = (plan.gather(cos), plan.gather(sin))
-        return Layout(tuple(token_counts(grids)), grids, plan, cross_plan, rotary)
-
-    def _check_latents(self, noisy: list[Tensor]) -> None:
-        channels, p = self.config.in_channels, self.config.patch_size
-        if not noisy:
-            raise WaltError("hidden_states: empty, at least one sample needed")
-        for i, z in enumerate(noisy):
-            if z.ndim != 4:
-                raise WaltError(
-                    f"hidden_states: sample {i} has shape {tuple(z.shape)}, a batch (B, {channels}, t, h, w) or a list "
-                    f"of ({channels}, t, h, w) needed"
-                )
-            if z.shape[0] != channels:
-                raise WaltError(f"hidden_states: sample {i} has {z.shape[0]} channels, {channels} needed")
-            if z.shape[2] % p or z.shape[3] % p or not z.numel():
-                raise WaltError(
-                    f"hidden_states: sample {i} is {z.shape[2]}x{z.shape[3]}, positive multiples of the patch size "
-                    f"{p} needed"
-                )
-
-    def _conditions(
-        self,
-        noisy: list[Tensor],
-        frame_latents: Samples | None,
-        frame_mask: Samples | None,
-        self_conditioning: Samples | None,
-    ) -> list[list[Tensor]]:
-        """Self-conditioning and given frames: lists of B tensors to lie beside the noisy latents, on channels."""
-        pieces = []
-        same = [tuple(z.shape) for z in noisy]
-        if self.config.self_conditioning:
-            pieces.append(_samples("self_conditioning", self_conditioning, same, noisy))
-        elif self_conditioning is not None:
-            raise WaltError("self_conditioning: given, but the model was built with self_conditioning=False")
-        if self.config.frame_conditioning:
-            if (frame_latents is None) != (frame_mask is None):
-                raise WaltError("frame_latents and frame_mask: only one given, both or neither needed")
-            mask = _samples("frame_mask", frame_mask, [(1, *s[1:]) for s in same], noisy)
-            given = _samples("frame_latents", frame_latents, same, noisy)
-            pieces += [[z * m for z, m in zip(given, mask, strict=True)], mask]
-        elif frame_latents is not None or frame_mask is not None:
-            raise WaltError("frame_latents: given, but the model was built with frame_conditioning=False")
-        return pieces
+        return Layout(dropped_lengths(grids, dropped), grids, plan, cross_plan, rotary, dropped)
 
     def _low_resolution(self, noisy: list[Tensor], low_res: Samples | None) -> list[list[Tensor]]:
         """Depth-to-space convolution of the low-resolution latents, frame by frame (papers 1.6)."""
@@ -637,7 +668,7 @@ class WaltTransformer3DModel(
                     f"hidden_states: sample {i} is {z.shape[2]}x{z.shape[3]}, multiples of low_res_scale {scale} needed"
                 )
         sizes = [(channels, z.shape[1], z.shape[2] // scale, z.shape[3] // scale) for z in noisy]
-        small = _samples("low_res_hidden_states", low_res, sizes, noisy)
+        small = samples("low_res_hidden_states", low_res, sizes, noisy)
         if len(set(sizes)) == 1:  # one convolution for all frames of a uniform batch
             return [list(self._upsample(torch.stack(list(small))))]
         return [[self._upsample(z[None])[0] for z in small]]
@@ -747,25 +778,15 @@ class WaltTransformer3DModel(
         low_res_noise_level: Tensor | None,
     ) -> Tensor:
         """The paper's c + t, `(B, D)`: timestep, class and noise level."""
-        t = _per_sample("timestep", timestep, batch, device)
+        t = per_sample("timestep", timestep, batch, device)
         embedding = self.time_embedder(self.time_proj(t).to(dtype))
+        labels = check_labels(class_labels, self.config.num_classes, batch, device)
         if self.class_embedder is not None:
-            if class_labels is None:
-                null = self.config.num_classes
-                raise WaltError(f"class_labels: missing, (B,) labels needed (the null label is {null})")
-            labels = _per_sample("class_labels", class_labels, batch, device)
-            if labels.is_floating_point():
-                raise WaltError(f"class_labels: {labels.dtype} given, integers needed")
-            # On an accelerator the check would wait for the device.
-            if device.type == "cpu" and (int(labels.min()) < 0 or int(labels.max()) > self.config.num_classes):
-                raise WaltError(f"class_labels: {labels.tolist()} given, 0..{self.config.num_classes} allowed")
             embedding = embedding + self.class_embedder(labels)
-        elif class_labels is not None:
-            raise WaltError("class_labels: given, but the model was built with num_classes=None")
         if self.noise_level_embedder is not None:
             if low_res_noise_level is None:
                 raise WaltError("low_res_noise_level: missing, (B,) noise levels of the low-resolution latents needed")
-            level = _per_sample("low_res_noise_level", low_res_noise_level, batch, device)
+            level = per_sample("low_res_noise_level", low_res_noise_level, batch, device)
             embedding = embedding + self.noise_level_embedder(self.time_proj(level).to(dtype))
         elif low_res_noise_level is not None:
             raise WaltError("low_res_noise_level: given, but the model was built with low_res_channels=None")
@@ -775,54 +796,15 @@ class WaltTransformer3DModel(
         self, batch: int, dtype: torch.dtype, states: Samples | None, mask: Tensor | None
     ) -> tuple[Tensor | None, tuple[int, ...] | None]:
         """Text of all samples end to end `(S, D)`, without padding, and the length of each."""
-        if self.text_embedder is None or self.text_norm is None:
-            if states is not None:
-                raise WaltError("encoder_hidden_states: given, but the model was built with text_dim=None")
+        flat, lengths = pack_text(states, mask, self.config.text_dim, batch)
+        if flat is None or self.text_embedder is None or self.text_norm is None:
             return None, None
-        if states is None:
-            raise WaltError("encoder_hidden_states: missing, this model needs text states (an empty prompt's for none)")
-        if len(states) != batch:
-            raise WaltError(f"encoder_hidden_states: {len(states)} samples given for {batch} latents")
-        width = self.config.text_dim
-        for i, state in enumerate(states):
-            if state.ndim != 2 or state.shape[1] != width:
-                raise WaltError(
-                    f"encoder_hidden_states: sample {i} has shape {tuple(state.shape)}, (length, {width}) needed"
-                )
-        if mask is None:
-            lengths = tuple(state.shape[0] for state in states)
-            flat = states.flatten(0, 1) if isinstance(states, Tensor) else torch.cat(list(states))
-        else:
-            if not isinstance(states, Tensor) or mask.shape != states.shape[:2]:
-                raise WaltError(
-                    f"encoder_attention_mask: shape {tuple(mask.shape)} given, it goes with a batch of text states "
-                    "(B, S, text_dim) and is (B, S)"
-                )
-            kept = mask.bool().cpu()  # lengths shape the windows, so the host must know them
-            lengths = tuple(kept.sum(1).tolist())
-            flat = states.flatten(0, 1)
-            if sum(lengths) < flat.shape[0]:
-                flat = flat.index_select(0, kept.flatten().nonzero()[:, 0].to(flat.device))
         return self.text_norm(self.text_embedder(flat.to(dtype))), lengths
 
 
-def _modulate(x: Tensor, scale: Tensor, shift: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    """`x (L, D)` by 1 + scale and shift, each `(B, D)`."""
-    if len(set(lengths)) == 1:
-        return (x.unflatten(0, (len(lengths), lengths[0])) * (1 + scale[:, None]) + shift[:, None]).flatten(0, 1)
-    return x * (1 + _spread(scale, lengths)) + _spread(shift, lengths)
-
-
-def _gate(x: Tensor, gate: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    """`x (L, D)` times a gate `(B, D)`."""
-    if len(set(lengths)) == 1:
-        return (x.unflatten(0, (len(lengths), lengths[0])) * gate[:, None]).flatten(0, 1)
-    return x * _spread(gate, lengths)
-
-
-def _spread(vectors: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    """`(B, D)` to `(L, D)`. By expansion, whose gradient is a sum per sample, not an indexed scatter-add."""
-    return torch.cat([v.expand(n, -1) for v, n in zip(vectors.split(1), lengths, strict=True)])
+def _place(plan: WindowPlan, kept: Kept | None, device: torch.device) -> WindowPlan:
+    """A plan on the device, of the kept tokens alone where some were dropped."""
+    return plan.to(device) if kept is None else drop_from_plan(plan, kept.mask, device)
 
 
 def _half(window: Window) -> Grid:
@@ -839,32 +821,3 @@ def _window(name: str, window: Sequence[int] | None, frames: int | None, allowed
         raise WaltError(f"{name}: {tuple(window)} given, positive {sizes} in tokens or None needed")
     t, h, w = (frames, *window) if len(window) == 2 else window
     return (t, h, w)
-
-
-def _one_of(name: str, value: str | None, allowed: tuple[str | None, ...]) -> None:
-    if value not in allowed:
-        choices = ", ".join(repr(a) for a in allowed)
-        raise WaltError(f"{name}: {value!r} given, one of {choices} needed{suggest(str(value), map(str, allowed))}")
-
-
-def _samples(
-    name: str, values: Samples | None, shapes: Sequence[tuple[int, ...]], like: Sequence[Tensor]
-) -> list[Tensor]:
-    """The B tensors of an argument in either form, with the dtype and device of `like`; zeros for None."""
-    if values is None:
-        return [z.new_zeros(shape) for z, shape in zip(like, shapes, strict=True)]
-    if len(values) != len(shapes):
-        raise WaltError(f"{name}: {len(values)} samples given for {len(shapes)} latents")
-    for i, (value, shape) in enumerate(zip(values, shapes, strict=True)):
-        if tuple(value.shape) != tuple(shape):
-            raise WaltError(f"{name}: sample {i} has shape {tuple(value.shape)}, {tuple(shape)} needed")
-    return [value.to(z) for value, z in zip(values, like, strict=True)]
-
-
-def _per_sample(name: str, value: Tensor, batch: int, device: torch.device) -> Tensor:
-    value = torch.as_tensor(value, device=device)
-    if value.ndim == 0:
-        value = value.expand(batch)
-    if tuple(value.shape) != (batch,):
-        raise WaltError(f"{name}: shape {tuple(value.shape)} given, ({batch},) needed, one per sample")
-    return value

@@ -13,9 +13,10 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from walt.errors import WaltError, suggest
+from walt.models.backbone import BACKBONES
 
 
 class Frozen(BaseModel):
@@ -80,6 +81,7 @@ class MediaJob(Frozen):
         default="required", description="optional: an item without one is trained with an empty caption"
     )
     variants: int = Field(default=1, gt=0, description="random windows (start, cut) of each clip that epochs alternate")
+    video_stills: bool = Field(default=True, description="frames of videos fill shapes of one frame too")
     max_clips: int = Field(default=64, gt=0, description="clips of one video per epoch, spread evenly over it")
     heldout_share: float = Field(
         default=0.0, ge=0, lt=1, description="share of each source's items that is never trained on (run.heldout_every)"
@@ -209,25 +211,136 @@ class DiffusionJob(Frozen):
     )
     max_noise_level: int = Field(default=300, ge=0, lt=1000, description="t_max of the low-resolution augmentation")
     loss_weighting: Literal["token", "sample"] = "token"
+    variance_weight: float = Field(
+        default=1.0, ge=0, description="of the bound, in bits, of a learned variance (1: 0.001 over 1000 steps, as DiT)"
+    )
+
+
+class ResolutionJob(Frozen):
+    """NaViT's resolution sampling: each sample of a whole-frame shape gets a size of its own, its aspect ratio kept.
+
+    The paper's finding (arXiv 2307.06304, section 3.4): sampling sides beats sampling areas, and a low bias (normal,
+    mean -0.5) is best.
+    """
+
+    low: int = Field(gt=0, description="smallest side R in pixels; a sample has about R x R pixels per frame")
+    high: int = Field(gt=0, description="largest R; memory is bounded by batch_tokens whatever it is")
+    distribution: Literal["uniform", "normal"] = "normal"
+    mean: float = Field(default=-0.5, ge=-1, le=1, description="of the normal, in [-1, 1] from low to high")
+    by: Literal["side", "area"] = "side"
+
+
+class TokenDropJob(Frozen):
+    """NaViT's token dropping: the denoiser sees and is scored on a part of each sample's tokens.
+
+    The paper's warning: dropping made recognition cheaper to train, but using fewer tokens at inference by dropping is
+    much worse than by resizing, and follow-up work advises against it for video generation, where it hurts fine detail
+    and consistency (papers.md 4.3, 4.5). Train the last steps without it.
+    """
+
+    schedule: Literal["constant", "beta", "resolution", "sigmoid"] = "constant"
+    low: float = Field(default=0.0, ge=0, lt=1, description="rate of the shortest sample, or where sigmoid ends")
+    high: float = Field(gt=0, lt=1, description="the rate (constant), the largest one (beta), the longest sample's")
+    mean: float = Field(default=0.5, gt=0, lt=1, description="beta: mean rate as a share of high")
+    middle: float = Field(default=0.0, description="sigmoid: the step halfway between low and high")
+    scale: float = Field(default=-1.0, description="sigmoid: steps of its slope; below 0 the rate falls (best)")
+
+
+class LoraJob(Frozen):
+    """Finetuning by low-rank adapters (PEFT) on the weights of `init`, which stay as they are."""
+
+    rank: int = Field(default=16, gt=0)
+    alpha: float | None = Field(default=None, gt=0, description="scale of the update times rank; None: the rank")
+    targets: tuple[str, ...] = Field(
+        default=("to_q", "to_k", "to_v", "to_out.0"), min_length=1, description="ends of the names of adapted layers"
+    )
+    export: Literal["adapter", "merged"] = Field(
+        default="adapter", description="adapter: for load_lora_adapter; merged: a whole model"
+    )
 
 
 class DenoiserJob(Frozen):
     kind: Literal["denoiser"] = "denoiser"
+    backbone: str = Field(default="walt", description=f"the network: {', '.join(BACKBONES)}")
     model: dict[str, Any]
     init: str | None = Field(default=None, description="folder of a trained denoiser of the same shape to go on from")
+    interpolate_positions: bool = Field(
+        default=False, description="init may have another sample_size and windows: its position tables are interpolated"
+    )
+    lora: LoraJob | None = None
+    classes: str | None = Field(
+        default=None, description="file with a class per line, of a model with num_classes: captions name classes"
+    )
     tokenizer: str = Field(description="folder of the trained tokenizer")
     text_encoder: str | None = None
     text_tokenizer: str | None = None
     data: AnyData
     shapes: tuple[Shape, ...]
     batch_tokens: int = Field(gt=0, description="tokens per step and rank")
+    resolution: ResolutionJob | None = Field(default=None, description="NaViT's resolution sampling; None: off")
+    token_drop: TokenDropJob | None = Field(default=None, description="NaViT's token dropping; None: off")
     low_res_batches: int = Field(default=30, gt=0, description="batches that a super-resolution start is fitted to")
     diffusion: DiffusionJob = DiffusionJob()
     optimizer: OptimizerJob
     run: RunJob
 
+    @field_validator("backbone")
+    @classmethod
+    def _known_backbone(cls, name: str) -> str:
+        if name not in BACKBONES:
+            raise ValueError(f"one of {', '.join(BACKBONES)} needed{suggest(name, BACKBONES)}")
+        return name
 
-Job = TokenizerJob | DenoiserJob
+
+class NuwaClip(Frozen):
+    """What NUWA sees of a scene of 29 frames: every `frame_step`-th frame from `start` on, and stills of that size."""
+
+    frames: int = Field(default=5, gt=0)
+    height: int = Field(default=128, gt=0)
+    width: int = Field(default=128, gt=0)
+    start: int = Field(default=0, ge=0)
+    frame_step: int = Field(default=4, gt=0, description="4: 2 frames per second, over the 17 frames of a base clip")
+
+
+class NuwaTask(Frozen):
+    """How much of a step one task is."""
+
+    batch: float = Field(
+        default=0, ge=0, description="samples per step and rank; a fraction is the chance of one more; 0: not trained"
+    )
+    weight: float = Field(default=1.0, gt=0, description="of its cross-entropy (mean over tokens) in the sum")
+
+
+class NuwaTasks(Frozen):
+    """The three tasks of NUWA's pre-training (section 3.4) and the two sketch tasks it is finetuned on."""
+
+    text_to_image: NuwaTask = NuwaTask(batch=1)
+    video_to_video: NuwaTask = NuwaTask(batch=1)
+    text_to_video: NuwaTask = NuwaTask(batch=1)
+    sketch_to_image: NuwaTask = NuwaTask()
+    sketch_to_video: NuwaTask = NuwaTask()
+
+
+class NuwaJob(Frozen):
+    kind: Literal["nuwa"] = "nuwa"
+    model: dict[str, Any]
+    init: str | None = Field(default=None, description="folder of a trained NUWA of the same shape to go on from")
+    tokenizer: str = Field(description="folder of the trained VQ tokenizer of frames")
+    sketch_tokenizer: str | None = Field(default=None, description="folder of the trained VQ-Seg; sketch tasks need it")
+    text_encoder: str
+    text_tokenizer: str
+    data: DataJob
+    clip: NuwaClip = NuwaClip()
+    tasks: NuwaTasks = NuwaTasks()
+    condition_dropout: float = Field(default=0.1, ge=0, le=1, description='share of conditions made "None"')
+    tokens: str | None = Field(
+        default=None, description="folder where tokens of the data's scenes are kept, made once; None: on the fly"
+    )
+    optimizer: OptimizerJob
+    run: RunJob
+
+
+Job = TokenizerJob | DenoiserJob | NuwaJob
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -276,6 +389,8 @@ def _set(values: dict[str, Any], field: str, text: str) -> None:
         if not isinstance(here, dict) or part not in here:
             known = here if isinstance(here, dict) else ()
             raise WaltError(f"unknown field {field!r}: no {part!r}{suggest(part, known)}; known: {_names(known)}")
+        if part == "lora" and here[part] is None:
+            here[part] = LoraJob().model_dump()
         here = here[part]
     free = path == ["model"]
     if not isinstance(here, dict) or (last not in here and not free):

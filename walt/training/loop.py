@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Generator, Iterator
@@ -21,20 +23,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from walt.errors import WaltError
+from walt.errors import Terminated, WaltError
 from walt.training import checkpoint
 from walt.training.job import Job, OptimizerJob
 from walt.training.optimizers import Average, Guard, averaged, learning_rate, make_optimizer, warm
 from walt.training.ranks import Ranks, Reducer, scalar
 from walt.training.report import COUNTS, Report
 
-__all__ = ["Loss", "Objective", "Part", "Terminated", "averaged", "learning_rate", "train"]
-
-EXIT_TERMINATED = 143  # 128 + SIGTERM, as Ctrl-C gives 130
-
-
-class Terminated(WaltError):
-    """SIGTERM came; the run saved a checkpoint and stopped. The CLI exits with 143."""
+__all__ = ["Loss", "Objective", "Part", "averaged", "learning_rate", "train"]
 
 
 class Part(NamedTuple):
@@ -243,12 +239,17 @@ def train(job: Job, objective: Objective, sheet: Sheet | None = None, resume: bo
                     report.flush()
                     raise Terminated(f"stopped by SIGTERM after step {done}; the same command resumes there")
                 look(done)
-        final = output / "final"
+        final, temporary = output / "final", output / ".final.tmp"
         with averaged(average, model):
+            if ranks.main:
+                shutil.rmtree(temporary, ignore_errors=True)
             if ranks.sharded:
-                _export_whole(objective, model, final, ranks)
+                _export_whole(objective, model, temporary, ranks)
             elif ranks.main:
-                objective.export(model, final)
+                objective.export(model, temporary)
+        if ranks.main:
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(temporary, final)
         ranks.barrier()
         return final
     finally:
@@ -422,13 +423,19 @@ class _Packs(Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         step, part = divmod(index, len(self.lanes))
-        return self.objective.batch(self.start + step, self.lanes[part])
+        try:
+            return self.objective.batch(self.start + step, self.lanes[part])
+        except WaltError as error:  # a worker's exception would arrive with its whole traceback as the message
+            return error
 
 
 def _loader(objective: Objective, start: int, stop: int, lanes: range, workers: int) -> Iterator[Any]:
     packs = _Packs(objective, start, stop, lanes)
     loader: DataLoader[Any] = DataLoader(packs, batch_size=None, shuffle=False, num_workers=workers)
-    yield from loader
+    for batch in loader:
+        if isinstance(batch, WaltError):
+            raise batch
+        yield batch
 
 
 @lru_cache

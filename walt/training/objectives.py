@@ -10,20 +10,22 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from walt.attention import RelativeBias
 from walt.conditioning import draw_given_frames, drop, frame_mask, random_mask
 from walt.data.clips import Clips, Draw, stack_equal
 from walt.data.latents import LatentShards
-from walt.data.packing import fill_budget
+from walt.data.packing import Packer, draw_drop_rate, draw_kept, draw_size, fill_budget
 from walt.data.precompute import MediaLatents
 from walt.data.scenes import Scenes
-from walt.diffusion import add_noise, draw_timesteps, make_scheduler, velocity, x0_from_velocity
+from walt.diffusion import add_noise, draw_timesteps, make_scheduler, variance_bound, velocity, x0_from_velocity
 from walt.errors import WaltError, suggest
-from walt.latents import normalize
-from walt.training.job import DenoiserJob, MediaJob, Shape, TokenizerJob
+from walt.latents import Grid, normalize
+from walt.models.transformer_walt import WaltPositionEmbedding
+from walt.training.job import DenoiserJob, LoraJob, MediaJob, Shape, TokenizerJob
 from walt.training.loop import Loss, Objective, Part
 from walt.training.plan import ForwardCounter
 
@@ -367,6 +369,7 @@ class Sample:
     start: int
     label: int | None = None  # of a model with num_classes
     states: Tensor | None = None
+    kept: Tensor | None = None  # bool (t, h / p, w / p), the tokens that are computed and scored; None: all
 
 
 def open_clips(job: DenoiserJob, vae: Any, captions: bool, report: Path) -> Clips | None:
@@ -413,8 +416,11 @@ class DenoiserObjective(Objective):
         torch.manual_seed(job.run.seed)
         self.model = build_model(transformer, job.model)
         if job.init is not None:
-            start_from(self.model, job.init)
+            start_from(self.model, job.init, job.interpolate_positions)
+        if job.lora is not None:
+            add_lora(self.model, job.lora, job.init)
         config = self.model.config
+        self.classes = read_classes(job.classes, config.num_classes)
         held = job.run.heldout_clips if job.run.heldout_every else 0
         media = isinstance(job.data, MediaJob)
         self.shards = LatentShards(Path(job.data.latents), job, held) if job.data.latents and not media else None
@@ -428,18 +434,23 @@ class DenoiserObjective(Objective):
             raise WaltError(
                 "text_encoder: a model with text_dim needs text_encoder and text_tokenizer, others take none"
             )
-        self.super_resolution = config.low_res_channels is not None
+        self.super_resolution = config.get("low_res_channels") is not None
+        if (job.resolution is not None or job.token_drop is not None) and self.super_resolution:
+            raise WaltError("resolution, token_drop: for base stages only, this model takes low-resolution latents")
+        if (job.resolution is not None or job.token_drop is not None) and media:
+            raise WaltError("resolution, token_drop: for the theatre's scenes; media have sizes of their own")
+        if job.resolution is not None:
+            if job.data.latents is not None:
+                raise WaltError("resolution: needs pixels; precomputed latents (data.latents) have their size")
+            if job.resolution.low > job.resolution.high:
+                raise WaltError(f"resolution: low {job.resolution.low} is above high {job.resolution.high}")
         space = self.vae.spatial_compression_ratio * config.patch_size
         for shape in job.shapes:
             height, width = (shape.cut or shape.height), (shape.cut or shape.width)
             if height % space or width % space:
                 raise WaltError(f"shapes: {height}x{width} is not a multiple of {space} (tokenizer x patch_size)")
-        self.tokens = [
-            (1 + (s.frames - 1) // self.vae.temporal_compression_ratio)
-            * ((s.cut or s.height) // space)
-            * ((s.cut or s.width) // space)
-            for s in job.shapes
-        ]
+        self.space = space
+        self.tokens = [t * h * w for t, h, w in map(self._grid, job.shapes)]
         self.clips = open_clips(job, self.vae, words is not None, Path(job.run.output) / "skipped.jsonl")
         self.media_latents = (
             MediaLatents(Path(job.data.latents), job, self.clips) if self.clips and job.data.latents else None
@@ -466,29 +477,70 @@ class DenoiserObjective(Objective):
         start = self.job.shapes[draw.shape].start
         if self.media_latents is not None:
             latent, low_res, caption, states = self.media_latents.get(draw)
-            return Sample(None, None, latent, low_res, caption, start, states)
+            return Sample(None, None, latent, low_res, caption, start, states=states)
         clip = self.clips.load(draw)
         return Sample(clip.video, clip.low_res, None, None, clip.caption, start)
 
     def batch(self, step: int, rank: int) -> list[Sample]:
         """A pack: samples of mixed shape that fill `batch_tokens`, a pure function of (recipe, step, rank)."""
         if self.clips is not None:
-            return self.clips.pack(step, rank, self._media_sample)
+            return self._by_frame(self.clips.pack(step, rank, self._media_sample))
         assert not isinstance(self.job.data, MediaJob)
         rng = np.random.default_rng((self.job.run.seed, step, rank))
-        weights = [shape.weight for shape in self.job.shapes]
         pack: list[Sample] = []
-        for index in fill_budget(self.job.batch_tokens, self.tokens, weights, rng):
+        for index, shape, kept in self._draw(step, rng):
             number = int(rng.integers(self.job.data.scenes))
-            shape = self.job.shapes[index]
             if self.shards is not None:
                 latent, low_res, caption = self.shards.get(index, number)
-                pack.append(Sample(None, None, latent, low_res, caption, shape.start))
+                pack.append(Sample(None, None, latent, low_res, caption, shape.start, kept=kept))
             else:
                 assert self.scenes is not None
                 clip = self.scenes.clip(number, shape, self.super_resolution)
-                pack.append(Sample(clip.video, clip.low_res, None, None, clip.caption, shape.start))
-        return pack
+                pack.append(Sample(clip.video, clip.low_res, None, None, clip.caption, shape.start, kept=kept))
+        return self._by_frame(pack)
+
+    @staticmethod
+    def _by_frame(pack: list[Sample]) -> list[Sample]:
+        """Samples of one frame size lie side by side: whole-frame windows are then in order and nothing is permuted."""
+
+        def size(sample: Sample) -> tuple[int, ...]:
+            x = sample.video if sample.latent is None else sample.latent
+            assert x is not None
+            return x.shape[2] * x.shape[3], x.shape[2], x.shape[1]
+
+        return sorted(pack, key=size)
+
+    def _draw(self, step: int, rng: np.random.Generator) -> list[tuple[int, Shape, Tensor | None]]:
+        """The samples of a pack: index of their shape, the shape at its drawn size, and the tokens that stay."""
+        job = self.job
+        weights = np.array([shape.weight for shape in job.shapes], dtype=np.float64)
+        if job.resolution is None and job.token_drop is None:
+            return [(i, job.shapes[i], None) for i in fill_budget(job.batch_tokens, self.tokens, list(weights), rng)]
+        # Sizes are known only once drawn: the first pack of a stream of draws, of which nothing depends on the rest.
+        packer = Packer(job.batch_tokens, look_ahead=32, method="first_fit", oversize="report")
+        for _ in range(100_000):
+            index = int(rng.choice(len(weights), p=weights / weights.sum()))
+            shape = job.shapes[index]
+            if job.resolution is not None and not shape.cut:
+                knobs = job.resolution.model_dump()
+                height, width = draw_size(shape.height, shape.width, self.space, rng=rng, **knobs)
+                shape = shape.model_copy(update={"height": height, "width": width})
+            grid = self._grid(shape)
+            tokens, kept = grid[0] * grid[1] * grid[2], None
+            if job.token_drop is not None:
+                knobs = job.token_drop.model_dump()
+                spread = (tokens, min(self.tokens), max(self.tokens))
+                kept = draw_kept(grid, draw_drop_rate(**knobs, tokens=spread, step=step, rng=rng), rng)
+            packs = packer.add((tokens if kept is None else int(kept.sum()), (index, shape, kept)))
+            if packs:
+                return list(packs[0].payloads)
+        raise WaltError(f"batch_tokens is {job.batch_tokens}, less than the sizes that the recipe draws")
+
+    def _grid(self, shape: Shape) -> Grid:
+        """Frames, rows and columns of a shape in tokens."""
+        height, width = (shape.cut or shape.height), (shape.cut or shape.width)
+        frames = 1 + (shape.frames - 1) // self.vae.temporal_compression_ratio
+        return frames, height // self.space, width // self.space
 
     @torch.no_grad()
     def _latent(self, video: Tensor | None, latent: Tensor | None) -> Tensor:
@@ -531,9 +583,11 @@ class DenoiserObjective(Objective):
         else:
             weight = torch.tensor(float(count))
             loss = torch.stack([e / s for e, s in zip(errors, sizes, strict=True)]).mean()
-        tokens = sum(z[0].numel() for z in clean) // self.model.config.patch_size**2
+        whole = [z[0].numel() // self.model.config.patch_size**2 for z in clean]
+        tokens = sum(n if s.kept is None else int(s.kept.sum()) for n, s in zip(whole, batch, strict=True))
         videos = sum(z.shape[1] > 1 for z in clean)
         figures = {"weight": weight, "tokens": tokens, "samples": count, "clips": videos, "padding": 0}
+        figures["fill"] = tokens / self.job.batch_tokens
         return loss, {**figures, "forwards": 1.0 + twice}
 
     def _masks(self, clean: list[Tensor], batch: list[Sample], generator: torch.Generator) -> list[Tensor]:
@@ -570,9 +624,7 @@ class DenoiserObjective(Objective):
         if self.words is not None:
             told["encoder_hidden_states"] = self._states(batch, lost)
         if config.num_classes is not None:
-            labels = [sample.label for sample in batch]
-            if any(label is None for label in labels):
-                raise WaltError("data: a model with num_classes needs a class label with every sample; these have none")
+            labels = [self._label(sample) for sample in batch]
             null = config.num_classes
             told["class_labels"] = torch.tensor(
                 [null if gone else label for gone, label in zip(lost, labels, strict=True)], device=self.device
@@ -584,7 +636,19 @@ class DenoiserObjective(Objective):
                 for z, t in zip(low, levels, strict=True)
             ]
             told["low_res_noise_level"] = levels.to(self.device)
+        if any(sample.kept is not None for sample in batch):
+            told["kept"] = [sample.kept for sample in batch]
         return told
+
+    def _label(self, sample: Sample) -> int:
+        if sample.label is not None:
+            return sample.label
+        if not self.classes:
+            raise WaltError("classes: a model with num_classes needs the file that lists them, one a line")
+        if sample.caption not in self.classes:
+            known = suggest(sample.caption, self.classes)
+            raise WaltError(f"classes: {self.job.classes} has no {sample.caption!r}{known}, the caption of a sample")
+        return self.classes[sample.caption]
 
     def _errors(
         self,
@@ -606,17 +670,23 @@ class DenoiserObjective(Objective):
                 first = model(noisy, timestep, **told).sample
             told = told | {
                 "self_conditioning": [
-                    x0_from_velocity(self.scheduler, v.float(), x, int(t))
+                    x0_from_velocity(self.scheduler, v[: len(x)].float(), x, int(t))
                     for v, x, t in zip(first, noisy, steps, strict=True)
                 ]
             }
         predicted = model(noisy, timestep, **told).sample
-        # Given frames are known: they carry no loss.
+        kept = told.get("kept") or [None] * len(clean)
+        # Given frames are known and dropped tokens were not computed: they carry no loss.
+        scored = [(1.0 - m) * _pixels(mask, m) for mask, m in zip(kept, masks, strict=True)]
         errors = [
-            ((v.float() - y).square() * (1.0 - m)).sum() / v.shape[0]
-            for v, y, m in zip(predicted, target, masks, strict=True)
+            ((v[: len(y)].float() - y).square() * s).sum() / len(y)
+            for v, y, s in zip(predicted, target, scored, strict=True)
         ]
-        return errors, [(1.0 - m).sum() for m in masks]
+        if self.model.config.get("learned_variance"):
+            for i, (v, z, x, t, s) in enumerate(zip(predicted, clean, noisy, steps, scored, strict=True)):
+                bound = variance_bound(self.scheduler, v[: len(z)].float(), v[len(z) :].float(), z, x, int(t))
+                errors[i] = errors[i] + self.job.diffusion.variance_weight * (bound * s).sum() / len(z)
+        return errors, [s.sum() for s in scored]
 
     def held_out(self, shape: int, number: int) -> Sample:
         """The `number`-th sample of a shape that is never trained on."""
@@ -683,8 +753,22 @@ class DenoiserObjective(Objective):
         made = dict(zip(unknown, fresh, strict=True))
         return [made[i] if known is None else known.to(self.device) for i, known in enumerate(states)]
 
-    def export(self, model: nn.Module, folder: Path) -> None:
-        model.save_pretrained(folder)  # type: ignore[operator]
+    def export(self, model: Any, folder: Path) -> None:
+        if self.job.lora is not None and self.job.lora.export == "adapter":
+            model.save_lora_adapter(folder)
+            return
+        if self.job.lora is not None:
+            model.fuse_lora()
+            model.unload_lora()
+        model.save_pretrained(folder)
+
+
+def _pixels(kept: Tensor | None, like: Tensor) -> Tensor | float:
+    """1 at the latent pixels of kept tokens, in the shape `(1, t, h, w)` of `like`."""
+    if kept is None:
+        return 1.0
+    patch = like.shape[-1] // kept.shape[-1]
+    return kept.to(like).repeat_interleave(patch, dim=1).repeat_interleave(patch, dim=2)[None]
 
 
 class TextStates:
@@ -727,19 +811,81 @@ def _shape_name(shape: Shape) -> str:
     )
 
 
-def start_from(model: Any, folder: str) -> Any:
-    """Copies the weights of a trained model of the same shape into `model`; returns the trained one."""
+def add_lora(model: Any, job: LoraJob, init: str | None) -> None:
+    """Adapters on the layers that `job.targets` name; everything else is frozen."""
+    from peft import LoraConfig
+
+    if init is None:
+        raise WaltError("lora: adapters on an untrained model learn nothing; give init=FOLDER")
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for target in job.targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            ends = sorted({name.split(".", 2)[-1] if "blocks" in name else name for name in names})
+            raise WaltError(
+                f"lora.targets: no linear layer ends in {target!r}{suggest(target, ends)}; {', '.join(ends)}"
+            )
+    model.requires_grad_(False)
+    model.add_adapter(
+        LoraConfig(r=job.rank, lora_alpha=job.alpha or job.rank, target_modules=list(job.targets), lora_dropout=0.0)
+    )
+
+
+def read_classes(path: str | None, count: int | None) -> dict[str, int]:
+    """Class names by line, `{name: label}`; empty without a file."""
+    if path is None:
+        return {}
+    try:
+        names = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise WaltError(f"classes: {path} cannot be read: {error}") from None
+    if len(set(names)) != count:
+        raise WaltError(f"classes: {path} lists {len(set(names))} classes, the model has num_classes={count}")
+    return {name: label for label, name in enumerate(names)}
+
+
+def start_from(model: Any, folder: str, interpolate: bool = False) -> Any:
+    """Copies the weights of a trained model of the same shape into `model`; returns the trained one.
+
+    With `interpolate` the shapes of position tables may differ (W.A.L.T. Table 6: a square model goes on at 16:9).
+    """
     trained = load_folder(type(model), folder, "init")
-    copy_weights(model, trained.state_dict(), folder)
+    state = interpolated_positions(trained, model) if interpolate else trained.state_dict()
+    copy_weights(model, state, folder, "" if interpolate else " (interpolate_positions=true lets sample_size differ)")
     return trained
 
 
-def copy_weights(model: Any, weights: dict[str, Tensor], folder: str) -> None:
+def copy_weights(model: Any, weights: dict[str, Tensor], folder: str, hint: str = "") -> None:
     """Loads `weights`, which came from `folder`, into a model that must have the same shape."""
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise WaltError(f"init: {folder!r} has another shape than the recipe's model") from error
+        raise WaltError(f"init: {folder!r} has another shape than the recipe's model{hint}") from error
+
+
+def interpolated_positions(trained: nn.Module, model: nn.Module) -> dict[str, Tensor]:
+    """The trained state with absolute and relative position tables resized to those of `model`.
+
+    A table is read where the model reads tables of another size: space bilinear, time and offsets in a window linear
+    from end to end. So the first step starts from what the trained model does at the new size.
+    """
+    state = trained.state_dict()
+    modules = dict(trained.named_modules())
+    for name, module in model.named_modules():
+        old = modules.get(name)
+        if isinstance(module, WaltPositionEmbedding) and isinstance(old, WaltPositionEmbedding):
+            frames, height, width = module.grid
+            table = state[f"{name}.space"].T.reshape(1, -1, *old.grid[1:])
+            state[f"{name}.space"] = F.interpolate(table, size=(height, width), mode="bilinear").flatten(2)[0].T
+            times = state[f"{name}.time"]
+            if frames > len(times):
+                times = F.interpolate(times.T[None], size=frames, mode="linear", align_corners=True)[0].T
+            state[f"{name}.time"] = times[:frames]
+        elif isinstance(module, RelativeBias) and isinstance(old, RelativeBias):
+            table, size = state[f"{name}.table"], tuple(module.table.shape[1:])
+            if tuple(table.shape[1:]) != size:
+                table = F.interpolate(table[None], size=size, mode="trilinear", align_corners=True)[0]
+            state[f"{name}.table"] = table
+    return {name: value.contiguous() for name, value in state.items()}
 
 
 def load_folder(cls: type[Any], folder: str, what: str) -> Any:

@@ -1,12 +1,31 @@
-"""What a recipe will cost before it runs."""
+"""What a recipe will cost before it runs: parameters, memory of each rank, operations and seconds of a step.
+
+Nothing of the recipe's data is needed. Operations and kept activations are counted on the meta device; seconds are the
+operations over a rate that two layers of the very model reach here, with the pack's own sizes (narrow models are far
+below the rate of a plain matrix product, wide ones near it), or over a rate that is given for another machine.
+"""
 
 from __future__ import annotations
 
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import init_empty_weights
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from walt.data.packing import fill_budget
+from walt.errors import WaltError
+from walt.models.backbone import backbone
+from walt.training.job import DenoiserJob, TokenizerJob
+from walt.training.optimizers import Average, make_optimizer
 
 TEXT_LENGTH = 16  # text states per sample in a count: their share is small
 
@@ -38,7 +57,7 @@ class ForwardCounter:
     Samples of a pack do not meet, so a pack's operations are the sum over its samples.
 
     Args:
-        cls: WaltTransformer3DModel or a tokenizer.
+        cls: a denoiser or a tokenizer.
         config: its config.
     """
 
@@ -51,7 +70,7 @@ class ForwardCounter:
         """Operations for one latent of grid `size` (t, h, w) of a denoiser, or one video of (T, H, W) of a tokenizer."""
         if size not in self.counts:
             if self.twin is None:
-                self.twin = meta_twin(self.cls, self.config)
+                self.twin = meta_twin(self.cls, self.config).requires_grad_(False)
             with torch.no_grad(), FlopCounterMode(display=False) as counter:
                 meta_forward(self.twin, size)
             self.counts[size] = float(counter.get_total_flops())
@@ -77,8 +96,347 @@ def meta_forward(twin: Any, size: tuple[int, ...]) -> Any:
             given["encoder_hidden_states"] = [torch.empty(TEXT_LENGTH, config.text_dim)]
         if config.num_classes is not None:
             given["class_labels"] = torch.zeros(1, dtype=torch.long)
-        if config.low_res_channels is not None:
+        if config.get("low_res_channels") is not None:
             scale = config.low_res_scale
             given["low_res_hidden_states"] = [torch.empty(config.low_res_channels, t, h // scale, w // scale)]
             given["low_res_noise_level"] = torch.zeros(1)
         return twin([torch.empty(config.in_channels, t, h, w)], torch.zeros(1), **given).sample
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `walt train RECIPE --dry-run` prints. Bytes are of one rank, seconds and tokens of one step."""
+
+    parameters: int
+    trained: int
+    ranks: int
+    packs: int  # per step, all ranks
+    samples: float  # per step, all ranks: mean over packs
+    tokens: float  # of denoisers: per step, all ranks
+    memory: dict[str, float]  # weights, gradients, optimizer, average, activations; and of FSDP the gathered block
+    flops: float  # per step, all ranks
+    matmul_rate: float | None  # of one rank, measured; None: a rate was given
+    rate: float  # of one rank, as used
+    seconds: dict[str, float]  # compute, optimizer; encode where latents are made on the fly and the tokenizer is there
+    shards: list[tuple[str, int, int]]  # module, parameters, parameters on each rank
+
+    @property
+    def total_memory(self) -> float:
+        return sum(self.memory.values())
+
+    @property
+    def total_seconds(self) -> float:
+        return sum(self.seconds.values())
+
+
+MEASURED_FLOPS = 1e11  # about as many operations are timed: a second or a few on a CPU core
+MEASURED_SECONDS = 10.0  # after which a measurement is not repeated
+PACKS = 16  # packs that a mean is taken over
+
+
+def make_plan(job: DenoiserJob | TokenizerJob, ranks: int = 1, rate: float | None = None) -> Plan:
+    """Plans a recipe.
+
+    Args:
+        job: the recipe; of its files only the tokenizer's config is read, if it is there.
+        ranks: how many processes will train.
+        rate: FLOP/s that a rank sustains on another machine; None: measured here.
+
+    Raises:
+        WaltError: packs that do not divide among the ranks.
+    """
+    packs = job.run.packs or ranks
+    if packs % ranks:
+        raise WaltError(f"run.packs: {packs} packs per step do not divide among {ranks} ranks")
+    cls, space, frames_per_latent = _model(job)
+    twin = _planned_twin(cls, job)
+    counts = {name: p.numel() for name, p in twin.named_parameters()}
+    trained = _trained(twin, job)
+    if isinstance(job, DenoiserJob):
+        patch = int(twin.config.patch_size)
+        sizes = [(1 + (s.frames - 1) // frames_per_latent, *_side(s, space)) for s in job.shapes]
+        cost = [t * h * w // patch**2 for t, h, w in sizes]
+        budget = job.batch_tokens
+    else:
+        sizes = [(s.frames, *_side(s, 1)) for s in job.shapes]
+        cost = [math.prod(size) for size in sizes]
+        budget = job.batch_pixels
+    weights = [shape.weight for shape in job.shapes]
+    drawn = [fill_budget(budget, cost, weights, np.random.default_rng((job.run.seed, i, 0))) for i in range(PACKS)]
+    samples = sum(map(len, drawn)) / PACKS
+    counter = ForwardCounter(cls, dict(twin.config))
+    forward = sum(counter(sizes[i]) for pack in drawn for i in pack) / PACKS
+    passes = 3.0 + job.run.gradient_checkpointing
+    if isinstance(job, DenoiserJob) and twin.config.self_conditioning:
+        passes += job.diffusion.self_conditioning_probability
+    flops = forward * passes * packs
+    kept = [_activations(twin, size, job) for size in sizes]
+    activations = max(sum(kept[i] for i in pack) for pack in drawn)
+    matmul, seconds = None, {}
+    if rate is None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        half = job.run.precision == "bf16" and _has_bfloat16(device)
+        matmul = peak_rate(device, torch.bfloat16 if half else torch.float32)
+        rate, update = _measure(cls, job, sizes, drawn[0], device, half)
+        share = ranks if job.run.parallel == "fsdp" else 1
+        seconds["optimizer"] = update * sum(counts[name] for name in trained) / share
+        encode = _encode_seconds(job, device)
+        if encode is not None:
+            seconds["encode"] = (
+                encode * sum(math.prod(_pixels(job, i)) for p in drawn for i in p) / PACKS * packs / ranks
+            )
+    seconds = {"compute": flops / ranks / rate, **seconds}
+    per_pack = sum(cost[i] for pack in drawn for i in pack) / PACKS
+    return Plan(
+        parameters=sum(counts.values()),
+        trained=sum(counts[name] for name in trained),
+        ranks=ranks,
+        packs=packs,
+        samples=samples * packs,
+        tokens=per_pack * packs if isinstance(job, DenoiserJob) else 0.0,
+        memory=_memory(job, twin, trained, ranks, activations),
+        flops=flops,
+        matmul_rate=matmul,
+        rate=rate,
+        seconds=seconds,
+        shards=_shards(job, twin, ranks),
+    )
+
+
+def _model(job: DenoiserJob | TokenizerJob) -> tuple[type[Any], int, int]:
+    """The class to plan, and how many pixels and frames a latent of its tokenizer spans."""
+    if isinstance(job, TokenizerJob):
+        return _tokenizer_class(), 1, 1
+    cls = backbone(job.backbone)
+    config = Path(job.tokenizer) / "config.json"
+    if config.is_file():
+        from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt
+
+        with init_empty_weights():
+            vae = AutoencoderKLWalt.from_config(json.loads(config.read_text()))
+        return cls, vae.spatial_compression_ratio, vae.temporal_compression_ratio
+    return cls, 8, 4  # Table 8's
+
+
+def _tokenizer_class() -> type[Any]:
+    from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt
+
+    return AutoencoderKLWalt
+
+
+def _planned_twin(cls: type[Any], job: Any, **changes: Any) -> Any:
+    from walt.training.objectives import add_lora, build_model
+
+    with init_empty_weights():
+        twin = build_model(cls, {**job.model, **changes})
+    twin = twin.to("meta")
+    if isinstance(job, DenoiserJob) and job.lora is not None:
+        with init_empty_weights():
+            add_lora(twin, job.lora, job.init)
+    return twin
+
+
+def _trained(model: nn.Module, job: Any) -> list[str]:
+    frozen = "encoder." if getattr(job, "freeze_encoder", False) else None
+    return [
+        name
+        for name, p in model.named_parameters()
+        if p.requires_grad and not (frozen is not None and name.startswith(frozen))
+    ]
+
+
+def _side(shape: Any, space: int) -> tuple[int, int]:
+    return (shape.cut or shape.height) // space, (shape.cut or shape.width) // space
+
+
+def _pixels(job: Any, index: int) -> tuple[int, int, int]:
+    shape = job.shapes[index]
+    height, width = _side(shape, 1)
+    twin = 1.25 if job.model.get("low_res_channels") is not None else 1.0
+    return int(shape.frames * twin), height, width
+
+
+def _memory(job: Any, model: nn.Module, trained: list[str], ranks: int, activations: float) -> dict[str, float]:
+    """Bytes by purpose on one rank. Weights, gradients and moments are float32."""
+    share = ranks if job.run.parallel == "fsdp" else 1
+    parameters = dict(model.named_parameters())
+    own = 4.0 * sum(p.numel() for p in parameters.values()) / share
+    learnt = 4.0 * sum(parameters[name].numel() for name in trained) / share
+    if job.optimizer.kind == "adamw":
+        moments = 2 * learnt
+    else:  # a row and a column of every matrix
+        shapes = [parameters[name].shape for name in trained]
+        moments = 4.0 * sum(
+            math.prod(s[:-1]) + math.prod((*s[:-2], s[-1])) if len(s) > 1 else s.numel() for s in shapes
+        )
+        moments /= share
+    memory = {
+        "weights": own,
+        "gradients": learnt,
+        "optimizer": moments,
+        "average": learnt if job.run.ema_decay else 0.0,
+    }
+    if share > 1:
+        blocks = [n for _, n, _ in _shards(job, model, ranks)]
+        # Two blocks at a time are whole, weights and gradients: the one at work and the one fetched for the next.
+        memory["gathered"] = 2 * (2.0 if job.run.precision == "bf16" else 4.0) * 2 * max(blocks)
+    return {**memory, "activations": activations}
+
+
+def _shards(job: Any, model: nn.Module, ranks: int) -> list[tuple[str, int, int]]:
+    """What each rank holds of every block (FSDP2), or of the whole (DDP): `(name, parameters, on each rank)`."""
+    whole = sum(p.numel() for p in model.parameters())
+    if job.run.parallel != "fsdp" or ranks == 1:
+        return [("whole model, on every rank", whole, whole)]
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    rows: dict[tuple[str, int], int] = {}
+    left = whole
+    for child in model.modules():
+        if type(child).__name__ in names:
+            size = sum(p.numel() for p in child.parameters())
+            rows[type(child).__name__, size] = rows.get((type(child).__name__, size), 0) + 1
+            left -= size
+    found = [(f"{count} x {name}", size, -(-size // ranks)) for (name, size), count in rows.items()]
+    return [*found, ("the rest", left, -(-left // ranks))]
+
+
+def _activations(model: Any, size: tuple[int, ...], job: Any) -> float:
+    """Bytes that autograd keeps of one sample's forward pass; with gradient checkpointing the inputs of the blocks, and
+    all of one block."""
+    kept: dict[int, Tensor] = {}
+    parameters = {id(p) for p in model.parameters()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        base = tensor._base if tensor._base is not None else tensor
+        if id(base) not in parameters and not isinstance(tensor, nn.Parameter):
+            kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    model.train()
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = meta_forward(model, size)
+        del out
+    total = float(sum(tensor.untyped_storage().nbytes() for tensor in kept.values()))
+    if job.run.precision == "bf16":
+        total *= 0.6  # what products keep is halved, what norms and sums keep is not
+    blocks = getattr(model, "transformer_blocks", None)
+    if job.run.gradient_checkpointing and blocks is not None:
+        config = model.config
+        tokens = math.prod(size) // config.patch_size**2
+        width = config.num_attention_heads * config.attention_head_dim
+        total = total / len(blocks) + 4.0 * tokens * width * len(blocks)
+    return total
+
+
+def _measure(
+    cls: type[Any], job: Any, sizes: list[tuple[int, ...]], pack: list[int], device: torch.device, half: bool
+) -> tuple[float, float]:
+    """(FLOP/s of forward and backward, seconds of an update per parameter) of two layers of the model on a pack."""
+    from walt.training.objectives import build_model
+
+    few = {"num_layers": 2} if isinstance(job, DenoiserJob) else {}
+    torch.manual_seed(0)
+    model = build_model(cls, {**job.model, **few}).to(device)
+    counter = ForwardCounter(cls, dict(model.config))
+    left, chosen = MEASURED_FLOPS, []
+    for index in pack:
+        if chosen and left < 3 * counter(sizes[index]):
+            break
+        chosen.append(index)
+        left -= 3 * counter(sizes[index])
+    parameters = dict(model.named_parameters())
+    optimizer = make_optimizer(job.optimizer, list(parameters.values()))
+    average = Average(job.run.ema_decay, parameters)
+    call = _sample_call(model, [sizes[i] for i in chosen], device)
+    compute, update = math.inf, math.inf
+
+    def timed(run: Callable[[], Any]) -> float:
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    begun = time.perf_counter()
+    for attempt in range(3):
+        if attempt and time.perf_counter() - begun > MEASURED_SECONDS:
+            break
+
+        def forward_backward() -> None:
+            with torch.autocast(device.type, torch.bfloat16, enabled=half):
+                loss = call()
+            loss.backward()
+
+        def step() -> None:
+            # As the loop does: norm, scale, update, average.
+            grads = [p.grad for p in parameters.values() if p.grad is not None]
+            torch._foreach_mul_(grads, 0.5)
+            float(torch.nn.utils.get_total_norm(grads))
+            optimizer.step()
+            average.step()
+            optimizer.zero_grad()
+
+        compute = min(compute, timed(forward_backward))
+        update = min(update, timed(step))
+    operations = 3 * sum(counter(sizes[i]) for i in chosen)
+    return operations / compute, update / sum(p.numel() for p in parameters.values())
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    """Whether the device computes in bfloat16; other CPUs emulate it, a hundred times slower."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+
+
+def _sample_call(model: Any, sizes: list[tuple[int, ...]], device: torch.device) -> Callable[[], Tensor]:
+    """A forward pass of random samples of `sizes`, to a scalar."""
+    config = model.config
+    if not hasattr(config, "patch_size") or hasattr(config, "latent_channels"):
+        groups: dict[tuple[int, ...], int] = {}
+        for size in sizes:
+            groups[size] = groups.get(size, 0) + 1
+        videos = [torch.randn(count, 3, *size, device=device) for size, count in groups.items()]
+        return lambda: torch.stack([model(video, return_dict=False)[0].float().abs().mean() for video in videos]).sum()
+    noisy = [torch.randn(config.in_channels, *size, device=device) for size in sizes]
+    given: dict[str, Any] = {}
+    if config.frame_conditioning:
+        given |= {"frame_latents": noisy, "frame_mask": [torch.zeros_like(z[:1]) for z in noisy]}
+    if config.text_dim is not None:
+        given["encoder_hidden_states"] = [torch.randn(TEXT_LENGTH, config.text_dim, device=device) for _ in sizes]
+    if config.num_classes is not None:
+        given["class_labels"] = torch.zeros(len(sizes), dtype=torch.long, device=device)
+    if config.get("low_res_channels") is not None:
+        scale = config.low_res_scale
+        given["low_res_hidden_states"] = [
+            torch.randn(config.low_res_channels, t, h // scale, w // scale, device=device) for t, h, w in sizes
+        ]
+        given["low_res_noise_level"] = torch.zeros(len(sizes), device=device)
+    levels = torch.zeros(len(sizes), device=device)
+
+    def call() -> Tensor:
+        out = model(noisy, levels, **given).sample
+        return torch.stack([z.float().square().mean() for z in out]).sum()
+
+    return call
+
+
+def _encode_seconds(job: Any, device: torch.device) -> float | None:
+    """Seconds per pixel that the recipe's tokenizer needs to encode; None: latents are precomputed, or it is not there."""
+    if not isinstance(job, DenoiserJob) or job.data.latents or not (Path(job.tokenizer) / "config.json").is_file():
+        return None
+    from walt.training.objectives import load_folder
+
+    vae = load_folder(_tokenizer_class(), job.tokenizer, "tokenizer").eval().to(device)
+    frames, height, width = min(
+        (_pixels(job, i) for i in range(len(job.shapes))), key=lambda s: abs(math.prod(s) - 2e5)
+    )
+    video = torch.randn(1, 3, frames - (frames - 1) % 4, height, width, device=device)
+    best = math.inf
+    with torch.no_grad():
+        for _ in range(3):
+            start = time.perf_counter()
+            vae.encode(video).latent_dist.mode()[0, 0, 0, 0, 0].item()
+            best = min(best, time.perf_counter() - start)
+    return best / video[0, 0].numel()

@@ -1,0 +1,119 @@
+"""NUWA's objective: every task's loss is the cross-entropy it says, and a tiny model learns through the one loop."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.training.jobs import nuwa_job, save_nuwa_parts
+from walt.commands import build_objective
+from walt.errors import WaltError
+from walt.training.job import NuwaClip, NuwaJob, NuwaTask, NuwaTasks, load_job
+from walt.training.loop import train
+from walt.training.nuwa import TASKS, NuwaObjective, Sample
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_nuwa_parts(tmp_path_factory.mktemp("parts"))
+
+
+def objective(parts: Path, **changes: Any) -> NuwaObjective:
+    made = build_objective(nuwa_job(parts, parts / "run", **changes))
+    assert isinstance(made, NuwaObjective)
+    return made
+
+
+def by_hand(made: NuwaObjective, sample: Sample, condition: str) -> float:
+    """-log p of a sample's tokens, one at a time, in nats per token."""
+    tokens = made._tokens(sample.data, True)
+    if condition == "sketch":
+        assert tokens.sketch is not None
+        told = made.model.encode_condition(sketch=tokens.sketch[None])
+    else:
+        told = made.model.encode_condition(text=made.words([sample.data.caption]) if condition == "text" else [None])
+    logits = made.model(tokens.video[None], told)[0].double()
+    total = 0.0
+    for place, token in zip(
+        torch.cartesian_prod(*map(torch.arange, tokens.video.shape)), tokens.video.flatten(), strict=True
+    ):
+        row = logits[tuple(place)]
+        total += float(torch.logsumexp(row, 0) - row[token])
+    return total / tokens.video.numel()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 1.0])
+def test_each_task_is_the_mean_cross_entropy_of_its_samples(parts: Path, dropout: float) -> None:
+    weights = {name: 1.0 + 0.5 * i for i, name in enumerate(NuwaTasks.model_fields)}
+    tasks = NuwaTasks(**{name: NuwaTask(batch=2, weight=weight) for name, weight in weights.items()})
+    made = objective(parts, tasks=tasks, condition_dropout=dropout)
+    made.model.eval()
+    batch = made.batch(3, 0)
+    assert [sample.task for sample in batch] == [name for name in TASKS for _ in range(2)]
+    with torch.no_grad():
+        total, seen = made.loss(made.model, batch, torch.Generator().manual_seed(0))
+        expected = {}
+        for name, kind in TASKS.items():
+            told = "none" if dropout else kind.condition
+            expected[name] = sum(by_hand(made, s, told) for s in batch if s.task == name) / 2
+    for name, value in expected.items():
+        assert float(seen[name]) == pytest.approx(value, rel=1e-4), name
+    assert float(total) == pytest.approx(sum(weights[name] * value for name, value in expected.items()), rel=1e-4)
+    assert seen["samples"] == 10 and seen["tokens"] == 2 * 16 * (1 + 2 + 2 + 1 + 2)
+    if not dropout:
+        assert abs(expected["text_to_image"] - expected["sketch_to_image"]) > 1e-3  # conditions and samples differ
+
+
+def test_conditions_reach_the_loss_by_gradient(parts: Path) -> None:
+    """Every parameter learns: the text's and the sketch's ways in, the encoder and the decoder."""
+    made = objective(parts, condition_dropout=0.0)
+    loss, _ = made.loss(made.model, made.batch(0, 0), torch.Generator().manual_seed(0))
+    loss.backward()
+    dead = [name for name, p in made.model.named_parameters() if p.grad is None or not bool(p.grad.any())]
+    assert not dead
+
+
+def test_batches_are_pure_and_kept_tokens_give_the_same_loss(parts: Path, tmp_path: Path) -> None:
+    fly, kept = objective(parts), objective(parts, tokens=str(tmp_path / "tokens"))
+    kept.to(torch.device("cpu"))
+    assert len(list((tmp_path / "tokens").glob("*.safetensors"))) == 4  # 64 stills and 64 clips, 32 a file
+    losses = []
+    for made in (fly, fly, kept):
+        with torch.no_grad():
+            losses.append(float(made.loss(fly.model, made.batch(5, 1), torch.Generator().manual_seed(1))[0]))
+    assert losses[0] == losses[1] == losses[2]
+    captions = [[sample.data.caption for sample in fly.batch(step, 0)] for step in (1, 2)]
+    assert captions[0] != captions[1]
+
+
+def test_a_tiny_model_learns_and_is_exported(parts: Path, tmp_path: Path) -> None:
+    from walt.models.transformer_nuwa import NuwaTransformer3DModel
+
+    job = nuwa_job(parts, tmp_path / "run", steps=40, tokens=str(tmp_path / "tokens"))
+    final = train(job, build_objective(job))
+    rows = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    first, last = (sum(row["text_to_video"] for row in part) / 5 for part in (rows[:5], rows[-5:]))
+    assert last < 0.8 * first
+    assert isinstance(NuwaTransformer3DModel.from_pretrained(final), NuwaTransformer3DModel)
+
+
+def test_faults(parts: Path) -> None:
+    none = NuwaTasks(**{name: NuwaTask() for name in NuwaTasks.model_fields})
+    for changes, message in (
+        ({"tasks": none}, "tasks: no task has a batch"),
+        ({"sketch_tokenizer": None}, "sketch_tokenizer: sketch_to_image needs the folder"),
+        ({"clip": NuwaClip(frames=2, height=36, width=32)}, "36 pixels are not a multiple of 8"),
+        ({"tokenizer": "none"}, "tokenizer: no model in 'none'"),
+    ):
+        with pytest.raises(WaltError, match=message):
+            objective(parts, **changes)
+
+
+@pytest.mark.parametrize("name", ["nuwa.nuwa_870m", "nuwa.nuwa_256", "nuwa.emoji", "nuwa.emoji_cooldown"])
+def test_recipes_are_complete(name: str) -> None:
+    job = load_job(name, ["tasks.text_to_video.batch=3", "run.steps=7"])
+    assert isinstance(job, NuwaJob) and job.tasks.text_to_video.batch == 3 and job.run.steps == 7

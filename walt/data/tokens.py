@@ -1,0 +1,160 @@
+"""Clips and stills of the emoji theatre as NUWA is trained on them: pixels and sketches, or their tokens made once.
+
+A token folder holds `index.json` (which recipe and tokenizers made it) and one safetensors file per block of 32
+scenes: `tokens` `(N, T, h, w)` int32, `sketch` likewise where there is a sketch tokenizer, captions in the metadata.
+Letters: N scenes, T frames, H W pixels, h w tokens; S codes per token where a tokenizer's codes are factorised.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from walt.data.latents import fingerprint
+from walt.data.scenes import SCENE_FRAMES, Scenes, to_video, world
+from walt.data.sketches import sample_frames
+from walt.errors import WaltError
+from walt.training.job import NuwaJob
+
+BLOCK = 32
+Kind = Literal["still", "clip"]
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """One clip or still: `video` `(T, 3, H, W)` in [-1, 1], `sketch` long `(T, H, W)`, and what it shows."""
+
+    video: Tensor
+    sketch: Tensor
+    caption: str
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The same, encoded: long `(T, h, w[, S])`; `sketch` None without a sketch tokenizer."""
+
+    video: Tensor
+    sketch: Tensor | None
+    caption: str
+
+
+class NuwaScenes:
+    """Clips and stills by number: a pure function of the recipe and the number. Stills are scenes of their own."""
+
+    def __init__(self, job: NuwaJob) -> None:
+        self.job, self.theatre = job, Scenes(job.data).theatre
+        clip = job.clip
+        last = clip.start + (clip.frames - 1) * clip.frame_step
+        if last >= SCENE_FRAMES:
+            raise WaltError(
+                f"clip: {clip.frames} frames, {clip.frame_step} apart from {clip.start} on, end at frame {last}, but a "
+                f"scene has {SCENE_FRAMES}"
+            )
+
+    def get(self, kind: Kind, number: int) -> Pictures:
+        """The `number`-th still or clip."""
+        clip, frames = self.job.clip, 1 if kind == "still" else SCENE_FRAMES
+        scene = self.theatre.scene(self.job.data.seed * 1_000_003 + number, frames)
+        chosen = (0, 1, 1) if kind == "still" else (clip.start, clip.frames, clip.frame_step)
+        pixels, sketch = sample_frames(self.theatre, scene, clip.height, clip.width, *chosen)
+        return Pictures(to_video(pixels).transpose(0, 1), torch.from_numpy(sketch.astype("int64")), scene.caption)
+
+
+Encode = Callable[[Tensor], Tensor]
+
+
+def encode(pictures: Pictures, encode_video: Encode, encode_sketch: Encode | None) -> Tokens:
+    """The tokens of one clip or still; the encoders map frames `(T, 3, H, W)` and maps `(T, H, W)` to `(T, h, w)`."""
+    with torch.no_grad():
+        sketch = None if encode_sketch is None else encode_sketch(pictures.sketch).cpu()
+        return Tokens(encode_video(pictures.video).cpu(), sketch, pictures.caption)
+
+
+class TokenFolder:
+    """All clips and stills of a recipe as tokens, in a folder; what it lacks is made by `fill`, block by block."""
+
+    def __init__(self, job: NuwaJob, kinds: tuple[Kind, ...]) -> None:
+        if job.tokens is None:
+            raise WaltError("tokens: the recipe names no token folder")
+        self.job, self.kinds, self.folder = job, kinds, Path(job.tokens)
+        self.rows: dict[Kind, list[Tokens]] = {}
+        known = {
+            "tokenizer": fingerprint(Path(job.tokenizer)),
+            "sketch_tokenizer": job.sketch_tokenizer and fingerprint(Path(job.sketch_tokenizer)),
+            "data": job.data.model_dump(mode="json", exclude={"latents", "source", "scenes"}),
+            "world": json.loads(json.dumps(asdict(world(job.data)))),
+            "clip": job.clip.model_dump(mode="json"),
+        }
+        index = self.folder / "index.json"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not index.exists():
+                index.with_suffix(".tmp").write_text(json.dumps(known, indent=1))
+                os.replace(index.with_suffix(".tmp"), index)
+            old = json.loads(index.read_text())
+        except (OSError, ValueError) as error:
+            raise WaltError(f"tokens: the folder {self.folder} cannot be used ({error})") from error
+        if old != known:
+            changed = ", ".join(name for name in known if old.get(name) != known[name])
+            raise WaltError(f"tokens: {self.folder} holds tokens of another {changed}; choose another folder")
+
+    def fill(
+        self,
+        encode_video: Encode,
+        encode_sketch: Encode | None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Reads every block, making those that are not there; `progress` is called with (done, total) scenes."""
+        scenes, count = NuwaScenes(self.job), self.job.data.scenes
+        done, total = 0, count * len(self.kinds)
+        for kind in self.kinds:
+            rows = self.rows[kind] = []
+            for start in range(0, count, BLOCK):
+                # whole blocks, so that a larger `scenes` goes on with the same files
+                path = self.folder / f"{kind}-{start:07d}.safetensors"
+                if not path.exists():
+                    block = [encode(scenes.get(kind, start + i), encode_video, encode_sketch) for i in range(BLOCK)]
+                    _write(path, block)
+                rows += _read(path)
+                done = min(done + BLOCK, total)
+                if progress is not None:
+                    progress(done, total)
+
+    def get(self, kind: Kind, number: int) -> Tokens:
+        """The `number`-th still or clip, after `fill`."""
+        return self.rows[kind][number]
+
+
+def _write(path: Path, block: list[Tokens]) -> None:
+    tensors = {"tokens": torch.stack([row.video for row in block]).to(torch.int32)}
+    sketches = [row.sketch for row in block if row.sketch is not None]
+    if sketches:
+        tensors["sketch"] = torch.stack(sketches).to(torch.int32)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        save_file(tensors, temporary, metadata={"captions": json.dumps([row.caption for row in block])})
+        os.replace(temporary, path)
+    except OSError as error:
+        raise WaltError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> list[Tokens]:
+    try:
+        with safe_open(path, "pt") as handle:
+            captions = json.loads(handle.metadata()["captions"])
+        tensors: dict[str, Any] = load_file(path)
+        sketches = tensors["sketch"].long() if "sketch" in tensors else [None] * len(captions)
+        return [Tokens(*row) for row in zip(tensors["tokens"].long(), sketches, captions, strict=True)]
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise WaltError(f"the tokens {path} are damaged ({error}): delete the file and run again") from None

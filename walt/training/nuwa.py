@@ -1,0 +1,167 @@
+"""NUWA's objective: the cross-entropy of five tasks on tokens (arXiv 2111.12417, section 3.4).
+
+A task is a condition (text, the constant "None", or a sketch) and a target (a still or a clip); all tasks share the
+model, and every step holds samples of each. Letters: B samples, T frames, h w tokens, S codes per token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from walt.conditioning import drop
+from walt.data.tokens import Kind, NuwaScenes, Pictures, TokenFolder, Tokens, encode
+from walt.errors import WaltError
+from walt.training.job import NuwaJob, NuwaTask
+from walt.training.loop import Objective
+from walt.training.objectives import TextStates, build_model, start_from
+
+
+@dataclass(frozen=True)
+class TaskKind:
+    """What a task is told and what it makes."""
+
+    condition: str  # "text", "none" or "sketch"
+    target: Kind
+
+
+TASKS: dict[str, TaskKind] = {
+    "text_to_image": TaskKind("text", "still"),
+    "video_to_video": TaskKind("none", "clip"),
+    "text_to_video": TaskKind("text", "clip"),
+    "sketch_to_image": TaskKind("sketch", "still"),
+    "sketch_to_video": TaskKind("sketch", "clip"),
+}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample of a task: pixels, or tokens where the recipe keeps a token folder."""
+
+    task: str
+    data: Pictures | Tokens
+
+
+def token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Mean cross-entropy (nats per code) of each sample: logits `(B, ..., V)` and long tokens `(B, ...)` give `(B,)`."""
+    losses = F.cross_entropy(logits.float().flatten(0, -2), tokens.flatten(), reduction="none")
+    return losses.view(len(tokens), -1).mean(dim=1)
+
+
+class NuwaObjective(Objective):
+    """Weighted sum over tasks of the mean cross-entropy of their samples' tokens.
+
+    The paper sums over tokens, here each task's loss is its mean, so that weights mean the same for stills and clips.
+    A text or sketch is replaced by the constant condition "None" (the model's own word) with probability
+    `condition_dropout`, so that the model without condition, which guidance and completion need, is learnt too.
+    """
+
+    model: Any
+
+    def __init__(self, job: NuwaJob, transformer: type[Any], vq: Any, vq_seg: Any, words: TextStates) -> None:
+        self.job = job
+        self.tasks: dict[str, NuwaTask] = {name: getattr(job.tasks, name) for name in TASKS}
+        self.tasks = {name: task for name, task in self.tasks.items() if task.batch}
+        if not self.tasks:
+            raise WaltError("tasks: no task has a batch, so there is nothing to train")
+        sketched = [name for name in self.tasks if TASKS[name].condition == "sketch"]
+        if sketched and vq_seg is None:
+            raise WaltError(f"sketch_tokenizer: {sketched[0]} needs the folder of a trained VQ-Seg")
+        self.vq, self.vq_seg = vq.eval().requires_grad_(False), vq_seg
+        if vq_seg is not None:
+            vq_seg.eval().requires_grad_(False)
+        for side in (job.clip.height, job.clip.width):
+            if side % vq.spatial_compression_ratio:
+                raise WaltError(f"clip: {side} pixels are not a multiple of {vq.spatial_compression_ratio} (tokenizer)")
+        torch.manual_seed(job.run.seed)
+        self.model = build_model(transformer, job.model)
+        if job.init is not None:
+            start_from(self.model, job.init)
+        self.words, self.device = words, torch.device("cpu")
+        self.last_seen: dict[str, Tensor] = {}
+        self.kinds: tuple[Kind, ...] = tuple(sorted({TASKS[name].target for name in self.tasks}))
+        self.scenes = NuwaScenes(job)
+        self.folder = TokenFolder(job, self.kinds) if job.tokens is not None else None
+
+    def to(self, device: torch.device) -> None:
+        """Moves the frozen parts, and fills the token folder."""
+        self.device = device
+        self.vq.to(device)
+        if self.vq_seg is not None:
+            self.vq_seg.to(device)
+        self.words.to(device)
+        if self.folder is not None and not self.folder.rows:
+            self.folder.fill(self._encode_video, None if self.vq_seg is None else self._encode_sketch)
+
+    def batch(self, step: int, rank: int) -> list[Sample]:
+        """`batch` samples of every task, a pure function of (recipe, step, rank); never none at all."""
+        rng = np.random.default_rng((self.job.run.seed, step, rank))
+        source = self.scenes if self.folder is None else self.folder
+        names: list[str] = []
+        while not names:
+            for name, task in self.tasks.items():
+                names += [name] * (int(task.batch) + int(rng.random() < task.batch % 1))
+        return [Sample(name, source.get(TASKS[name].target, int(rng.integers(self.job.data.scenes)))) for name in names]
+
+    def loss(
+        self, model: nn.Module, batch: list[Sample], generator: torch.Generator, shared: Any = None
+    ) -> tuple[Tensor, dict[str, float | Tensor]]:
+        encoded = [self._tokens(sample.data, TASKS[sample.task].condition == "sketch") for sample in batch]
+        lost = drop(len(batch), self.job.condition_dropout, generator)
+        seen: dict[str, float | Tensor] = {"samples": len(batch), "tokens": sum(row.video.numel() for row in encoded)}
+        losses: dict[str, list[Tensor]] = {name: [] for name in self.tasks}
+        groups: dict[tuple[str, Kind], list[int]] = {}
+        for i, sample in enumerate(batch):
+            kind = TASKS[sample.task]
+            sketch = kind.condition == "sketch" and not lost[i]
+            groups.setdefault(("sketch" if sketch else "text", kind.target), []).append(i)
+        # One forward per kind of condition and size of target: nothing is padded.
+        for (condition, _), members in sorted(groups.items()):
+            rows = [encoded[i] for i in members]
+            tokens = torch.stack([row.video for row in rows]).to(self.device)
+            told: dict[str, Any] = {}
+            if condition == "sketch":
+                told["sketch"] = torch.stack([row.sketch for row in rows if row.sketch is not None])
+            else:
+                told["text"] = self._texts([(batch[i], lost[i]) for i in members])
+            values = token_loss(model(tokens, **told), tokens)
+            for i, value in zip(members, values, strict=True):
+                losses[batch[i].task].append(value)
+        total = torch.zeros((), device=self.device)
+        for name, parts in losses.items():
+            if not parts:
+                if name in self.last_seen:  # so that the log's means over steps are means of this task's losses
+                    seen[name] = self.last_seen[name]
+                continue
+            mean = torch.stack(parts).mean()
+            total = total + self.tasks[name].weight * mean
+            seen[name] = self.last_seen[name] = mean.detach()
+        return total, seen
+
+    def _texts(self, samples: list[tuple[Sample, bool]]) -> list[Tensor | None]:
+        """The states of each sample's caption, None (the word "None") where there is to be no condition."""
+        said = [None if lost or TASKS[s.task].condition != "text" else s.data.caption for s, lost in samples]
+        states = iter(self.words([caption for caption in said if caption is not None]))
+        return [None if caption is None else next(states) for caption in said]
+
+    def _tokens(self, data: Pictures | Tokens, sketched: bool) -> Tokens:
+        if isinstance(data, Tokens):
+            return data
+        return encode(data, self._encode_video, self._encode_sketch if sketched else None)
+
+    def _encode_video(self, frames: Tensor) -> Tensor:
+        codes: Tensor = self.vq.encode_indices(frames.to(self.device))
+        return codes
+
+    def _encode_sketch(self, maps: Tensor) -> Tensor:
+        codes: Tensor = self.vq_seg.encode_indices(maps.to(self.device))
+        return codes
+
+    def export(self, model: nn.Module, folder: Path) -> None:
+        model.save_pretrained(folder)  # type: ignore[operator]
