@@ -141,6 +141,7 @@ def predict(
     guided: bool,
     attention_kwargs: dict[str, Any] | None = None,
     texts: dict[Any, Any] | None = None,
+    progress: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """v of every sample, and without its text or class where `guided`: all of it in one packed forward if it fits.
 
@@ -150,6 +151,7 @@ def predict(
         x0: the previous estimate of the clean latents (self-conditioning), None for zeros.
         texts: one dictionary for all calls with this transformer and `attention_kwargs`: holds what the text becomes,
             so that it is projected once per prompt and not once per step.
+        progress: where the loop stands, for diffusers' step caches (fields of their `cache_context`).
 
     Returns:
         (conditional, unconditional or None), float32 `(B, C, t, h, w)`.
@@ -190,7 +192,7 @@ def predict(
     size = max(1, MAX_PACK_TOKENS // tokens)
     out: list[Tensor] = []
     for start in range(0, len(rows), size):
-        with transformer.cache_context(f"pack_{start}"):
+        with transformer.cache_context(f"pack_{start}", **(progress or {})):
             out += forward(rows[start : start + size])
     v = torch.stack(out)[:, : x.shape[1]].float()  # a learned variance beside it is not used
     return v[:batch], v[batch:] if guided else None
@@ -222,9 +224,11 @@ def denoise(
     texts = {} if texts is None else texts
     # Anew for every chunk: multistep schedulers remember past predictions.
     scheduler.set_timesteps(steps, device=noise.device)
+    if getattr(transformer, "is_cache_enabled", False):
+        transformer._reset_stateful_cache()  # what a step cache remembers is of another chunk or run
     keep = None if conditions.frame_mask is None else conditions.frame_mask.bool()
     x, x0 = noise * scheduler.init_noise_sigma, None
-    for t in scheduler.timesteps:
+    for i, t in enumerate(scheduler.timesteps):
         if pipe.interrupt:
             break
         pipe._current_timestep = t
@@ -233,7 +237,8 @@ def denoise(
         if keep is not None and conditions.frame_latents is not None:
             x_t = torch.where(keep, add_noise(scheduler, conditions.frame_latents, noise, step), x_t)
         guided = pipe.do_classifier_free_guidance
-        cond, uncond = predict(transformer, x_t, t, prompt, conditions, x0, guided, pipe.attention_kwargs, texts)
+        at = {"step_index": i, "num_inference_steps": len(scheduler.timesteps), "timestep": t}
+        cond, uncond = predict(transformer, x_t, t, prompt, conditions, x0, guided, pipe.attention_kwargs, texts, at)
         v = cond if uncond is None else guide(cond, uncond, pipe.guidance_scale, pipe.guidance_rescale)
         x0 = x0_from_velocity(scheduler, v, x_t, step)
         x = scheduler.step(v, t, x, return_dict=False)[0]

@@ -738,6 +738,8 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin):
         quantizer: None (continuous latents, W.A.L.T.), "lfq" (MAGVIT-v2), "fsq" or "vq": latents become codes, which
             `encode` returns and `encode_indices` numbers.
         quantizer_config: arguments of the quantizer beside its channels (`walt.tokenizers.quantizers`).
+        z_dim, scale_factor_temporal, scale_factor_spatial: latent channels and ratios under the names that pipelines for
+            Wan's tokenizer read in the config. They follow from the fields above; leave them out.
 
     Memory, all without any change of the result: `enable_slicing()` (one clip of a batch at a time),
     `enable_tiling(...)` (stripes of a frame), `use_framewise_encoding` / `use_framewise_decoding = True` (one latent at a
@@ -773,6 +775,9 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin):
         scaling_factor: float = 1.0,
         quantizer: str | None = None,
         quantizer_config: dict[str, Any] | None = None,
+        z_dim: int | None = None,
+        scale_factor_temporal: int | None = None,
+        scale_factor_spatial: int | None = None,
     ) -> None:
         super().__init__()
         _check_config(patch_size, front_end, norm, adaptation, encoder_widths, decoder_widths, temporal_downsample)
@@ -787,6 +792,15 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin):
         blocks = in_channels * patch_size**3
         self.spatial_compression_ratio = patch_size * 2 ** (len(encoder_widths) - 1)
         self.temporal_compression_ratio = patch_size * math.prod(times)
+        derived = {
+            "z_dim": (z_dim, latent_channels),
+            "scale_factor_temporal": (scale_factor_temporal, self.temporal_compression_ratio),
+            "scale_factor_spatial": (scale_factor_spatial, self.spatial_compression_ratio),
+        }
+        for name, (given, value) in derived.items():
+            if given not in (None, value):
+                raise WaltError(f"{name} follows from the other fields: {given} given, {value} is right")
+        self.register_to_config(**{name: value for name, (_, value) in derived.items()})
         self.patcher = Patcher(patch_size, front_end)
         self.encoder = Encoder3d(blocks, latent_channels, encoder_widths, times, layers_per_block, norm, block_shortcut)
         shrinkage = None

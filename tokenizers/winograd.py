@@ -86,11 +86,12 @@ def conv3d(
             tiles = part.unfold(1, 6, 4).unfold(2, 6, 4)  # (T, rows, columns, C, 6, 6), a view
             points = forth @ tiles.permute(4, 5, 0, 1, 2, 3).reshape(36, -1)
             points = points.view(36, frames, count * columns, channels)
-            product = points.new_zeros(36, out_frames, count * columns, out_channels)
+            product = points.new_empty(36, out_frames, count * columns, out_channels)
             for k in (2, 1, 0):  # output t reads input t + k - before
                 skip = max(0, before - k)
                 a = points[:, k + skip - before : out_frames + k - before].flatten(1, 2)
-                product[:, skip:].flatten(1, 2).baddbmm_(a, kernel[:, k])
+                place = product[:, skip:].flatten(1, 2)
+                torch.baddbmm(place, a, kernel[:, k], beta=k < 2, out=place)
             y = (back @ product.view(36, -1)).view(4, 4, out_frames, count, columns, out_channels)
             y = y.permute(2, 3, 0, 4, 1, 5).reshape(out_frames, 4 * count, 4 * columns, out_channels)
             stop = min(4 * (first + count), height)

@@ -67,7 +67,9 @@ def test_ranks_get_equal_tokens_and_equal_attention() -> None:
     assert even.utilisation()["token_spread"] < 0.01 and even.utilisation()["cost_spread"] < 0.05
     # Without balancing they are far from it: one rank draws the long clips.
     rng = np.random.default_rng(0)
-    loose = [rng.permutation([item.cost for item in stream(30, seed)]).reshape(2, -1).sum(1) for seed in range(50)]
+    loose = [
+        rng.permutation([item.cost or 0.0 for item in stream(30, seed)]).reshape(2, -1).sum(1) for seed in range(50)
+    ]
     assert np.mean([(max(c) - min(c)) / np.mean(c) for c in loose]) > 0.15
     for item in stream(3000):
         first.add(item)

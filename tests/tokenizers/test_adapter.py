@@ -222,6 +222,49 @@ def test_walts_pipeline_runs_with_a_wan_tokenizer(tmp_path: Path) -> None:
     assert torch.allclose(loaded("a rocket flies", generator=tiny.seeded(0), **call).frames, video, atol=1e-4)
 
 
+def test_wans_pipeline_runs_with_our_tokenizer(tmp_path: Path) -> None:
+    """The other way round: diffusers' pipeline with AutoencoderKLWalt in the place of its own; saved and loaded too."""
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    torch.manual_seed(0)
+    states = UMT5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    transformer = diffusers.WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=8,
+        out_channels=8,
+        text_dim=16,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=1,
+        rope_max_seq_len=32,
+    )
+    ours = tiny.vae()
+    pipe = diffusers.WanPipeline(
+        tokenizer=tiny.tokenizer(),
+        text_encoder=UMT5EncoderModel(states).eval(),
+        vae=ours,
+        transformer=transformer.eval(),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+    )
+    call: dict[str, Any] = {"num_frames": 9, "height": 32, "width": 48, "num_inference_steps": 2}
+    call |= {"output_type": "pt", "max_sequence_length": 8}
+    video = tiny.quiet(pipe)("a rocket flies", generator=tiny.seeded(0), **call).frames
+    assert video.shape == (1, 9, 3, 32, 48) and torch.isfinite(video).all()
+    # The pipeline's latents, decoded by hand.
+    latents = pipe("a rocket flies", generator=tiny.seeded(0), **{**call, "output_type": "latent"}).frames
+    raw = denormalize(latents, ours.config.latents_mean, ours.config.latents_std)
+    assert torch.allclose(ours.decode(raw).sample[0].transpose(0, 1).mul(0.5).add(0.5).clamp(0, 1), video[0], atol=1e-5)
+    pipe.vae.enable_tiling(16, 16)
+    assert torch.allclose(pipe("a rocket flies", generator=tiny.seeded(0), **call).frames, video, atol=1e-4)
+    ours.save_pretrained(tmp_path)
+    loaded = type(ours).from_pretrained(str(tmp_path))
+    assert (loaded.config.z_dim, loaded.config.scale_factor_temporal, loaded.config.scale_factor_spatial) == (8, 4, 8)
+    with pytest.raises(WaltError, match="scale_factor_spatial follows from the other fields: 16 given, 8 is right"):
+        type(ours).from_config({**ours.config, "scale_factor_spatial": 16, "_use_default_values": []})
+
+
 def test_chunks_of_a_tokenizer_with_six_frames_a_latent() -> None:
     """Mochi's: chunks of 25 frames that overlap by 7, where walt's own have 17 and 5."""
     pipe = tiny.quiet(

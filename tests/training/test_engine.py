@@ -20,9 +20,11 @@ from walt.conditioning import draw_given_frames, random_mask
 from walt.errors import Terminated, WaltError
 from walt.models.transformer_walt import WaltTransformer3DModel
 from walt.training import checkpoint
+from walt.training.adafactor import Adafactor
 from walt.training.job import DenoiserJob, DiffusionJob, Job, LoraJob, OptimizerJob, load_job
 from walt.training.loop import Loss, Objective, Part, train
 from walt.training.objectives import interpolated_positions
+from walt.training.optimizers import warm
 from walt.training.plan import make_plan
 
 
@@ -118,6 +120,22 @@ def test_average_follows_its_formula(tmp_path: Path) -> None:
     job = line_job(tmp_path / "off", 1, ema_decay=0.0)
     train(job, Line(job))
     assert not any(name.startswith("ema.") for name in saved(tmp_path / "off" / "checkpoint-00000001"))
+
+
+def test_adafactor_is_that_of_torch() -> None:
+    torch.manual_seed(0)
+    first = [torch.nn.Parameter(torch.randn(shape)) for shape in ((6, 4), (5,), (3, 2, 3, 3))]
+    second = [torch.nn.Parameter(p.detach().clone()) for p in first]
+    settings = {"lr": 3e-2, "weight_decay": 0.1}
+    ours, theirs = Adafactor(first, **settings), torch.optim.Adafactor(second, **settings)
+    for step in range(30):
+        for a, b in zip(first, second, strict=True):
+            a.grad = torch.randn(a.shape) * 10 ** (step % 5 - 2)
+            b.grad = a.grad.clone()
+        ours.step()
+        theirs.step()
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(first, second, strict=True))
+    assert sum(v.numel() for k, v in ours.state[first[0]].items() if k != "step") == 6 + 4
 
 
 # -- guard
@@ -468,9 +486,7 @@ def test_plan_counts_what_the_run_will_hold(tmp_path: Path) -> None:
     with pytest.raises(WaltError, match=r"2 packs per step do not divide among 3"):
         make_plan(job, ranks=3, rate=1e9)
     adafactor = job.model_copy(update={"optimizer": OptimizerJob(kind="adafactor", lr=1e-3)})
-    state = torch.optim.Adafactor(objective.model.parameters(), lr=1e-3)
-    from walt.training.optimizers import warm
-
+    state = Adafactor(objective.model.parameters(), lr=1e-3)
     warm(state)
     held = sum(v.numel() for entry in state.state.values() for k, v in entry.items() if k != "step")
     assert make_plan(adafactor, rate=1e9).memory["optimizer"] == 4 * held
@@ -512,3 +528,16 @@ def test_recipes_of_table_8(recipe: str) -> None:
     assert job.optimizer.schedule == ("constant" if recipe == "t2v_base_wide" else "cosine")
     steps = {"imagenet": 437_898, "ucf101": 60_000, "k600": 276_062, "t2v_base": 550_000, "t2v_base_wide": 250_000}
     assert job.run.steps == {**steps, "t2v_sr1": 675_000, "t2v_sr2": 275_000}[recipe]
+
+
+def test_a_few_kills_change_nothing(tmp_path: Path) -> None:
+    """`benchmarks/kill.py` with 3 kills: SIGKILL at random moments, also inside a checkpoint write."""
+    import importlib.util
+
+    path = Path(__file__).parents[2] / "benchmarks" / "kill.py"
+    spec = importlib.util.spec_from_file_location("kill", path)
+    assert spec is not None and spec.loader is not None
+    kill = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(kill)
+    done = kill.run(tmp_path, kills=3, seed=1)
+    assert done["kills"] == 3

@@ -36,7 +36,7 @@ def backbone(name: str) -> type[Any]:
     if name not in BACKBONES:
         raise WaltError(f"backbone: {name!r} given, one of {', '.join(BACKBONES)} needed{suggest(name, BACKBONES)}")
     module, _, cls = BACKBONES[name].partition(":")
-    return getattr(importlib.import_module(module), cls)  # type: ignore[no-any-return]
+    return getattr(importlib.import_module(module), cls)
 
 
 class Backbone(Protocol):

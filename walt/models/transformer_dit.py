@@ -64,7 +64,7 @@ class DiTCrossAttnProcessor:
             backend=self._attention_backend,
             parallel_config=self._parallel_config,
         )
-        return attn.to_out[0](out.flatten(1))  # type: ignore[no-any-return]
+        return attn.to_out[0](out.flatten(1))
 
 
 class DiTCrossAttention(nn.Module, AttentionModuleMixin):
@@ -86,7 +86,7 @@ class DiTCrossAttention(nn.Module, AttentionModuleMixin):
         self.processor: Any = self._default_processor_cls()
 
     def forward(self, hidden_states: Tensor, context: Tensor, layout: FullLayout) -> Tensor:
-        return self.processor(self, hidden_states, context, layout)  # type: ignore[no-any-return]
+        return self.processor(self, hidden_states, context, layout)
 
 
 class DiTBlock(nn.Module):
@@ -119,7 +119,7 @@ class DiTBlock(nn.Module):
         x = x + self.attn(self.norm1(x), None, layout.plan)
         if self.cross_attn is not None and self.norm_cross is not None:
             x = x + self.cross_attn(self.norm_cross(x), context, layout)
-        return x + self.ff(self.norm2(x))  # type: ignore[no-any-return]
+        return x + self.ff(self.norm2(x))
 
 
 class DiTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin):

@@ -54,10 +54,10 @@ class UViTBlock(nn.Module):
     def forward(self, hidden_states: Tensor, skip: Tensor | None, layout: FullLayout) -> Tensor:
         """One layer, `(L, D)`; `skip` likewise, from the block that mirrors this one."""
         x = hidden_states
-        if self.skip_linear is not None:
+        if self.skip_linear is not None and skip is not None:
             x = self.skip_linear(torch.cat([x, skip], dim=-1))
         x = x + self.attn(self.norm1(x), None, layout.plan)
-        return x + self.ff(self.norm2(x))  # type: ignore[no-any-return]
+        return x + self.ff(self.norm2(x))
 
 
 class UViTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin):
@@ -218,8 +218,8 @@ class UViTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMix
 
     def _run(self, block: nn.Module, x: Tensor, skip: Tensor | None, layout: FullLayout) -> Tensor:
         if torch.is_grad_enabled() and self.gradient_checkpointing:
-            return self._gradient_checkpointing_func(block, x, skip, layout)  # type: ignore[no-any-return]
-        return block(x, skip, layout)  # type: ignore[no-any-return]
+            return self._gradient_checkpointing_func(block, x, skip, layout)
+        return block(x, skip, layout)
 
     def _table(self, grid: Grid) -> Tensor:
         """Positions of the patches of a sample, `(t h w, D)`."""

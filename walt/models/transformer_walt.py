@@ -239,7 +239,7 @@ class _WaltBlock(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.local = LocalMixing(width) if local_mixing else None
         self.ff = FeedForward(width, inner_dim=ffn_dim, activation_fn="gelu-approximate")
-        self.ff.net[0] = _GELU(width, ffn_dim, approximate="tanh")
+        self.ff.net[0].__class__ = _GELU  # a new one would draw initial weights for nothing
         self.adaln = nn.Linear(width, 6 * width) if adaln == "full" else None
         self.adaln_down = nn.Linear(width, rank, bias=False) if adaln == "lora" else None
         self.adaln_up = nn.Linear(rank, 6 * width, bias=False) if adaln == "lora" else None

@@ -11,16 +11,14 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
+from walt.training.adafactor import Adafactor
 from walt.training.job import OptimizerJob, RunJob
 
 
 def make_optimizer(job: OptimizerJob, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
-    """AdamW, or Adafactor as torch has it (factored second moments, update clipping, steps relative to the weight's RMS).
-
-    `betas` belong to AdamW.
-    """
+    """AdamW, or Adafactor; `betas` belong to AdamW."""
     if job.kind == "adafactor":
-        return torch.optim.Adafactor(parameters, lr=job.lr, weight_decay=job.weight_decay)
+        return Adafactor(parameters, lr=job.lr, weight_decay=job.weight_decay)
     return torch.optim.AdamW(parameters, lr=job.lr, betas=job.betas, weight_decay=job.weight_decay)
 
 

@@ -132,7 +132,7 @@ class DataParallelReducer(Reducer):
 
     def __init__(self, module: nn.Module) -> None:
         self.ddp = nn.parallel.DistributedDataParallel(
-            _Passing(module), broadcast_buffers=False, find_unused_parameters=True, gradient_as_bucket_view=True
+            _Passing(module), forward_sync_buffers=False, find_unused_parameters=True, gradient_as_bucket_view=True
         )
 
     def __call__(self, total: Tensor) -> Tensor:

@@ -1,0 +1,213 @@
+"""The tokenizer beside those of diffusers, in one run: time, GFLOP/s, share of this machine's rate, peak memory.
+
+Every model has random weights and about as many parameters (within 15 %) as the others; FLOPs are counted by torch. The
+machine's rate is that of one plain 3D convolution, measured in the same run.
+
+    python benchmarks/tokenizer.py --quick            17x128x128 alone, fewer repeats
+    python benchmarks/tokenizer.py                    17x128x128, 17x256x448, decode of 17x512x896
+    python benchmarks/tokenizer.py --dtypes float32 bfloat16 --repeats 5 --json tokenizer.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import torch
+from measure import Goal, finish, interleaved, peak_memory
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt
+
+SPREAD = 0.15  # how far parameter counts may lie apart
+
+
+@dataclass
+class Entry:
+    """A model with its name in the table."""
+
+    name: str
+    model: Any
+    encode: Callable[[Tensor], Tensor]
+    decode: Callable[[Tensor], Tensor]
+
+
+def entries(dtype: torch.dtype) -> list[Entry]:
+    """Ours and the peers, about 60 million parameters each."""
+    torch.manual_seed(0)
+    widths = (60, 120, 120, 240)
+    models: dict[str, Any] = {
+        "walt": AutoencoderKLWalt(encoder_widths=widths, decoder_widths=widths),
+        "Wan": diffusers.AutoencoderKLWan(base_dim=64),
+        "CogVideoX": diffusers.AutoencoderKLCogVideoX(block_out_channels=(64, 128, 256, 256), layers_per_block=2),
+        "Magvit": diffusers.AutoencoderKLMagvit(block_out_channels=(64, 128, 256, 256), layers_per_block=2),
+    }
+    found = [
+        Entry(
+            name,
+            model.to(dtype).eval().requires_grad_(False),
+            lambda x, model=model: model.encode(x, return_dict=False)[0].mode(),
+            lambda z, model=model: model.decode(z, return_dict=False)[0],
+        )
+        for name, model in models.items()
+    ]
+    if importlib.util.find_spec("magvit2_pytorch") is not None:
+        from magvit2_pytorch import VideoTokenizer
+
+        layers = ("residual", ("consecutive_residual", 4), ("compress_space", 96), ("consecutive_residual", 4))
+        layers += (("compress_space", 192), ("consecutive_residual", 4), ("compress_time", 192))
+        layers += (("compress_space", 320), ("consecutive_residual", 4), ("compress_time", 320))
+        model = VideoTokenizer(image_size=128, init_dim=64, layers=layers, use_gan=False, perceptual_loss_weight=0)
+        model.to(dtype).eval().requires_grad_(False)
+        found.append(Entry("magvit2-pytorch", model, lambda x: model.encode(x, quantize=False), model.decode))
+    return found
+
+
+def haar(dtype: torch.dtype) -> Entry:
+    """Our variant with the Haar front end, with the paper's widths for its two levels."""
+    torch.manual_seed(0)
+    model: Any = AutoencoderKLWalt(
+        encoder_widths=(120, 240), decoder_widths=(120, 240), temporal_downsample=(False,), patch_size=4
+    )
+    model.to(dtype).eval().requires_grad_(False)
+    return Entry(
+        "walt, Haar",
+        model,
+        lambda x: model.encode(x, return_dict=False)[0].mode(),
+        lambda z: model.decode(z, return_dict=False)[0],
+    )
+
+
+def parameters(model: Any) -> int:
+    """Number of parameters."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def convolution_rate(dtype: torch.dtype, device: str) -> float:
+    """This machine's FLOP/s in a causal 3x3x3 convolution of 128 channels on 17x64x64."""
+    conv = torch.nn.Conv3d(128, 128, 3, padding=(0, 1, 1)).to(device, dtype)
+    x = torch.randn(1, 128, 19, 64, 64).to(device, dtype)
+    seconds = interleaved({"conv": lambda: conv(x)}, repeats=5)["conv"]
+    return 2.0 * 27 * 128 * 128 * 17 * 64 * 64 / seconds
+
+
+def flops(run: Callable[[], object]) -> int:
+    """FLOPs that torch counts in one run."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def measure(
+    kind: str,
+    size: tuple[int, int, int],
+    found: list[Entry],
+    dtype: torch.dtype,
+    device: str,
+    options: Any,
+    rate: float,
+) -> dict[str, tuple[float, float, int]]:
+    """Seconds, FLOP/s and peak bytes by name; prints a row each."""
+    frames, height, width = size
+    video = (torch.rand(1, 3, frames, height, width) * 2 - 1).to(device, dtype)
+    runs: dict[str, Callable[[], object]] = {}
+    for entry in found:
+        if kind == "encode":
+            runs[entry.name] = lambda entry=entry: entry.encode(video)
+        else:
+            latent = torch.randn(1, latent_channels(entry), 1 + (frames - 1) // 4, height // 8, width // 8)
+            latent = latent.to(device, dtype)
+            runs[entry.name] = lambda entry=entry, latent=latent: entry.decode(latent)
+    counts = {name: flops(run) for name, run in runs.items()}  # also the warm-up
+    times = interleaved(runs, repeats=options.repeats, warmup=0)
+    rows = {}
+    for entry in found:
+        seconds, count = times[entry.name], counts[entry.name]
+        memory = 0 if options.no_memory else peak_memory(runs[entry.name])
+        rows[entry.name] = (seconds, count / seconds, memory)
+        print(
+            f"{str(dtype)[6:]:9s} {kind} {frames}x{height}x{width}  {entry.name:16s} {parameters(entry.model) / 1e6:6.1f}M "
+            f"{1e3 * seconds:9.0f} ms {count / 1e9:8.0f} GFLOP {count / seconds / 1e9:7.1f} GFLOP/s "
+            f"{100 * count / seconds / rate:5.1f} % {memory / 2**20:7.0f} MiB",
+            flush=True,
+        )
+    return rows
+
+
+def latent_channels(entry: Entry) -> int:
+    """Channels of a model's latent."""
+    config = getattr(entry.model, "config", None)
+    if config is None:
+        return 320
+    return int(config.get("latent_channels") or config["z_dim"])
+
+
+def memory_of_frames(height: int, width: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Peak bytes, output aside, of decoding 65 frames one latent at a time, and of 17 at once, with the Haar variant."""
+    model = haar(dtype).model
+    sizes = []
+    for frames, framewise in ((65, True), (17, False)):
+        z = torch.randn(1, 8, 1 + (frames - 1) // 4, height // 8, width // 8, dtype=dtype)
+        model.use_framewise_decoding = framewise
+        output = 3 * frames * height * width * z.element_size()
+        sizes.append(peak_memory(lambda z=z: model.decode(z).sample) - output)  # type: ignore[misc]
+    return sizes[0], sizes[1]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prints the table and the goals."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the smallest size, two repeats")
+    parser.add_argument("--size", type=int, nargs=3, metavar=("T", "H", "W"), help="this size alone")
+    parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeats", type=int)
+    parser.add_argument("--no-memory", action="store_true", help="leave out peak memory (a run more, on one thread)")
+    parser.add_argument("--json", help="also write the goals there")
+    options = parser.parse_args(arguments)
+    options.repeats = options.repeats or (2 if options.quick else 5)
+    both = ("encode", "decode")
+    sizes = [((17, 128, 128), both), ((17, 256, 448), both), ((17, 512, 896), ("decode",))]
+    if options.size:
+        sizes = [(tuple(options.size), both)]
+    elif options.quick:
+        sizes = sizes[:1]
+    goals = []
+    with torch.no_grad():
+        for name in options.dtypes:
+            dtype = getattr(torch, name)
+            rate = convolution_rate(dtype, options.device)
+            print(f"{name}: one convolution runs at {rate / 1e9:.1f} GFLOP/s", flush=True)
+            found = entries(dtype)
+            ours = parameters(found[0].model)
+            for entry in found[1:]:
+                if abs(parameters(entry.model) / ours - 1) > SPREAD:
+                    raise SystemExit(
+                        f"{entry.name} has {parameters(entry.model)} parameters, ours {ours}: not comparable"
+                    )
+            found.append(haar(dtype))
+            for entry in found:
+                entry.model.to(options.device)
+            for size, kinds in sizes:
+                shape = "x".join(map(str, size))
+                for kind in kinds:
+                    rows = measure(kind, size, found, dtype, options.device, options, rate)
+                    peers = {n: row[1] for n, row in rows.items() if not n.startswith("walt")}
+                    ratio = rows["walt"][1] / max(peers.values())
+                    goals.append(Goal(f"{name} {kind} {shape}, GFLOP/s over the best peer's", ratio, 0.95))
+                    faster = rows["walt"][0] / rows["walt, Haar"][0]
+                    goals.append(Goal(f"{name} {kind} {shape}, Haar variant times as fast as the paper's", faster, 5.0))
+        if options.device == "cpu" and not options.no_memory:
+            many, few = memory_of_frames(*((128, 224) if options.quick else (512, 896)), torch.float32)
+            goals.append(Goal("memory of decoding 65 frames over that of 17", many / few, 1.0, at_least=False))
+    return finish(goals, options.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,294 @@
+"""What makes the denoiser fast changes nothing: caches, chains, backends, quantised weights, offloading."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests import tiny
+from walt import fused
+from walt.errors import WaltError
+from walt.models.transformer_walt import TextCache, WaltAttention, WaltTransformer3DModel
+from walt.pipelines.pipeline_walt import WaltPipeline
+
+TINY: dict[str, Any] = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 4,
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "sample_size": (3, 4, 6),
+    "spatiotemporal_window": (2, 2),
+    "self_conditioning": False,
+    "frame_conditioning": False,
+    "text_dim": 10,
+}
+
+
+def make(**fields: Any) -> WaltTransformer3DModel:
+    torch.manual_seed(0)
+    model = WaltTransformer3DModel(**{**TINY, **fields})
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.15)
+    return model
+
+
+def inputs(
+    sizes: tuple[tuple[int, int, int], ...] = ((3, 4, 6), (1, 4, 4), (3, 4, 6)), seed: int = 0
+) -> dict[str, Any]:
+    g = torch.Generator().manual_seed(seed)
+    return {
+        "hidden_states": [torch.randn(4, *size, generator=g) for size in sizes],
+        "timestep": torch.rand(len(sizes), generator=g) * 999,
+        "encoder_hidden_states": [torch.randn(2 + i, 10, generator=g) for i in range(len(sizes))],
+    }
+
+
+def same(a: Any, b: Any, limit: float = 1e-5) -> bool:
+    return all(bool((x - y).abs().max() < limit) for x, y in zip(a, b, strict=True))
+
+
+# -- element-wise chains -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lengths", [(4, 4, 4), (5, 1, 6)])
+def test_chains_have_the_gradients_of_their_formulas(lengths: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 12, 6, dtype=torch.float64).requires_grad_().unbind()
+    scale, shift = torch.randn(2, 3, 6, dtype=torch.float64).requires_grad_().unbind()
+    spread = torch.arange(3).repeat_interleave(torch.tensor(lengths))
+    assert torch.allclose(fused.modulate(x, scale, shift, lengths), x * (1 + scale[spread]) + shift[spread])
+    assert torch.allclose(fused.gated_add(x, y, scale, lengths), x + scale[spread] * y)
+    assert torch.autograd.gradcheck(lambda *a: fused.modulate(*a, lengths), (x, scale, shift))
+    assert torch.autograd.gradcheck(lambda *a: fused.gated_add(*a, lengths), (x, y, scale))
+    heads = x.unflatten(1, (1, 6))
+    cos, sin = torch.randn(2, 12, 1, 3, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda a: fused.rotate(a, cos, sin), (heads,))
+    frames, mixed = torch.randn(2, 2, 3, 2, 1, 4, dtype=torch.float64).requires_grad_().unbind()
+    time = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(fused.add_frames, (mixed, frames, time))
+
+
+def test_gelu_is_the_tanh_form() -> None:
+    x = torch.cat([torch.linspace(-12, 12, 2001), torch.tensor([0.0, 1e4, -1e4])]).requires_grad_()
+    out, expected = fused.gelu(x), torch.nn.functional.gelu(x, approximate="tanh")
+    assert (out - expected).abs().max() < 1e-5
+    ours, theirs = (torch.autograd.grad(y[:2001].sum(), x)[0] for y in (out, expected))
+    assert (ours - theirs).abs().max() < 1e-5
+
+
+SAVED: dict[str, tuple[dict[str, Any], list[float], float]] = {  # computed before the chains were rewritten
+    "base": (
+        {
+            "text_dim": 10,
+            "relative_positions": "rope",
+            "spatiotemporal_window": None,
+            "pooled_text": True,
+            "local_mixing": True,
+            "sigma_data": 0.1,
+        },
+        [-1.109936, 0.177909, -1.304608, -0.549979, -0.349794, -10.994355],
+        8.700438,
+    ),
+    "super-resolution": (
+        {
+            "absolute_positions": False,
+            "relative_positions": "rope",
+            "spatial_window": (2, 3),
+            "spatiotemporal_window": (2, 2),
+            "self_conditioning": False,
+            "low_res_channels": 4,
+            "local_mixing": True,
+            "sigma_data": 0.4,
+        },
+        [1.12226, -0.655714, -0.515912, 0.621427, 1.311473, -1.376186],
+        2.574631,
+    ),
+    "paper": (
+        {"text_dim": 10, "num_classes": 3, "low_res_channels": 4},
+        [-0.003335, -1.773914, 0.28708, 0.884253, -0.57858, 0.304246],
+        1.106132,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SAVED)
+def test_outputs_are_those_of_before(kind: str) -> None:
+    from tests.models import test_transformer_walt as base
+
+    fields, values, power = SAVED[kind]
+    model = base.make(**fields)
+    with torch.no_grad():
+        flat = torch.cat([v.flatten() for v in model(**base.inputs(model)).sample])
+    assert torch.allclose(flat[:: len(flat) // 6][:6], torch.tensor(values), rtol=1e-4, atol=1e-5)
+    assert float(flat.square().mean()) == pytest.approx(power, rel=1e-4)
+
+
+# -- text once per run -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fields", [{}, {"relative_positions": "rope", "pooled_text": True}])
+def test_text_is_projected_once(fields: dict[str, Any]) -> None:
+    model = make(**fields)
+    given, cache, rows = inputs(), TextCache(), []
+    layer = model.transformer_blocks[1].cross_attn
+    layer.to_v.register_forward_hook(lambda module, args, out: rows.append(len(args[0])))
+    with torch.no_grad():
+        expected = model(**given).sample
+        assert same(model(**given, text_cache=cache).sample, expected)
+        first = list(rows)
+        del rows[:]
+        other = {**given, "encoder_hidden_states": [torch.zeros(1, 10)] * 3}  # not looked at any more
+        assert same(model(**other, text_cache=cache).sample, expected)
+    assert 9 in first  # the 2 + 3 + 4 states of the text, the first time
+    assert 9 not in rows and rows  # and never again
+
+
+def test_text_cache_errors() -> None:
+    model, cache = make(), TextCache()
+    with pytest.raises(WaltError, match="text_cache: given with gradients enabled"):
+        model(**inputs(), text_cache=cache)
+    with torch.no_grad():
+        model(**inputs(), text_cache=cache)
+        with pytest.raises(WaltError, match="text_cache: holds the text of 3 samples, 1 latents given"):
+            model(**inputs(((3, 4, 6),)), text_cache=cache)
+
+
+@pytest.fixture(scope="module")
+def pipe() -> WaltPipeline:
+    return tiny.base_pipeline()
+
+
+def sample(pipe: WaltPipeline, steps: int = 3, **changes: Any) -> Tensor:
+    given = {"num_frames": 5, "num_inference_steps": steps, "output_type": "latent", "generator": tiny.seeded(0)}
+    result: Tensor = pipe("a rocket flies up", **{**given, **changes}).frames
+    return result
+
+
+def calls(module: nn.Module) -> list[int]:
+    seen: list[int] = []
+    module.register_forward_hook(lambda *_: seen.append(1))
+    return seen
+
+
+def test_a_run_projects_each_text_once_over_steps_and_chunks(pipe: WaltPipeline) -> None:
+    cross = pipe.transformer.transformer_blocks[0].cross_attn
+    rows: list[int] = []
+    hook = cross.to_k.register_forward_hook(lambda module, args, out: rows.append(len(args[0])))
+    sample(pipe, num_frames=29, guidance_scale=2.0)
+    hook.remove()
+    tokens = max(rows)
+    assert len([n for n in rows if n < tokens]) == 1 and rows.count(tokens) == 6  # 3 steps of 2 chunks
+
+
+# -- step caches, quantised weights, offloading ------------------------------------------------------------------------
+
+
+def step_caches() -> dict[str, Any]:
+    from diffusers import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig
+
+    return {
+        "first block": FirstBlockCacheConfig(threshold=1e6),
+        "mag": MagCacheConfig(
+            threshold=10.0, max_skip_steps=2, retention_ratio=0.1, num_inference_steps=8, mag_ratios=[1.0] * 8
+        ),
+        "taylor": TaylorSeerCacheConfig(
+            cache_interval=3, disable_cache_before_step=2, max_order=1, taylor_factors_dtype=torch.float32
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", ["first block", "mag", "taylor"])
+def test_step_caches_skip_work_and_leave_no_trace(name: str) -> None:
+    pipe = tiny.base_pipeline()
+    exact = sample(pipe, 8)
+    last = pipe.transformer.transformer_blocks[-1].attn.to_out[0]
+    seen = calls(last)
+    pipe.transformer.enable_cache(step_caches()[name])
+    cached, count = sample(pipe, 8), len(seen)
+    assert 0 < count < 8
+    assert cached.isfinite().all() and not torch.equal(cached, exact)
+    assert torch.equal(sample(pipe, 8), cached)  # the second run starts anew
+    pipe.transformer.disable_cache()
+    assert same(sample(pipe, 8), exact)
+
+
+def test_first_block_cache_of_threshold_zero_is_exact() -> None:
+    from diffusers import FirstBlockCacheConfig
+
+    pipe = tiny.base_pipeline()
+    exact = sample(pipe, 4)
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.0))
+    assert same(sample(pipe, 4), exact)
+
+
+def test_bfloat16_and_int8_weights(pipe: WaltPipeline) -> None:
+    model = make()
+    with torch.no_grad():
+        exact = torch.cat([v.flatten() for v in model(**inputs()).sample])
+        quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+        eight = torch.cat([v.flatten() for v in quantized(**inputs()).sample])
+        model.bfloat16()
+        given = inputs()
+        given["hidden_states"] = [z.bfloat16() for z in given["hidden_states"]]
+        half = torch.cat([v.flatten() for v in model(**given).sample])
+    assert half.dtype == torch.bfloat16
+    for other in (half.float(), eight):
+        assert 0 < float((other - exact).norm() / exact.norm()) < 0.15
+
+
+@pytest.mark.parametrize("level", ["block_level", "leaf_level"])
+def test_group_offload(level: str, tmp_path: Path) -> None:
+    pipe = tiny.base_pipeline()
+    exact = sample(pipe)
+    device = torch.device("cpu")
+    options: dict[str, Any] = {"num_blocks_per_group": 1} if level == "block_level" else {}
+    # From disk: on this device a group that is not loaded has no weights at all.
+    pipe.transformer.enable_group_offload(
+        device, device, offload_type=level, offload_to_disk_path=str(tmp_path), **options
+    )
+    assert same(sample(pipe), exact)
+
+
+def test_attention_backends_by_model_and_by_context() -> None:
+    from diffusers.models.attention_dispatch import attention_backend
+
+    model = make(relative_positions="rope")
+    with torch.no_grad():
+        exact = model(**inputs()).sample
+        with attention_backend("walt_blocked"):
+            assert same(model(**inputs()).sample, exact)
+        model.set_attention_backend("walt_blocked")
+        assert {m.processor._attention_backend for m in model.modules() if isinstance(m, WaltAttention)} == {
+            "walt_blocked"
+        }
+        assert same(model(**inputs()).sample, exact)
+        model.reset_attention_backend()
+    biased = make()
+    with torch.no_grad(), attention_backend("flex"), pytest.raises(WaltError, match="'flex' takes no bias"):
+        biased(**inputs())
+
+
+def test_checkpointing_holds_less_activation_memory() -> None:
+    """Bytes that autograd saves between forward and backward."""
+
+    def saved(on: bool) -> int:
+        model = make(num_layers=8)
+        if on:
+            model.enable_gradient_checkpointing()
+        storages: dict[int, int] = {}
+
+        def keep(x: Tensor) -> Tensor:
+            storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            model(**inputs()).sample[0].sum()
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        return sum(size for place, size in storages.items() if place not in weights)
+
+    assert saved(True) < 0.4 * saved(False)
