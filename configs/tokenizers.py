@@ -113,6 +113,7 @@ EMOJI_VQ = {
     "front_end": "haar",
     "norm": "channel",
     "block_shortcut": True,
+    "shortcut_overlap": 1,
 }
 
 

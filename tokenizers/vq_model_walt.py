@@ -21,7 +21,15 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from walt.errors import WaltError
-from walt.tokenizers.autoencoder_kl_walt import BlockProjection, CausalConv3d, Decoder3d, Encoder3d, Past, haar_matrix
+from walt.tokenizers.autoencoder_kl_walt import (
+    BlockProjection,
+    CausalConv3d,
+    Decoder3d,
+    Encoder3d,
+    LappedProjection,
+    Past,
+    haar_matrix,
+)
 from walt.tokenizers.quantizers import VectorQuantizer
 
 
@@ -45,7 +53,7 @@ def _frames_only(network: nn.Module) -> None:
         for name, child in list(parent.named_children()):
             if isinstance(child, CausalConv3d):
                 setattr(parent, name, FrameConv(child))
-        if isinstance(parent, BlockProjection):
+        if isinstance(parent, (BlockProjection, LappedProjection)):
             parent.later = None  # the map of later positions in time
 
 
@@ -95,6 +103,7 @@ class WaltVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         front_end: "haar" or "space_to_depth".
         norm: "group" (VQ-GAN) or "channel" (per position: a crop is encoded as the whole picture is, borders aside).
         block_shortcut: a linear map per block beside the networks (`fit_block_shortcut`).
+        shortcut_overlap: rings of neighbouring codes that the decoder's map reads too (`LappedProjection`).
         adaptation: of the decoder's norms to the code, "local" or "global".
         codebook, codebook_decay, restart_below, normalize: see `VectorQuantizer`.
     """
@@ -118,6 +127,7 @@ class WaltVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         norm: str = "group",
         adaptation: str = "local",
         block_shortcut: bool = False,
+        shortcut_overlap: int = 0,
         codebook: str = "ema",
         codebook_decay: float = 0.99,
         restart_below: float = 0.03,
@@ -143,7 +153,16 @@ class WaltVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
             num_vq_embeddings, vq_embed_dim, codebook, codebook_decay, restart_below, normalize
         )
         self.decoder = Decoder3d(
-            vq_embed_dim, blocks, decoder_widths, times, layers_per_block, norm, adaptation, block_shortcut, 0, None
+            vq_embed_dim,
+            blocks,
+            decoder_widths,
+            times,
+            layers_per_block,
+            norm,
+            adaptation,
+            block_shortcut,
+            shortcut_overlap,
+            None,
         )
         _frames_only(self.encoder)
         _frames_only(self.decoder)
@@ -229,8 +248,9 @@ class WaltVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         """Puts the principal components of `videos` into the block shortcut, and their k-means into the codebook.
 
         Afterwards the model is the best linear code of blocks of F x F pixels (F the spatial ratio) behind a codebook
-        that is the k-means of these blocks' pixels, as far as `vq_embed_dim` components hold them; the networks say
-        nothing yet.
+        that is the k-means of these blocks' pixels, as far as `vq_embed_dim` components hold them; with
+        `shortcut_overlap` the decoder's map is the best linear one (least squares) of the codes around a block. The
+        networks say nothing yet.
 
         Args:
             videos: batches `(B, 3, T, H, W)` in [-1, 1] or class maps `(B, T, H, W)`.
@@ -244,11 +264,11 @@ class WaltVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         features, values = int(self.config["vq_embed_dim"]), encode.first.in_features
         if features > values:
             raise WaltError(f"vq_embed_dim: {features} given, a block has {values} values, which block_shortcut allows")
-        parts = []
-        for video in videos:
-            frames = self.patcher.split(rearrange(self._as_channels(video), "b c t h w -> (b t) c h w"))
-            parts.append(encode.pack(frames.unsqueeze(2), 1).flatten(0, 3).float())
-        rows = torch.cat(parts)
+        frames = [
+            self.patcher.split(rearrange(self._as_channels(video), "b c t h w -> (b t) c h w")).unsqueeze(2)
+            for video in videos
+        ]
+        rows = torch.cat([encode.pack(part, 1).flatten(0, 3) for part in frames]).float()
         mean = rows.mean(dim=0)
         variance, vectors = torch.linalg.eigh(torch.cov((rows - mean).double().T))
         basis = vectors[:, -features:].flip(1).float()
@@ -256,12 +276,34 @@ class WaltVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         scale = float(variance[-features:].mean().clamp_min(1e-12).sqrt())
         encode.first.weight.copy_(basis.T / scale)
         encode.first.bias.copy_(-(basis.T @ mean) / scale)
-        decode.first.weight.copy_(basis * scale)
-        decode.first.bias.copy_(mean)
         for layer in (self.encoder.conv_out, self.decoder.conv_out):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(cast(Tensor, layer.bias))
         self.quantize.fit((rows - mean) @ basis / scale)
+        if isinstance(decode, LappedProjection):
+            self._fit_lapped(decode, frames)
+        else:
+            decode.first.weight.copy_(basis * scale)
+            decode.first.bias.copy_(mean)
+
+    def _fit_lapped(self, decode: LappedProjection, frames: Iterable[Tensor]) -> None:
+        """The least-squares map of a code's neighbourhood to its block."""
+        encode = cast(BlockProjection, self.encoder.shortcut)
+        square = cross = torch.zeros((), dtype=torch.float64)
+        for part in frames:
+            latents = self.encoder(part)[0]
+            codes = self.quantize.indices_to_codes(self.quantize.latents_to_indices(latents))
+            ((_, bordered, _),) = decode.parts(codes, None)
+            kernel = decode.first.kernel_size[1]
+            read = F.unfold(bordered[:, :, 0], kernel).transpose(1, 2).flatten(0, 1).double()
+            read = torch.cat([read, read.new_ones(len(read), 1)], dim=1)
+            wanted = encode.pack(part, 1).flatten(0, 3).double()
+            square, cross = square + read.T @ read, cross + read.T @ wanted
+        # A trace of ridge: codes that are never neighbours must not divide by zero.
+        square.diagonal().add_(1e-6 * square.diagonal().mean())
+        solution = torch.linalg.solve(square, cross)
+        decode.first.weight.copy_(solution[:-1].T.reshape(decode.first.weight.shape))
+        cast(Tensor, decode.first.bias).copy_(solution[-1])
 
     # -- inside ------------------------------------------------------------------------------------------------------
 

@@ -37,7 +37,9 @@ def make(**fields: Any) -> WaltTransformer3DModel:
     return model
 
 
-def inputs(sizes: tuple[tuple[int, int, int], ...] = ((3, 4, 6), (1, 4, 4), (3, 4, 6)), seed: int = 0) -> dict[str, Any]:
+def inputs(
+    sizes: tuple[tuple[int, int, int], ...] = ((3, 4, 6), (1, 4, 4), (3, 4, 6)), seed: int = 0
+) -> dict[str, Any]:
     g = torch.Generator().manual_seed(seed)
     return {
         "hidden_states": [torch.randn(4, *size, generator=g) for size in sizes],
@@ -261,7 +263,9 @@ def test_attention_backends_by_model_and_by_context() -> None:
         with attention_backend("walt_blocked"):
             assert same(model(**inputs()).sample, exact)
         model.set_attention_backend("walt_blocked")
-        assert {m.processor._attention_backend for m in model.modules() if isinstance(m, WaltAttention)} == {"walt_blocked"}
+        assert {m.processor._attention_backend for m in model.modules() if isinstance(m, WaltAttention)} == {
+            "walt_blocked"
+        }
         assert same(model(**inputs()).sample, exact)
         model.reset_attention_backend()
     biased = make()

@@ -208,6 +208,19 @@ def test_fitted_shortcut_is_k_means_of_the_best_linear_block_code() -> None:
         mine = codes == code
         assert torch.allclose(shown[mine][0], coded_linear[mine].mean(dim=0).clamp(-1, 1), atol=0.05)
     assert len(codes.unique()) == 24
+    # With neighbours the decoder's map is the least-squares one of 3x3 codes: the same codes, a smaller error.
+    lapped = make(block_shortcut=True, shortcut_overlap=1)
+    lapped.fit_block_shortcut(pictures.split(8))
+    indices = lapped.encode_indices(pictures)
+    read = lapped.quantize.indices_to_codes(indices)[:, :, 0]
+    read = torch.nn.functional.pad(read, (1, 1, 1, 1), mode="replicate").unfold(2, 3, 1).unfold(3, 3, 1)
+    read = read.permute(0, 2, 3, 1, 4, 5).reshape(-1, 54).double()
+    read = torch.cat([read, torch.ones(len(read), 1)], dim=1)
+    predicted = read @ torch.linalg.lstsq(read, rows.double()).solution
+    shown = blocks(lapped.decode(lapped.encode(pictures).latents).sample)
+    error = (shown - rows).square().mean()
+    assert torch.isclose(error, (predicted - rows).square().mean().float(), rtol=1e-2)
+    assert error < 0.9 * (blocks(coded) - rows).square().mean()
     maps = torch.randint(0, 5, (40, 2, 3), generator=torch.Generator().manual_seed(1)).repeat_interleave(8, 1)
     maps = maps.repeat_interleave(8, 2)[:, None]
     segmenter = seg(block_shortcut=True, vq_embed_dim=4)
