@@ -98,21 +98,22 @@ def emoji() -> NuwaJob:
             sketch_to_video=NuwaTask(batch=0.15),
         ),
         optimizer=OptimizerJob(lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01, warmup_steps=50, schedule="constant"),
-        run=RunJob(output="runs/nuwa-emoji", steps=2000, ema_decay=0.995, checkpoint_every=50),
+        run=RunJob(output="runs/nuwa-emoji", steps=500, ema_decay=0.995, checkpoint_every=50),
     )
 
 
-def emoji_cooldown() -> NuwaJob:
-    """The last part: the learning rate of `emoji` goes down to nothing."""
+def emoji_told() -> NuwaJob:
+    """The second part: tokens are noisy, so that the prompt must be listened to, and the learning rate goes down."""
     first = emoji()
     return first.model_copy(
         update={
             "init": "runs/nuwa-emoji/final",
             "data": DataJob(seed=12),
-            "optimizer": first.optimizer.model_copy(update={"schedule": "cosine", "warmup_steps": 10, "lr": 1e-3}),
-            "run": first.run.model_copy(update={"output": "runs/nuwa-emoji-cooldown", "steps": 300, "seed": 1}),
+            "token_noise": 0.6,
+            "optimizer": first.optimizer.model_copy(update={"schedule": "cosine", "warmup_steps": 10}),
+            "run": first.run.model_copy(update={"output": "runs/nuwa-emoji-told", "steps": 260, "seed": 1}),
         }
     )
 
 
-RECIPES = {"nuwa_870m": nuwa_870m, "nuwa_256": nuwa_256, "emoji": emoji, "emoji_cooldown": emoji_cooldown}
+RECIPES = {"nuwa_870m": nuwa_870m, "nuwa_256": nuwa_256, "emoji": emoji, "emoji_told": emoji_told}

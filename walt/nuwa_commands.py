@@ -74,6 +74,8 @@ def _export_arguments(add: Add) -> None:
     add("--vq", default="runs/nuwa-vq/final", help="VQ folder")
     add("--vq-seg", default="runs/nuwa-vq-seg/final", help="VQ-Seg folder")
     add("--text", default="cache", help="folder with text_encoder/ and tokenizer/")
+    add("--guidance", type=float, default=2.0, help="default guidance scale of the model")
+    add("--top-p", type=float, default=1.0, help="default top-p of the model")
     add(
         "--link-text", metavar="FOLDER", help="a model folder beside the output whose text parts are linked, not copied"
     )
@@ -554,5 +556,5 @@ class _Bar:
 
     def step(self, pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         """The pipeline's `callback_on_step_end`."""
-        self.bars.update(self.task, completed=index + 1, total=pipe.num_timesteps)
+        self.bars.update(self.task, completed=timestep, total=pipe.num_timesteps)
         return tensors

@@ -333,6 +333,9 @@ class NuwaJob(Frozen):
     clip: NuwaClip = NuwaClip()
     tasks: NuwaTasks = NuwaTasks()
     condition_dropout: float = Field(default=0.1, ge=0, le=1, description='share of conditions made "None"')
+    token_noise: float = Field(
+        default=0.0, ge=0, le=1, description="share of samples that see a random part of their tokens as random codes"
+    )
     tokens: str | None = Field(
         default=None, description="folder where tokens of the data's scenes are kept, made once; None: on the fly"
     )

@@ -130,7 +130,7 @@ class NuwaObjective(Objective):
                 told["sketch"] = torch.stack([row.sketch for row in rows if row.sketch is not None])
             else:
                 told["text"] = self._texts([(batch[i], lost[i]) for i in members])
-            values = token_loss(model(tokens, **told), tokens)
+            values = token_loss(model(self._noisy(tokens, generator), **told), tokens)
             for i, value in zip(members, values, strict=True):
                 losses[batch[i].task].append(value)
         total = torch.zeros((), device=self.device)
@@ -143,6 +143,22 @@ class NuwaObjective(Objective):
             total = total + self.tasks[name].weight * mean
             seen[name] = self.last_seen[name] = mean.detach()
         return total, seen
+
+    def _noisy(self, tokens: Tensor, generator: torch.Generator) -> Tensor:
+        """What the model sees of `tokens` `(B, s, h, w[, S])`: of `token_noise` of the samples a part, from none to all
+        of it, is random codes.
+
+        Neighbours foretell most tokens, so that the condition decides but a few of them: where a background begins, or a
+        subject. Where neighbours say nothing, every token must be told from the condition.
+        """
+        if not self.job.token_noise:
+            return tokens
+        some, rate = torch.rand(2, len(tokens), generator=generator)
+        rate = rate * (some < self.job.token_noise)
+        places = torch.rand(tokens.shape[:4], generator=generator) < rate[:, None, None, None]
+        codes = torch.randint(int(self.model.config.vocab_size), tokens.shape, generator=generator)
+        places = places if tokens.ndim == 4 else places[..., None]
+        return torch.where(places.to(self.device), codes.to(self.device), tokens)
 
     def _texts(self, samples: list[tuple[Sample, bool]]) -> list[Tensor | None]:
         """The states of each sample's caption, None (the word "None") where there is to be no condition."""
