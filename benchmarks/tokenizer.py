@@ -11,7 +11,6 @@ machine's rate is that of one plain 3D convolution, measured in the same run.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -57,15 +56,6 @@ def entries(dtype: torch.dtype) -> list[Entry]:
         )
         for name, model in models.items()
     ]
-    if importlib.util.find_spec("magvit2_pytorch") is not None:
-        from magvit2_pytorch import VideoTokenizer
-
-        layers = ("residual", ("consecutive_residual", 4), ("compress_space", 96), ("consecutive_residual", 4))
-        layers += (("compress_space", 192), ("consecutive_residual", 4), ("compress_time", 192))
-        layers += (("compress_space", 320), ("consecutive_residual", 4), ("compress_time", 320))
-        model = VideoTokenizer(image_size=128, init_dim=64, layers=layers, use_gan=False, perceptual_loss_weight=0)
-        model.to(dtype).eval().requires_grad_(False)
-        found.append(Entry("magvit2-pytorch", model, lambda x: model.encode(x, quantize=False), model.decode))
     return found
 
 
@@ -142,9 +132,7 @@ def measure(
 
 def latent_channels(entry: Entry) -> int:
     """Channels of a model's latent."""
-    config = getattr(entry.model, "config", None)
-    if config is None:
-        return 320
+    config = entry.model.config
     return int(config.get("latent_channels") or config["z_dim"])
 
 

@@ -292,8 +292,9 @@ class _Chunk:
 
 def _blocked(query: Tensor, key: Tensor, value: Tensor, rule: Rule, key_mask: Tensor | None) -> Tensor:
     # As many keys at once as stay in a processor's cache; a GPU wants more to do.
-    budget = 1024 if query.device.type == "cpu" else 1 << 17
-    chunks = _chunks_on(rule, max(1, budget // len(query)), query.device)
+    numbers = 1 << 16 if query.device.type == "cpu" else 1 << 25
+    budget = max(1, numbers // (len(query) * key.shape[4] * key.shape[5]))
+    chunks = _chunks_on(rule, budget, query.device)
     q, k, v = (x.flatten(1, 3) for x in (query, key, value))
     out = _Blocked.apply(q, k, v, None if key_mask is None else key_mask.flatten(1), chunks)
     return out.unflatten(1, rule.size)
