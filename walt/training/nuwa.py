@@ -63,6 +63,7 @@ class NuwaObjective(Objective):
     """
 
     model: Any
+    clips = None  # of a user's media, which NUWA is not trained on
 
     def __init__(self, job: NuwaJob, transformer: type[Any], vq: Any, vq_seg: Any, words: TextStates) -> None:
         self.job = job
