@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ class Layout:
     plan: WindowPlan
     cross_plan: WindowPlan | None
     rotation: tuple[Tensor, Tensor] | None  # cosines and sines in the order of `plan`
+    samples: Tensor | None = None  # (L,) int64, the sample of every token
 
 
 @dataclass(eq=False)
@@ -256,14 +258,14 @@ class _WaltBlock(nn.Module):
         assert modulation is not None
         scale1, shift1, gate1, scale2, shift2, gate2 = modulation.chunk(6, dim=-1)
         x = hidden_states
-        y = modulate(self.norm1(x), scale1, shift1, layout.lengths)
-        x = gated_add(x, self.attn(y, None, layout.plan, layout.rotation), gate1, layout.lengths)
+        y = modulate(self.norm1(x), scale1, shift1, layout.lengths, layout.samples)
+        x = gated_add(x, self.attn(y, None, layout.plan, layout.rotation), gate1, layout.lengths, layout.samples)
         if self.cross_attn is not None and self.norm_cross is not None:
             x = x + self.cross_attn(self.norm_cross(x), encoder_hidden_states, layout.cross_plan, text_pair=text_pair)
-        y = modulate(self.norm2(x), scale2, shift2, layout.lengths)
+        y = modulate(self.norm2(x), scale2, shift2, layout.lengths, layout.samples)
         if self.local is not None:
             y = self.local(y, layout.grids)
-        return gated_add(x, self.ff(y), gate2, layout.lengths)
+        return gated_add(x, self.ff(y), gate2, layout.lengths, layout.samples)
 
 
 class WaltSpatialBlock(_WaltBlock):
@@ -627,7 +629,8 @@ class WaltTransformer3DModel(
         if config.relative_positions == "rope":
             cos, sin = rotation(grids, config.attention_head_dim, device)
             rotary = (plan.gather(cos), plan.gather(sin))
-        return Layout(tuple(token_counts(grids)), grids, plan, cross_plan, rotary)
+        lengths = tuple(token_counts(grids))
+        return Layout(lengths, grids, plan, cross_plan, rotary, _samples_of(lengths, device))
 
     def _check_latents(self, noisy: list[Tensor]) -> None:
         channels, p = self.config.in_channels, self.config.patch_size
@@ -872,6 +875,14 @@ def _gate(x: Tensor, gate: Tensor, lengths: tuple[int, ...]) -> Tensor:
 def _spread(vectors: Tensor, lengths: tuple[int, ...]) -> Tensor:
     """`(B, D)` to `(L, D)`. By expansion, whose gradient is a sum per sample, not an indexed scatter-add."""
     return torch.cat([v.expand(n, -1) for v, n in zip(vectors.split(1), lengths, strict=True)])
+
+
+@lru_cache(maxsize=512)
+def _samples_of(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """`(L,)`: the sample of every token, made on the host and copied without blocking."""
+    with torch.inference_mode(False):
+        index = torch.arange(len(lengths), device="cpu").repeat_interleave(torch.tensor(lengths, device="cpu"))
+        return index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index.to(device)
 
 
 def _half(window: Window) -> Grid:
