@@ -73,9 +73,9 @@ def decoder() -> TokenizerJob:
                 *(shape.model_copy(update={"cut": 96, "weight": 1}) for shape in first.shapes[1:3]),
                 *(shape.model_copy(update={"cut": 128, "weight": 1.5}) for shape in first.shapes[3:]),
             ),
-            "loss": first.loss.model_copy(update={"latent_noise": 0.06, "perceptual": 0.15}),
-            "optimizer": first.optimizer.model_copy(update={"lr": 3e-4}),
-            "run": first.run.model_copy(update={"output": "runs/emoji-decoder", "steps": 900}),
+            "loss": first.loss.model_copy(update={"latent_noise": 0.25, "perceptual": 0.15}),
+            "optimizer": first.optimizer.model_copy(update={"lr": 3e-5}),
+            "run": first.run.model_copy(update={"output": "runs/emoji-decoder", "steps": 200}),
         }
     )
 
