@@ -128,7 +128,7 @@ def emoji_vq() -> TokenizerJob:
 
     Blocks of 8x8 pixels by their principal components, a codebook that is their k-means, and a decoder that learns what
     neighbouring codes say about edges. A trained encoder was worse within this budget: its latents collapsed to the
-    three dimensions of a block's mean colour (docs/log.md).
+    three dimensions of a block's mean colour (docs/tokenizers.md).
     """
     return TokenizerJob(
         architecture="frames",
