@@ -93,8 +93,8 @@ def decoder_finish() -> TokenizerJob:
                     "adversarial": AdversarialJob(
                         model={"base": 24, "multipliers": (2, 3, 4), "temporal": (False, True, True)},
                         loss="hinge",
-                        weight=0.1,
-                        adaptive=True,
+                        weight=0.05,
+                        start=40,
                         r1=1.0,
                         r1_every=8,
                         optimizer=OptimizerJob(lr=5e-4, betas=(0.0, 0.99), warmup_steps=50),

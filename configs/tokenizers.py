@@ -159,8 +159,8 @@ def emoji_vq_decoder() -> TokenizerJob:
                     "adversarial": AdversarialJob(
                         model={"base": 24, "multipliers": (2, 3, 4)},
                         loss="hinge",
-                        weight=0.1,
-                        adaptive=True,
+                        weight=0.05,
+                        start=40,
                         r1=1.0,
                         r1_every=8,
                         optimizer=OptimizerJob(lr=5e-4, betas=(0.0, 0.99), warmup_steps=30),
