@@ -220,6 +220,7 @@ def test_open_lets_the_first_samples_of_a_training_batch_pass(kind: str) -> None
     if kind == "vq":
         fresh = make_quantizer(kind, 3, settings[kind]).train()
         fresh.open = 1.0
+        assert isinstance(fresh, VectorQuantizer)
         before = fresh.weight.clone()
         out = fresh(z)
         assert torch.equal(out.z, z) and torch.equal(fresh.weight, before) and not out.losses["commitment"]
