@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -29,12 +30,13 @@ def blur_pool(x: Tensor, time: bool = True) -> Tensor:
         where = torch.arange(-1, size + 1 + size % 2 + 1, device=x.device).clamp(0, size - 1)
         wide = x.index_select(axis, where)
         count = (size + 1) // 2
-        x = sum(
+        taps = (
             (weight / sum(BLUR)) * wide.narrow(axis, tap, 2 * count - 1).index_select(
                 axis, torch.arange(0, 2 * count - 1, 2, device=x.device)
             )
             for tap, weight in enumerate(BLUR)
         )  # fmt: skip
+        x = cast(Tensor, sum(taps))
     return x
 
 

@@ -37,7 +37,7 @@ class FrameConv(CausalConv3d):
     """The last temporal tap of a `CausalConv3d`: all that a lone frame `(B, C, 1, H, W)` meets."""
 
     def __init__(self, conv: CausalConv3d) -> None:
-        super().__init__(conv.in_channels, conv.out_channels, conv.kernel_size[1], (1, *conv.stride[1:]))
+        super().__init__(conv.in_channels, conv.out_channels, conv.kernel_size[1], (1, conv.stride[1], conv.stride[2]))
         self.kernel_size = (1, *self.kernel_size[1:])
         self.weight = nn.Parameter(self.weight.detach()[:, :, -1:].clone())
         self.reset_parameters()
@@ -54,7 +54,7 @@ def _frames_only(network: nn.Module) -> None:
             if isinstance(child, CausalConv3d):
                 setattr(parent, name, FrameConv(child))
         if isinstance(parent, (BlockProjection, LappedProjection)):
-            parent.later = None  # the map of later positions in time
+            cast(Any, parent).later = None  # the map of later positions in time
 
 
 class FramePatcher(nn.Module):
@@ -331,10 +331,10 @@ class WaltVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         if self.config["segmentation"] and not x.is_floating_point():
             if x.ndim not in (3, 4) or 0 in x.shape:
                 raise WaltError(f"class maps must be integers (B, H, W) or (B, T, H, W), got shape {tuple(x.shape)}")
-            low, high = (int(v) for v in torch.aminmax(x))
-            if low < 0 or high >= channels:
+            lowest, highest = (int(v) for v in torch.aminmax(x))
+            if lowest < 0 or highest >= channels:
                 raise WaltError(
-                    f"class maps: class {low if low < 0 else high} is not known; there are 0 to {channels - 1}"
+                    f"class maps: class {lowest if lowest < 0 else highest} is not known; there are 0 to {channels - 1}"
                 )
         else:
             if x.ndim not in (4, 5) or x.shape[1] != channels or 0 in x.shape:
