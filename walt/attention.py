@@ -20,7 +20,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -282,9 +282,9 @@ def window_attention(
         WaltError: a bias on a backend that takes none, or a backend that cannot run here.
     """
     if torch.compiler.is_compiling() and bias is None and (backend is None or backend in _OPAQUE):
-        name = "" if backend is None else str(AttentionBackendName(backend).value)
+        given = "" if backend is None else str(AttentionBackendName(backend).value)
         result: Tensor = torch.ops.walt.window_attention(
-            query, key, value, context_key, context_value, plan.handle, name
+            query, key, value, context_key, context_value, plan.handle, given
         )
         return result
     # Split, not sliced: the gradient of a split is one concatenation, that of slices a sum of padded copies.
@@ -432,8 +432,7 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, plan: WindowPlan) -> Tens
     from torch.nn.attention.varlen import varlen_attn
 
     first_query, first_key, most_queries, most_keys = _bounds(plan, query.device)
-    out: Tensor = varlen_attn(query, key, value, first_query, first_key, most_queries, most_keys)
-    return out
+    return cast(Tensor, varlen_attn(query, key, value, first_query, first_key, most_queries, most_keys))
 
 
 def _flash_varlen(query: Tensor, key: Tensor, value: Tensor, plan: WindowPlan) -> Tensor:
@@ -448,7 +447,7 @@ def _flex(query: Tensor, key: Tensor, value: Tensor, plan: WindowPlan) -> Tensor
     from torch.nn.attention.flex_attention import flex_attention
 
     q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
-    call = _compiled_flex() if query.is_cuda else flex_attention
+    call = _compiled_flex() if query.is_cuda else cast(Callable[..., Tensor], flex_attention)
     return call(q, k, v, block_mask=_block_mask(plan, query.device))[0].transpose(0, 1)
 
 

@@ -63,8 +63,8 @@ def test_chains_have_the_gradients_of_their_formulas(lengths: tuple[int, ...]) -
     spread = torch.arange(3).repeat_interleave(torch.tensor(lengths))
     assert torch.allclose(fused.modulate(x, scale, shift, lengths), x * (1 + scale[spread]) + shift[spread])
     assert torch.allclose(fused.gated_add(x, y, scale, lengths), x + scale[spread] * y)
-    assert torch.autograd.gradcheck(lambda *a: fused.modulate(*a, lengths), (x, scale, shift))
-    assert torch.autograd.gradcheck(lambda *a: fused.gated_add(*a, lengths), (x, y, scale))
+    assert torch.autograd.gradcheck(lambda a, b, c: fused.modulate(a, b, c, lengths), (x, scale, shift))
+    assert torch.autograd.gradcheck(lambda a, b, c: fused.gated_add(a, b, c, lengths), (x, y, scale))
     heads = x.unflatten(1, (1, 6))
     cos, sin = torch.randn(2, 12, 1, 3, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda a: fused.rotate(a, cos, sin), (heads,))
@@ -138,7 +138,7 @@ def test_outputs_are_those_of_before(kind: str) -> None:
 def test_text_is_projected_once(fields: dict[str, Any]) -> None:
     model = make(**fields)
     given, cache, rows = inputs(), TextCache(), []
-    layer = model.transformer_blocks[1].cross_attn
+    layer: Any = model.transformer_blocks[1].cross_attn
     layer.to_v.register_forward_hook(lambda module, args, out: rows.append(len(args[0])))
     with torch.no_grad():
         expected = model(**given).sample

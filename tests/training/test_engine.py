@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ class Line(Objective):
     def to(self, device: torch.device) -> None:
         pass
 
-    def loss(self, model, batch, generator, shared=None):  # type: ignore[no-untyped-def]
+    def loss(self, model, batch, generator, shared=None):
         return (model(batch) - batch.sum(1, keepdim=True)).square().mean(), {
             "weight": len(batch),
             "samples": len(batch),
@@ -60,7 +61,7 @@ class Line(Objective):
         parts = super().parts()
         return {**parts, "other": Part(self.other, OptimizerJob(lr=1e-2))} if self.second else parts
 
-    def losses(self, batch, generator, shared, step):  # type: ignore[no-untyped-def]
+    def losses(self, batch, generator, shared, step):
         if not self.second:
             yield from super().losses(batch, generator, shared, step)
             return
@@ -125,7 +126,7 @@ def test_adafactor_is_that_of_torch() -> None:
     torch.manual_seed(0)
     first = [torch.nn.Parameter(torch.randn(shape)) for shape in ((6, 4), (5,), (3, 2, 3, 3))]
     second = [torch.nn.Parameter(p.detach().clone()) for p in first]
-    settings = {"lr": 3e-2, "weight_decay": 0.1}
+    settings: dict[str, Any] = {"lr": 3e-2, "weight_decay": 0.1}
     ours, theirs = Adafactor(first, **settings), torch.optim.Adafactor(second, **settings)
     for step in range(30):
         for a, b in zip(first, second, strict=True):
@@ -247,7 +248,11 @@ def test_sigterm_saves_and_resume_is_exact(tmp_path: Path) -> None:
 def test_cli_exit_code_of_sigterm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     from walt import cli, commands
 
-    monkeypatch.setattr(commands, "build_objective", lambda job: os.kill(os.getpid(), signal.SIGTERM) or Line(job))
+    def killed(job: DenoiserJob) -> Line:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return Line(job)
+
+    monkeypatch.setattr(commands, "build_objective", killed)
     raised = Terminated("stopped by SIGTERM after step 3; the same command resumes there")
 
     def stopped(args: Any) -> None:
@@ -454,11 +459,11 @@ def test_new_runs_stay_on_the_reference_curves(tmp_path: Path, name: str) -> Non
     """Seeds and losses of the small recipes as committed; `python tests/training/reference.py` writes them anew."""
     reference = json.loads(REFERENCE.read_text())[name]
     vae = save_tokenizer(tmp_path / "vae", seed=reference["seed"])
-    make = {
+    make: dict[str, Callable[[], Job]] = {
         "denoiser": lambda: small_job(vae, tmp_path / "run", 20),
         "tokenizer": lambda: tokenizer_job(tmp_path / "run"),
     }
-    job = make[name]()  # type: ignore[no-untyped-call]
+    job = make[name]()
     assert job.run.seed == reference["seed"]
     run(job)
     curve = losses(tmp_path / "run")

@@ -589,6 +589,7 @@ class WaltTransformer3DModel(
         embedding = self._embedding(batch, dtype, device, timestep, class_labels, low_res_noise_level)
         if text_cache is not None and torch.is_grad_enabled():
             raise WaltError("text_cache: given with gradients enabled, it is for sampling (torch.no_grad)")
+        text_lengths: tuple[int, ...] | None
         if text_cache is not None and text_cache.lengths is not None:
             if len(text_cache.lengths) != batch:
                 raise WaltError(

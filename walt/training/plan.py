@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -323,7 +323,7 @@ def _activations(model: Any, size: tuple[int, ...], job: Any) -> float:
 
 
 def _measure(
-    cls: type[Any], job: Any, sizes: list[tuple[int, ...]], pack: list[int], device: torch.device, half: bool
+    cls: type[Any], job: Any, sizes: Sequence[tuple[int, ...]], pack: list[int], device: torch.device, half: bool
 ) -> tuple[float, float]:
     """(FLOP/s of forward and backward, seconds of an update per parameter) of two layers of the model on a pack."""
     from walt.training.objectives import build_model
@@ -332,7 +332,8 @@ def _measure(
     torch.manual_seed(0)
     model = build_model(cls, {**job.model, **few}).to(device)
     counter = ForwardCounter(cls, dict(model.config))
-    left, chosen = MEASURED_FLOPS, []
+    left = MEASURED_FLOPS
+    chosen: list[int] = []
     for index in pack:
         if chosen and left < 3 * counter(sizes[index]):
             break
