@@ -2,8 +2,9 @@
 
 walt is class-conditional, as the paper's UCF-101 model; the peers, which cannot do without text, get as little as 16
 states; "walt text" is walt with cross-attention to the same states, which the goals do not look at: the paper's
-cross-attention reads the window's tokens beside the text, and so costs more than the peers' does. Equal width, depth and MLP ratio, not equal parameters: AdaLN-LoRA saves many that cost no time. Weights are random. Windows are
-the paper's for the grid (Table 6 and 8): frames up to 16x28 tokens are one spatial window.
+cross-attention reads the window's tokens beside the text, and so costs more than the peers' does. Equal width, depth and
+MLP ratio, not equal parameters: AdaLN-LoRA saves many that cost no time. Weights are random. Windows are the paper's for
+the grid (Tables 6 and 8): a frame of up to 16x28 tokens is one spatial window.
 
     python benchmarks/denoiser.py --quick                    a minute: 5x16x16, forward
     python benchmarks/denoiser.py --latents 5x64x112:2 --layers 2 --repeats 2

@@ -7,6 +7,7 @@ large, narrow and shallow networks, a small world. The path is the same.
 from __future__ import annotations
 
 from walt.training.job import (
+    AdversarialJob,
     DataJob,
     DenoiserJob,
     DiffusionJob,
@@ -73,9 +74,35 @@ def decoder() -> TokenizerJob:
                 *(shape.model_copy(update={"cut": 96, "weight": 1}) for shape in first.shapes[1:3]),
                 *(shape.model_copy(update={"cut": 128, "weight": 1.5}) for shape in first.shapes[3:]),
             ),
-            "loss": first.loss.model_copy(update={"latent_noise": 0.06, "perceptual": 0.15}),
-            "optimizer": first.optimizer.model_copy(update={"lr": 3e-4}),
-            "run": first.run.model_copy(update={"output": "runs/emoji-decoder", "steps": 900}),
+            "loss": first.loss.model_copy(update={"latent_noise": 0.25, "perceptual": 0.15}),
+            "optimizer": first.optimizer.model_copy(update={"lr": 3e-5}),
+            "run": first.run.model_copy(update={"output": "runs/emoji-decoder", "steps": 200}),
+        }
+    )
+
+
+def decoder_finish() -> TokenizerJob:
+    """The decoder against a discriminator, after `decoder`: encoder and latent statistics frozen, as published."""
+    first = decoder()
+    return first.model_copy(
+        update={
+            "init": "runs/emoji-decoder/final",
+            "data": DataJob(seed=5),
+            "loss": first.loss.model_copy(
+                update={
+                    "adversarial": AdversarialJob(
+                        model={"base": 24, "multipliers": (2, 3, 4), "temporal": (False, True, True)},
+                        loss="hinge",
+                        weight=0.05,
+                        start=40,
+                        r1=1.0,
+                        r1_every=8,
+                        optimizer=OptimizerJob(lr=5e-4, betas=(0.0, 0.99), warmup_steps=50),
+                    )
+                }
+            ),
+            "optimizer": first.optimizer.model_copy(update={"lr": 1e-4}),
+            "run": first.run.model_copy(update={"output": "runs/emoji-decoder-finish", "steps": 400}),
         }
     )
 
@@ -194,6 +221,7 @@ def super_resolution_2() -> DenoiserJob:
 RECIPES = {
     "tokenizer": tokenizer,
     "decoder": decoder,
+    "decoder_finish": decoder_finish,
     "base_images": base_images,
     "base": base,
     "super_resolution_1": super_resolution_1,

@@ -128,7 +128,7 @@ def emoji_vq() -> TokenizerJob:
 
     Blocks of 8x8 pixels by their principal components, a codebook that is their k-means, and a decoder that learns what
     neighbouring codes say about edges. A trained encoder was worse within this budget: its latents collapsed to the
-    three dimensions of a block's mean colour (docs/log.md).
+    three dimensions of a block's mean colour (docs/tokenizers.md).
     """
     return TokenizerJob(
         architecture="frames",
@@ -159,8 +159,8 @@ def emoji_vq_decoder() -> TokenizerJob:
                     "adversarial": AdversarialJob(
                         model={"base": 24, "multipliers": (2, 3, 4)},
                         loss="hinge",
-                        weight=0.1,
-                        adaptive=True,
+                        weight=0.05,
+                        start=40,
                         r1=1.0,
                         r1_every=8,
                         optimizer=OptimizerJob(lr=5e-4, betas=(0.0, 0.99), warmup_steps=30),

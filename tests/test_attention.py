@@ -272,8 +272,8 @@ def test_blocked_attention_and_its_gradients(block_bytes: int) -> None:
             if own:
                 y = blocked_attention(q, k, v, mask, block_bytes=block_bytes)
             else:
-                turned = (x.transpose(1, 2) for x in (q, k, v))
-                y = torch.nn.functional.scaled_dot_product_attention(*turned, attn_mask=mask).transpose(1, 2)
+                a, b, c = (x.transpose(1, 2) for x in (q, k, v))
+                y = torch.nn.functional.scaled_dot_product_attention(a, b, c, attn_mask=mask).transpose(1, 2)
             grads.append((y, *torch.autograd.grad(y.square().sum(), inputs)))
         assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(*grads, strict=True))
 
@@ -286,7 +286,7 @@ def test_bias_runs_blocked_with_its_gradient_and_is_refused_by_one_call_backends
     q, k, v = torch.randn(3, plan.tokens, 2, 4)
     outs = []
     for backend in ("walt_windows", "walt_blocked"):
-        bias.table.grad = None
+        bias.zero_grad()
         with attention_backend(backend):
             y = planned(plan, q, k, v, bias=bias)
         y.square().sum().backward()

@@ -131,14 +131,15 @@ class CausalConv3d(nn.Conv3d):
     def forward(  # type: ignore[override]
         self, x: Tensor, past: Past = None, carry: Carry | None = None
     ) -> tuple[Tensor, Past]:
-        kernel, stride, padding = self.kernel_size[0], self.stride[0], self.padding
+        kernel, stride = self.kernel_size[0], self.stride[0]
+        padding = cast(tuple[int, int, int], self.padding)
         lone = x.shape[2] == 1 and kernel > 1 and (past is None if carry is None else carry.whole)
         present: Past = None
         if carry is not None:
             # The rows above, the past and the borders in one copy.
             lead = 1 if lone else kernel
             x = carry.window(x, (lead, self.kernel_size[1]), (stride, self.stride[1]))
-            padding = (0, 0, self.padding[2])
+            padding = (0, 0, padding[2])
             if not x.shape[3]:
                 return x, None
         else:
@@ -1069,9 +1070,9 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin):
         encode.later.weight.copy_(later_down)
         encode.later.bias.copy_(-later_down @ mean)
         decode.first.weight.copy_(fold(up.T).T / time)
-        decode.first.bias.copy_(fold(mean[None])[0] / time)
+        cast(Tensor, decode.first.bias).copy_(fold(mean[None])[0] / time)
         decode.later.weight.copy_(later_up)
-        decode.later.bias.copy_(later_mean - later_basis @ (later_basis.T @ (later_mean - mean)))
+        cast(Tensor, decode.later.bias).copy_(later_mean - later_basis @ (later_basis.T @ (later_mean - mean)))
         for layer in (self.encoder.conv_out, self.decoder.conv_out):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(cast(Tensor, layer.bias))

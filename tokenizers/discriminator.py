@@ -29,12 +29,9 @@ def blur_pool(x: Tensor, time: bool = True) -> Tensor:
         where = torch.arange(-1, size + 1 + size % 2 + 1, device=x.device).clamp(0, size - 1)
         wide = x.index_select(axis, where)
         count = (size + 1) // 2
-        x = sum(
-            (weight / sum(BLUR)) * wide.narrow(axis, tap, 2 * count - 1).index_select(
-                axis, torch.arange(0, 2 * count - 1, 2, device=x.device)
-            )
-            for tap, weight in enumerate(BLUR)
-        )  # fmt: skip
+        even = torch.arange(0, 2 * count - 1, 2, device=x.device)
+        taps = [wide.narrow(axis, tap, 2 * count - 1).index_select(axis, even) for tap in range(len(BLUR))]
+        x = torch.stack([tap * (weight / sum(BLUR)) for tap, weight in zip(taps, BLUR, strict=True)]).sum(dim=0)
     return x
 
 

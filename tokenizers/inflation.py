@@ -26,7 +26,7 @@ def inflate(image: nn.Module, video: AutoencoderKLWalt) -> None:
         WaltError: front ends (both need patch_size 1: a block of frames is not a block of pixels) or shapes differ.
     """
     for name, model in (("image", image), ("video", video)):
-        patch = model.config["patch_size"]  # type: ignore[index, union-attr]
+        patch = model.config["patch_size"]  # type: ignore[index]
         if patch != 1:
             raise WaltError(f"{name}: only tokenizers with patch_size 1 can be inflated, got {patch}")
     source, target = image.state_dict(), video.state_dict()

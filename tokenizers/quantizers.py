@@ -469,8 +469,8 @@ def make_quantizer(kind: str, channels: int, settings: Mapping[str, Any] | None 
     if kind not in KINDS:
         raise WaltError(f"quantizer must be one of {', '.join(KINDS)}, got {kind!r}{suggest(kind, KINDS)}")
     cls = KINDS[kind]
-    implied = {"vq": {"dim": channels}, "lfq": {"bits": channels}, "fsq": {}}[kind]
-    given = {**(settings or {})}
+    implied: dict[str, Any] = {"vq": {"dim": channels}, "lfq": {"bits": channels}, "fsq": {}}[kind]
+    given: dict[str, Any] = {**(settings or {})}
     parameters = inspect.signature(cls.__init__).parameters
     known = [name for name in parameters if name not in ("self", *implied)]
     for name in given:

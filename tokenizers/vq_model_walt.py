@@ -37,7 +37,7 @@ class FrameConv(CausalConv3d):
     """The last temporal tap of a `CausalConv3d`: all that a lone frame `(B, C, 1, H, W)` meets."""
 
     def __init__(self, conv: CausalConv3d) -> None:
-        super().__init__(conv.in_channels, conv.out_channels, conv.kernel_size[1], (1, *conv.stride[1:]))
+        super().__init__(conv.in_channels, conv.out_channels, conv.kernel_size[1], (1, conv.stride[1], conv.stride[2]))
         self.kernel_size = (1, *self.kernel_size[1:])
         self.weight = nn.Parameter(self.weight.detach()[:, :, -1:].clone())
         self.reset_parameters()
@@ -54,7 +54,7 @@ def _frames_only(network: nn.Module) -> None:
             if isinstance(child, CausalConv3d):
                 setattr(parent, name, FrameConv(child))
         if isinstance(parent, (BlockProjection, LappedProjection)):
-            parent.later = None  # the map of later positions in time
+            parent.later = cast(Any, None)  # the map of later positions in time
 
 
 class FramePatcher(nn.Module):
@@ -275,7 +275,7 @@ class WaltVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         # One scale for all components: distances between codes stay distances between pixels.
         scale = float(variance[-features:].mean().clamp_min(1e-12).sqrt())
         encode.first.weight.copy_(basis.T / scale)
-        encode.first.bias.copy_(-(basis.T @ mean) / scale)
+        cast(Tensor, encode.first.bias).copy_(-(basis.T @ mean) / scale)
         for layer in (self.encoder.conv_out, self.decoder.conv_out):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(cast(Tensor, layer.bias))
@@ -284,7 +284,7 @@ class WaltVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
             self._fit_lapped(decode, frames)
         else:
             decode.first.weight.copy_(basis * scale)
-            decode.first.bias.copy_(mean)
+            cast(Tensor, decode.first.bias).copy_(mean)
 
     def _fit_lapped(self, decode: LappedProjection, frames: Iterable[Tensor]) -> None:
         """The least-squares map of a code's neighbourhood to its block."""
@@ -343,9 +343,9 @@ class WaltVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
                 )
             if not x.is_floating_point():
                 raise WaltError(f"pictures must be floats in [-1, 1], got {x.dtype}")
-            low, high = (float(v) for v in torch.aminmax(x))
-            if not (low >= -1.5 and high <= 1.5):  # false for nan too
-                what = "nan" if low != low or high != high else f"{low:g}..{high:g}"
+            least, most = (float(v) for v in torch.aminmax(x.detach()))
+            if not (least >= -1.5 and most <= 1.5):  # false for nan too
+                what = "nan" if least != least or most != most else f"{least:g}..{most:g}"
                 raise WaltError(f"pictures must be in [-1, 1], got {what}")
         if x.shape[-2] % s or x.shape[-1] % s:
             raise WaltError(f"picture height and width must be multiples of {s}, got {x.shape[-2]}x{x.shape[-1]}")

@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +49,10 @@ class WindowGroup(NamedTuple):
     shape: Grid | None = None
 
 
+_NUMBERS = itertools.count()
+_PLANS: weakref.WeakValueDictionary[int, WindowPlan] = weakref.WeakValueDictionary()
+
+
 @dataclass(frozen=True, eq=False)
 class WindowPlan:
     """How a pack is read window by window.
@@ -62,6 +67,8 @@ class WindowPlan:
         offsets: for every group, when planned by shape, `(n * n,)` int32: the entry of each query-key pair in the
             flattened relative table of the group's shape.
         context_index: for every window of every group, in order, the rows of its sample's packed text states.
+        handle: `()` int64 on the CPU, by which a compiled graph finds this plan: a tensor, so that another plan is
+            another input and not another graph.
     """
 
     tokens: int
@@ -71,6 +78,12 @@ class WindowPlan:
     inverse: Tensor | None
     context_index: Tensor | None
     offsets: tuple[Tensor, ...] = ()
+    handle: Tensor = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        number = next(_NUMBERS)
+        _PLANS[number] = self
+        object.__setattr__(self, "handle", torch.tensor(number, device="cpu"))
 
     def to(self, device: torch.device | str) -> WindowPlan:
         """The plan with its indices on `device`, copied once per device."""
@@ -268,6 +281,12 @@ def window_attention(
     Raises:
         WaltError: a bias on a backend that takes none, or a backend that cannot run here.
     """
+    if torch.compiler.is_compiling() and bias is None and (backend is None or backend in _OPAQUE):
+        given = "" if backend is None else str(AttentionBackendName(backend).value)
+        result: Tensor = torch.ops.walt.window_attention(
+            query, key, value, context_key, context_value, plan.handle, given
+        )
+        return result
     # Split, not sliced: the gradient of a split is one concatenation, that of slices a sum of padded copies.
     rows = [group.windows * group.length for group in plan.groups]
     values = value.split([plan.singles, *rows]) if plan.singles else (value[:0], *value.split(rows))
@@ -413,8 +432,7 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, plan: WindowPlan) -> Tens
     from torch.nn.attention.varlen import varlen_attn
 
     first_query, first_key, most_queries, most_keys = _bounds(plan, query.device)
-    out: Tensor = varlen_attn(query, key, value, first_query, first_key, most_queries, most_keys)
-    return out
+    return cast(Tensor, varlen_attn(query, key, value, first_query, first_key, most_queries, most_keys))
 
 
 def _flash_varlen(query: Tensor, key: Tensor, value: Tensor, plan: WindowPlan) -> Tensor:
@@ -429,7 +447,7 @@ def _flex(query: Tensor, key: Tensor, value: Tensor, plan: WindowPlan) -> Tensor
     from torch.nn.attention.flex_attention import flex_attention
 
     q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
-    call = _compiled_flex() if query.is_cuda else flex_attention
+    call = _compiled_flex() if query.is_cuda else cast(Callable[..., Tensor], flex_attention)
     return call(q, k, v, block_mask=_block_mask(plan, query.device))[0].transpose(0, 1)
 
 
@@ -509,28 +527,37 @@ class _Blocked(torch.autograd.Function):
         out = torch.empty_like(q)
         for at in _blocks(q, k, mask, block_bytes):
             torch.bmm(_weights(q[at], k[at], mask, scale), v[at], out=out[at])
-        ctx.save_for_backward(q, k, v, mask, out)
+        ctx.save_for_backward(q, k, v, mask)
         ctx.scale, ctx.block_bytes = scale, block_bytes
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, mask, out = ctx.saved_tensors
-        grad = grad.contiguous()
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        dmask = torch.zeros_like(mask) if mask is not None and ctx.needs_input_grad[3] else None
-        for at in _blocks(q, k, mask, ctx.block_bytes):
-            weights = _weights(q[at], k[at], mask, ctx.scale)
-            torch.bmm(weights.transpose(1, 2), grad[at], out=dv[at])
-            scores = torch.bmm(grad[at], v[at].transpose(1, 2))
-            scores.sub_((grad[at] * out[at]).sum(-1, keepdim=True)).mul_(weights)
-            if dmask is not None:
-                dmask += scores.unflatten(0, (-1, len(dmask))).sum(0)
-            scores.mul_(ctx.scale)
-            torch.bmm(scores, k[at], out=dq[at])
-            torch.bmm(scores.transpose(1, 2), q[at], out=dk[at])
-        return dq, dk, dv, dmask, None, None
+        q, k, v, mask = ctx.saved_tensors
+        wanted = mask if ctx.needs_input_grad[3] else None
+        found = _block_gradients(q, k, v, grad, mask, ctx.scale, ctx.block_bytes)
+        return *found[:3], found[3] if wanted is not None else None, None, None
+
+
+def _block_gradients(
+    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, mask: Tensor | None, scale: float, block_bytes: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of query, key, value `(b, n or s, d)` and mask; the weights are computed again."""
+    grad = grad.contiguous()
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    dmask = None if mask is None else torch.zeros_like(mask)
+    for at in _blocks(q, k, mask, block_bytes):
+        weights = _weights(q[at], k[at], mask, scale)
+        torch.bmm(weights.transpose(1, 2), grad[at], out=dv[at])
+        scores = torch.bmm(grad[at], v[at].transpose(1, 2)).mul_(weights)
+        scores.addcmul_(weights, scores.sum(-1, keepdim=True), value=-1)
+        if dmask is not None:
+            dmask += scores.unflatten(0, (-1, len(dmask))).sum(0)
+        scores.mul_(scale)
+        torch.bmm(scores, k[at], out=dq[at])
+        torch.bmm(scores.transpose(1, 2), q[at], out=dk[at])
+    return dq, dk, dv, dmask
 
 
 def _blocks(q: Tensor, k: Tensor, mask: Tensor | None, block_bytes: int) -> list[slice]:
@@ -546,6 +573,108 @@ def _weights(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     if mask is not None:
         scores.unflatten(0, (-1, len(mask))).add_(mask)
     return scores.softmax(-1)
+
+
+# -- one operator for torch.compile ------------------------------------------------------------------------------------
+# The windows of a pack are Python numbers; traced, each new pack would be a new graph. Behind an operator they are data.
+
+_OPAQUE = ("native", "walt_windows", "walt_blocked", "flash_varlen", "walt_varlen")
+
+torch.library.define(
+    "walt::window_attention",
+    "(Tensor query, Tensor key, Tensor value, Tensor? context_key, Tensor? context_value, Tensor plan, str backend) -> Tensor",
+)
+torch.library.define(
+    "walt::window_attention_backward",
+    "(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? context_key, Tensor? context_value, Tensor plan)"
+    " -> Tensor[]",
+)
+
+
+@torch.library.impl("walt::window_attention", "CompositeExplicitAutograd")
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    context_key: Tensor | None,
+    context_value: Tensor | None,
+    plan: Tensor,
+    backend: str,
+) -> Tensor:
+    out = window_attention(
+        query,
+        key,
+        value,
+        _PLANS[int(plan)],
+        context_key=context_key,
+        context_value=context_value,
+        backend=backend or None,
+    )
+    # An operator may not return its input, which a pack of images alone would.
+    return out.clone() if out.data_ptr() == value.data_ptr() else out.contiguous()
+
+
+@torch.library.register_fake("walt::window_attention")
+def _attend_fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(value, memory_format=torch.contiguous_format)
+
+
+@torch.library.impl("walt::window_attention_backward", "CompositeExplicitAutograd")
+def _attend_gradients(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    context_key: Tensor | None,
+    context_value: Tensor | None,
+    plan: Tensor,
+) -> list[Tensor]:
+    """Of query, key, value (and context key, value), by matrix products over a few windows at a time."""
+    windows = _PLANS[int(plan)]
+    dq, dk, dv = torch.zeros_like(query), torch.zeros_like(key), grad.clone(memory_format=torch.contiguous_format)
+    contexts = [torch.zeros_like(x) for x in (context_key, context_value) if x is not None]
+    at = 0
+    for group in windows.groups:
+        count = group.windows * group.length
+        here, there = slice(at, at + count), slice(windows.singles + at, windows.singles + at + count)
+        size = (group.windows, group.length)
+        q, k, v, g = (x.unflatten(0, size) for x in (query[here], key[here], value[there], grad[there]))
+        index = None
+        if group.context_length:
+            assert windows.context_index is not None and context_key is not None and context_value is not None
+            index = windows.context_index[group.context_start :][: group.windows * group.context_length]
+            wide = (group.windows, group.context_length)
+            k = torch.cat([k, context_key.index_select(0, index).unflatten(0, wide)], dim=1)
+            v = torch.cat([v, context_value.index_select(0, index).unflatten(0, wide)], dim=1)
+        q, k, v, g = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v, g))
+        found = _block_gradients(q, k, v, g, None, query.shape[-1] ** -0.5, BLOCK_BYTES)[:3]
+        one, two, three = (x.unflatten(0, (group.windows, -1)).transpose(1, 2) for x in found)
+        dq[here], dk[here], dv[there] = (x[:, : group.length].flatten(0, 1) for x in (one, two, three))
+        if index is not None:
+            for total, part in zip(contexts, (two, three), strict=True):
+                total.index_add_(0, index, part[:, group.length :].flatten(0, 1))
+        at += count
+    return [dq, dk, dv, *contexts]
+
+
+@torch.library.register_fake("walt::window_attention_backward")
+def _attend_gradients_fake(grad: Tensor, *inputs: Any) -> list[Tensor]:
+    query, key, value, context_key, context_value, _ = inputs
+    own = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)]
+    return own + [torch.empty_like(x) for x in (context_key, context_value) if x is not None]
+
+
+def _attend_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:6])
+
+
+def _attend_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    found = torch.ops.walt.window_attention_backward(grad, *ctx.saved_tensors)
+    contexts = found[3:] if len(found) > 3 else (None, None)
+    return found[0], found[1], found[2], contexts[0], contexts[1], None, None
+
+
+torch.library.register_autograd("walt::window_attention", _attend_backward, setup_context=_attend_setup)
 
 
 class RelativeBias(nn.Module):

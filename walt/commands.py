@@ -70,14 +70,25 @@ def _account(console: Console, clips: Any) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
+def plan_job(job: Any, ranks: int = 1, rate: float | None = None) -> Any:
+    """The plan of a recipe (`walt.training.plan.make_plan`) with the classes that it builds."""
+    from walt.models.backbone import backbone
+    from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt
+    from walt.training.job import DenoiserJob, TokenizerJob
+    from walt.training.plan import make_plan
+
+    if not isinstance(job, DenoiserJob) and getattr(job, "architecture", "") != "causal":
+        raise WaltError("--dry-run: plans denoisers and causal tokenizers, not NUWA or its frame-wise tokenizers")
+    cls = AutoencoderKLWalt if isinstance(job, TokenizerJob) else backbone(job.backbone)
+    return make_plan(job, cls, AutoencoderKLWalt, ranks, rate)
+
+
 def _print_plan(job: Any, args: argparse.Namespace, console: Console) -> None:
     from rich.table import Table
 
-    from walt.training.plan import make_plan
-
     if args.ranks < 1 or (args.tflops is not None and not args.tflops > 0):
         raise WaltError(f"--ranks and --tflops must be positive, got {args.ranks} and {args.tflops}")
-    plan = make_plan(job, args.ranks, args.tflops and args.tflops * 1e12)
+    plan = plan_job(job, args.ranks, args.tflops and args.tflops * 1e12)
 
     def say(line: str) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -18,15 +18,22 @@ Lengths = tuple[int, ...]
 """Tokens of each sample of a pack; they sum to L."""
 
 
-def modulate(x: Tensor, scale: Tensor, shift: Tensor, lengths: Lengths) -> Tensor:
-    """`x (L, D)` times 1 + scale plus shift, each `(B, D)`; the result has the widest dtype of the three."""
+def modulate(x: Tensor, scale: Tensor, shift: Tensor, lengths: Lengths, samples: Tensor | None = None) -> Tensor:
+    """`x (L, D)` times 1 + scale plus shift, each `(B, D)`; the result has the widest dtype of the three.
+
+    `samples (L,)`, the sample of every token, is what a compiled graph uses in place of `lengths`: it is data.
+    """
+    if samples is not None and torch.compiler.is_compiling():
+        return x * (1 + scale.index_select(0, samples)) + shift.index_select(0, samples)
     x, scale, shift = _promoted(x, scale, shift)
     result: Tensor = _Modulate.apply(x, scale, shift, lengths)
     return result
 
 
-def gated_add(x: Tensor, y: Tensor, gate: Tensor, lengths: Lengths) -> Tensor:
+def gated_add(x: Tensor, y: Tensor, gate: Tensor, lengths: Lengths, samples: Tensor | None = None) -> Tensor:
     """`x + gate * y` with `x`, `y` `(L, D)` and `gate (B, D)`; the result has the widest dtype of the three."""
+    if samples is not None and torch.compiler.is_compiling():
+        return x + gate.index_select(0, samples) * y
     x, y, gate = _promoted(x, y, gate)
     result: Tensor = _GatedAdd.apply(x, y, gate, lengths)
     return result
@@ -34,6 +41,9 @@ def gated_add(x: Tensor, y: Tensor, gate: Tensor, lengths: Lengths) -> Tensor:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns the pairs (i, i + d/2) of `x` `(L, N, d)` by `(L, 1, d/2)`; the result has the wider dtype of `x` and those."""
+    if torch.compiler.is_compiling():
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
     dtype = torch.promote_types(x.dtype, cos.dtype)
     result: Tensor = _Rotate.apply(x.to(dtype), cos, sin)
     return result

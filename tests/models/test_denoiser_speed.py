@@ -63,8 +63,8 @@ def test_chains_have_the_gradients_of_their_formulas(lengths: tuple[int, ...]) -
     spread = torch.arange(3).repeat_interleave(torch.tensor(lengths))
     assert torch.allclose(fused.modulate(x, scale, shift, lengths), x * (1 + scale[spread]) + shift[spread])
     assert torch.allclose(fused.gated_add(x, y, scale, lengths), x + scale[spread] * y)
-    assert torch.autograd.gradcheck(lambda *a: fused.modulate(*a, lengths), (x, scale, shift))
-    assert torch.autograd.gradcheck(lambda *a: fused.gated_add(*a, lengths), (x, y, scale))
+    assert torch.autograd.gradcheck(lambda a, b, c: fused.modulate(a, b, c, lengths), (x, scale, shift))
+    assert torch.autograd.gradcheck(lambda a, b, c: fused.gated_add(a, b, c, lengths), (x, y, scale))
     heads = x.unflatten(1, (1, 6))
     cos, sin = torch.randn(2, 12, 1, 3, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda a: fused.rotate(a, cos, sin), (heads,))
@@ -91,8 +91,8 @@ SAVED: dict[str, tuple[dict[str, Any], list[float], float]] = {  # computed befo
             "local_mixing": True,
             "sigma_data": 0.1,
         },
-        [-1.109936, 0.177909, -1.304608, -0.549979, -0.349794, -10.994355],
-        8.700438,
+        [-0.626883, -1.796463, 0.252863, 0.351949, -2.138022, -3.992818],
+        7.825466,
     ),
     "super-resolution": (
         {
@@ -105,13 +105,13 @@ SAVED: dict[str, tuple[dict[str, Any], list[float], float]] = {  # computed befo
             "local_mixing": True,
             "sigma_data": 0.4,
         },
-        [1.12226, -0.655714, -0.515912, 0.621427, 1.311473, -1.376186],
-        2.574631,
+        [-1.88289, -1.867346, 0.107099, 1.751275, 3.004992, 0.36704],
+        3.042963,
     ),
     "paper": (
         {"text_dim": 10, "num_classes": 3, "low_res_channels": 4},
-        [-0.003335, -1.773914, 0.28708, 0.884253, -0.57858, 0.304246],
-        1.106132,
+        [0.414169, 0.651334, 1.128503, 0.373962, 1.030976, -0.870296],
+        0.579533,
     ),
 }
 
@@ -122,6 +122,9 @@ def test_outputs_are_those_of_before(kind: str) -> None:
 
     fields, values, power = SAVED[kind]
     model = base.make(**fields)
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.15)
     with torch.no_grad():
         flat = torch.cat([v.flatten() for v in model(**base.inputs(model)).sample])
     assert torch.allclose(flat[:: len(flat) // 6][:6], torch.tensor(values), rtol=1e-4, atol=1e-5)
@@ -135,7 +138,7 @@ def test_outputs_are_those_of_before(kind: str) -> None:
 def test_text_is_projected_once(fields: dict[str, Any]) -> None:
     model = make(**fields)
     given, cache, rows = inputs(), TextCache(), []
-    layer = model.transformer_blocks[1].cross_attn
+    layer: Any = model.transformer_blocks[1].cross_attn
     layer.to_v.register_forward_hook(lambda module, args, out: rows.append(len(args[0])))
     with torch.no_grad():
         expected = model(**given).sample
@@ -292,3 +295,43 @@ def test_checkpointing_holds_less_activation_memory() -> None:
         return sum(size for place, size in storages.items() if place not in weights)
 
     assert saved(True) < 0.4 * saved(False)
+
+
+# -- torch.compile -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_new_packs_do_not_recompile_and_equal_eager() -> None:
+    from torch._dynamo.utils import counters
+
+    packs = [
+        ((3, 4, 6), (1, 4, 4), (3, 4, 6)),
+        ((2, 6, 4), (1, 4, 6)),
+        ((3, 6, 6), (1, 2, 4), (2, 4, 4), (1, 6, 6)),
+        ((4, 4, 4), (1, 4, 6), (1, 4, 6)),
+        ((2, 4, 2), (3, 2, 6), (1, 4, 2), (1, 2, 2), (2, 4, 4)),
+    ]
+
+    def gradients(model: WaltTransformer3DModel, sizes: Any, seed: int) -> tuple[list[Tensor], list[Tensor]]:
+        model.zero_grad()
+        out = model(**inputs(sizes, seed)).sample
+        torch.stack([v.square().mean() for v in out]).sum().backward()
+        return list(out), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    plain = make(relative_positions="rope", absolute_positions=False, num_layers=2)
+    model = make(relative_positions="rope", absolute_positions=False, num_layers=2)
+    torch._dynamo.reset()
+    counters.clear()
+    model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+    graphs = []
+    for seed, sizes in enumerate(packs):
+        expected, theirs = gradients(plain, sizes, seed)
+        found, ours = gradients(model, sizes, seed)
+        assert same(expected, found, 1e-4)
+        assert all(torch.allclose(a, b, atol=1e-3, rtol=1e-3) for a, b in zip(theirs, ours, strict=True))
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert not counters["graph_break"]
+    # The first packs make sizes dynamic, and plans with and without an order or lone tokens are graphs of their own;
+    # after that no pack compiles anything.
+    assert graphs[2] == graphs[-1] <= 8
+    torch._dynamo.reset()

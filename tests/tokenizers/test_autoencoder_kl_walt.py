@@ -355,6 +355,7 @@ def test_lapped_shortcut_keeps_flat_ground_flat_at_the_border() -> None:
     grey = torch.full((1, 3, 9, 32, 32), 0.3).double()
     y = model.decode(model.encode(grey).latent_dist.mode()).sample
     straight = model.decoder.shortcut
+    assert straight is not None
     z = torch.ones(1, 8, 3, 4, 4).double()
     blocks = straight(z)[:, :, 1:]
     assert y.shape == grey.shape

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from walt.errors import WaltError
-from walt.tokenizers.discriminator import BLUR, Discriminator, blur_pool
+from walt.tokenizers.discriminator import BLUR, Discriminator, DiscriminatorBlock, blur_pool
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -30,7 +31,7 @@ def test_paper_size_on_meta() -> None:
     with torch.device("meta"):
         model = Discriminator(sample_size=(17, 128, 128))
         assert model(torch.zeros(2, 3, 17, 128, 128)).shape == (2, 1)
-    assert [block.conv2.out_channels for block in model.blocks] == [256, 512, 512, 512, 512]
+    assert [cast(DiscriminatorBlock, block).conv2.out_channels for block in model.blocks] == [256, 512, 512, 512, 512]
 
 
 def test_a_picture_is_a_lone_frame_of_the_same_weights() -> None:
@@ -38,7 +39,8 @@ def test_a_picture_is_a_lone_frame_of_the_same_weights() -> None:
     model = Discriminator(base=4, multipliers=(2, 4)).double()
     x = noise(2, 3, 1, 16, 16).double()
     by_hand = F.leaky_relu(model.conv_in(x), 0.2)
-    for block in model.blocks:
+    for module in model.blocks:
+        block = cast(DiscriminatorBlock, module)
         y = blur_pool(F.leaky_relu(block.conv1(by_hand), 0.2))
         y = F.leaky_relu(block.conv2(y), 0.2)
         by_hand = (y + block.shortcut(blur_pool(by_hand))) / 2**0.5

@@ -51,10 +51,10 @@ def test_inflated_is_the_image_tokenizer_of_every_last_frame(kind: str, temporal
     decoded = video._decode(latents)
     for t in range(x.shape[2]):  # every frame is decoded from the latent of its own step
         step = latents[:, :, -(-t // ratio) : -(-t // ratio) + 1]
-        alone = image._decode(step)  # type: ignore[operator]
+        alone = image._decode(step)
         assert torch.allclose(decoded[:, :, t : t + 1], alone, atol=1e-12)
     if kind == "frames":
-        assert torch.equal(video.encode_indices(x), image.encode_indices(x[:, :, ::ratio]))  # type: ignore[operator]
+        assert torch.equal(video.encode_indices(x), image.encode_indices(x[:, :, ::ratio]))
 
 
 def test_what_does_not_fit_is_refused() -> None:

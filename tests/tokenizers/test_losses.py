@@ -243,7 +243,9 @@ def test_adversarial_loss_weighs_groups_and_remembers_means() -> None:
     loss, figures = game.judge(pairs, step=1)  # no penalty on odd steps
     means = [sum(s * float(network(pair[i]).mean()) for s, pair in zip(share, pairs, strict=True)) for i in (0, 1)]
     assert [float(figures["real"]), float(figures["fake"])] == pytest.approx(means, rel=1e-5)
-    assert [float(game.mean_real), float(game.mean_fake)] == pytest.approx(means, rel=1e-5)  # the first as they are
+    assert [float(game.get_buffer("mean_real")), float(game.get_buffer("mean_fake"))] == pytest.approx(
+        means, rel=1e-5
+    )  # the first as they are
     expected = sum(s * discriminator_loss(network(a), network(b)) for s, (a, b) in zip(share, pairs, strict=True))
     lecam = sum(
         s * lecam_loss(network(a), network(b), torch.tensor(means[0]), torch.tensor(means[1]))
@@ -254,7 +256,7 @@ def test_adversarial_loss_weighs_groups_and_remembers_means() -> None:
     assert float(with_penalty - loss) == pytest.approx(3.0 * 2 * float(figures["r1"]), rel=1e-3)
     game.judge([(pairs[0][0] + 1.0, pairs[0][1])], step=1)
     moved = float(network(pairs[0][0] + 1.0).mean())
-    assert float(game.mean_real) == pytest.approx(0.9 * means[0] + 0.1 * moved, rel=1e-4)
+    assert float(game.get_buffer("mean_real")) == pytest.approx(0.9 * means[0] + 0.1 * moved, rel=1e-4)
     # The generator's side leaves the discriminator without gradient, and reaches the samples.
     network.zero_grad()
     made = pairs[0][1].clone().requires_grad_()

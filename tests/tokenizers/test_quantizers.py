@@ -110,7 +110,7 @@ def test_vq_takes_the_nearest_code_and_its_losses_are_the_papers() -> None:
     for row, index in zip(rows, picked, strict=True):
         expected[index] += 2 * (vq.weight.detach()[index] - row) / rows.numel()
     assert vq.weight.grad is not None and torch.allclose(vq.weight.grad, expected, atol=1e-6)
-    vq.weight.grad = None
+    vq.zero_grad()
     out.losses["commitment"].backward()
     assert vq.weight.grad is None or vq.weight.grad.abs().max() == 0
     assert z.grad is not None
@@ -219,7 +219,9 @@ def test_open_lets_the_first_samples_of_a_training_batch_pass(kind: str) -> None
     assert torch.equal(quantizer.eval()(z.detach()).z, quantizer.indices_to_codes(quantizer.latents_to_indices(z)))
     if kind == "vq":
         fresh = make_quantizer(kind, 3, settings[kind]).train()
+        assert isinstance(fresh, VectorQuantizer)
         fresh.open = 1.0
+        assert isinstance(fresh, VectorQuantizer)
         before = fresh.weight.clone()
         out = fresh(z)
         assert torch.equal(out.z, z) and torch.equal(fresh.weight, before) and not out.losses["commitment"]

@@ -81,7 +81,7 @@ def test_saved_and_loaded_by_its_name(tmp_path: Path) -> None:
     assert torch.equal(loaded.encode_indices(x), model.encode_indices(x))
     assert torch.equal(loaded.quantize.weight, model.quantize.weight)
 
-    class Pipeline(DiffusionPipeline):  # type: ignore[misc]
+    class Pipeline(DiffusionPipeline):
         def __init__(self, vq: WaltVQModel) -> None:
             super().__init__()
             self.register_modules(vq=vq)

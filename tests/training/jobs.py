@@ -126,7 +126,7 @@ def small_job(
 
 def start(*jobs: TokenizerJob | DenoiserJob, ranks: int = 1) -> subprocess.Popen[str]:
     """Starts jobs, one after the other, in processes of their own; more than one rank through torchrun on gloo."""
-    paths = []
+    paths: list[str] = []
     for job in jobs:
         path = Path(job.run.output).with_suffix(f".{len(paths)}.job.json")
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.training.jobs import losses, save_tokenizer, small_job, tokenizer_job
 from walt.commands import build_objective
+from walt.training.job import Job
 from walt.training.loop import train
 
 
@@ -21,7 +22,7 @@ def main() -> None:
     curves = {}
     with tempfile.TemporaryDirectory() as folder:
         vae = save_tokenizer(Path(folder) / "vae", seed=0)
-        jobs = {
+        jobs: dict[str, Job] = {
             "denoiser": small_job(vae, Path(folder) / "denoiser", 20),
             "tokenizer": tokenizer_job(Path(folder) / "tokenizer"),
         }

@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.training.jobs import losses, save_tokenizer, saved, small_job, tokenizer_job
-from walt.commands import build_objective, draw_sheet
+from walt.commands import build_objective, draw_sheet, plan_job
 from walt.conditioning import draw_given_frames, random_mask
 from walt.errors import Terminated, WaltError
 from walt.models.transformer_walt import WaltTransformer3DModel
@@ -25,7 +26,6 @@ from walt.training.job import DenoiserJob, DiffusionJob, Job, LoraJob, Optimizer
 from walt.training.loop import Loss, Objective, Part, train
 from walt.training.objectives import interpolated_positions
 from walt.training.optimizers import warm
-from walt.training.plan import make_plan
 
 
 def run(job: Job, **arguments: Any) -> Path:
@@ -51,7 +51,7 @@ class Line(Objective):
     def to(self, device: torch.device) -> None:
         pass
 
-    def loss(self, model, batch, generator, shared=None):  # type: ignore[no-untyped-def]
+    def loss(self, model, batch, generator, shared=None):
         return (model(batch) - batch.sum(1, keepdim=True)).square().mean(), {
             "weight": len(batch),
             "samples": len(batch),
@@ -61,7 +61,7 @@ class Line(Objective):
         parts = super().parts()
         return {**parts, "other": Part(self.other, OptimizerJob(lr=1e-2))} if self.second else parts
 
-    def losses(self, batch, generator, shared, step):  # type: ignore[no-untyped-def]
+    def losses(self, batch, generator, shared, step):
         if not self.second:
             yield from super().losses(batch, generator, shared, step)
             return
@@ -126,7 +126,7 @@ def test_adafactor_is_that_of_torch() -> None:
     torch.manual_seed(0)
     first = [torch.nn.Parameter(torch.randn(shape)) for shape in ((6, 4), (5,), (3, 2, 3, 3))]
     second = [torch.nn.Parameter(p.detach().clone()) for p in first]
-    settings = {"lr": 3e-2, "weight_decay": 0.1}
+    settings: dict[str, Any] = {"lr": 3e-2, "weight_decay": 0.1}
     ours, theirs = Adafactor(first, **settings), torch.optim.Adafactor(second, **settings)
     for step in range(30):
         for a, b in zip(first, second, strict=True):
@@ -248,7 +248,11 @@ def test_sigterm_saves_and_resume_is_exact(tmp_path: Path) -> None:
 def test_cli_exit_code_of_sigterm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     from walt import cli, commands
 
-    monkeypatch.setattr(commands, "build_objective", lambda job: os.kill(os.getpid(), signal.SIGTERM) or Line(job))
+    def killed(job: DenoiserJob) -> Line:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return Line(job)
+
+    monkeypatch.setattr(commands, "build_objective", killed)
     raised = Terminated("stopped by SIGTERM after step 3; the same command resumes there")
 
     def stopped(args: Any) -> None:
@@ -455,11 +459,11 @@ def test_new_runs_stay_on_the_reference_curves(tmp_path: Path, name: str) -> Non
     """Seeds and losses of the small recipes as committed; `python tests/training/reference.py` writes them anew."""
     reference = json.loads(REFERENCE.read_text())[name]
     vae = save_tokenizer(tmp_path / "vae", seed=reference["seed"])
-    make = {
+    make: dict[str, Callable[[], Job]] = {
         "denoiser": lambda: small_job(vae, tmp_path / "run", 20),
         "tokenizer": lambda: tokenizer_job(tmp_path / "run"),
     }
-    job = make[name]()  # type: ignore[no-untyped-call]
+    job = make[name]()
     assert job.run.seed == reference["seed"]
     run(job)
     curve = losses(tmp_path / "run")
@@ -471,7 +475,7 @@ def test_new_runs_stay_on_the_reference_curves(tmp_path: Path, name: str) -> Non
 
 def test_plan_counts_what_the_run_will_hold(tmp_path: Path) -> None:
     job = small_job(save_tokenizer(tmp_path / "vae"), tmp_path / "run", 2, packs=2, ema_decay=0.9)
-    plan = make_plan(job, rate=1e9)
+    plan = plan_job(job, rate=1e9)
     objective = build_objective(job)
     count = sum(p.numel() for p in objective.model.parameters())
     assert plan.parameters == plan.trained == count
@@ -481,15 +485,15 @@ def test_plan_counts_what_the_run_will_hold(tmp_path: Path) -> None:
     logged = [row for row in rows(tmp_path / "run") if "tokens" in row]
     assert plan.tokens == pytest.approx(sum(row["tokens"] for row in logged) / len(logged), rel=0.1)
     halves = job.model_copy(update={"run": job.run.model_copy(update={"parallel": "fsdp"})})
-    sharded = make_plan(halves, ranks=2, rate=1e9)
+    sharded = plan_job(halves, ranks=2, rate=1e9)
     assert sharded.memory["optimizer"] == 4 * count and sum(size for name, size, _ in sharded.shards[-1:]) < count
     with pytest.raises(WaltError, match=r"2 packs per step do not divide among 3"):
-        make_plan(job, ranks=3, rate=1e9)
+        plan_job(job, ranks=3, rate=1e9)
     adafactor = job.model_copy(update={"optimizer": OptimizerJob(kind="adafactor", lr=1e-3)})
     state = Adafactor(objective.model.parameters(), lr=1e-3)
     warm(state)
     held = sum(v.numel() for entry in state.state.values() for k, v in entry.items() if k != "step")
-    assert make_plan(adafactor, rate=1e9).memory["optimizer"] == 4 * held
+    assert plan_job(adafactor, rate=1e9).memory["optimizer"] == 4 * held
 
 
 def test_planned_activations_are_what_autograd_keeps(tmp_path: Path) -> None:
@@ -509,7 +513,7 @@ def test_planned_activations_are_what_autograd_keeps(tmp_path: Path) -> None:
         out = model([torch.randn(8, 2, 4, 4)], torch.zeros(1)).sample
     held = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     assert out[0].requires_grad
-    assert make_plan(job, rate=1e9).memory["activations"] == pytest.approx(held, rel=0.1)
+    assert plan_job(job, rate=1e9).memory["activations"] == pytest.approx(held, rel=0.1)
 
 
 @pytest.mark.parametrize("recipe", ["imagenet", "ucf101", "k600", "t2v_base", "t2v_base_wide", "t2v_sr1", "t2v_sr2"])

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from tests.training.jobs import finish, losses, save_tokenizer, small_job, start, tokenizer_job
 from walt.commands import build_objective
-from walt.training.job import DenoiserJob
+from walt.training.job import DenoiserJob, TokenizerJob
 from walt.training.loop import train
 
 STEPS = 20
@@ -55,7 +55,7 @@ def test_two_ranks_follow_one_and_checkpoints_go_from_any_number_to_any(tmp_path
         train(alone, build_objective(alone))
     trained = [job(name, kind, parallel=parallel) for name, (kind, parallel) in names.items()]
     tokenizers = tokenizer_job(tmp_path / "tokenizer-two", STEPS, packs=2)
-    misfits = [
+    misfits: list[TokenizerJob | DenoiserJob] = [
         small_job(vae, tmp_path / "misfit", packs=3),
         tokenizer_job(tmp_path / "misfit", parallel="fsdp"),
     ]

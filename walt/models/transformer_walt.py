@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -52,6 +52,7 @@ class Layout:
     cross_plan: WindowPlan | None
     rotation: tuple[Tensor, Tensor] | None  # cosines and sines in the order of `plan`
     dropped: Kept | None = None  # token dropping: which tokens of `grids` there are
+    samples: Tensor | None = None  # (L,) int64, the sample of every token
 
 
 @dataclass(eq=False)
@@ -270,15 +271,15 @@ class _WaltBlock(nn.Module):
         assert modulation is not None
         scale1, shift1, gate1, scale2, shift2, gate2 = modulation.chunk(6, dim=-1)
         x = hidden_states
-        y = modulate(self.norm1(x), scale1, shift1, layout.lengths)
-        x = gated_add(x, self.attn(y, None, layout.plan, layout.rotation), gate1, layout.lengths)
+        y = modulate(self.norm1(x), scale1, shift1, layout.lengths, layout.samples)
+        x = gated_add(x, self.attn(y, None, layout.plan, layout.rotation), gate1, layout.lengths, layout.samples)
         if self.cross_attn is not None and self.norm_cross is not None:
             x = x + self.cross_attn(self.norm_cross(x), encoder_hidden_states, layout.cross_plan, text_pair=text_pair)
-        y = modulate(self.norm2(x), scale2, shift2, layout.lengths)
+        y = modulate(self.norm2(x), scale2, shift2, layout.lengths, layout.samples)
         if self.local is not None:
             dropped = layout.dropped
             y = self.local(y, layout.grids) if dropped is None else self.local.among(y, layout.grids, dropped)
-        return gated_add(x, self.ff(y), gate2, layout.lengths)
+        return gated_add(x, self.ff(y), gate2, layout.lengths, layout.samples)
 
 
 class WaltSpatialBlock(_WaltBlock):
@@ -588,6 +589,7 @@ class WaltTransformer3DModel(
         embedding = self._embedding(batch, dtype, device, timestep, class_labels, low_res_noise_level)
         if text_cache is not None and torch.is_grad_enabled():
             raise WaltError("text_cache: given with gradients enabled, it is for sampling (torch.no_grad)")
+        text_lengths: tuple[int, ...] | None
         if text_cache is not None and text_cache.lengths is not None:
             if len(text_cache.lengths) != batch:
                 raise WaltError(
@@ -651,7 +653,8 @@ class WaltTransformer3DModel(
             if dropped is not None:
                 cos, sin = dropped.take(cos), dropped.take(sin)
             rotary = (plan.gather(cos), plan.gather(sin))
-        return Layout(dropped_lengths(grids, dropped), grids, plan, cross_plan, rotary, dropped)
+        lengths = dropped_lengths(grids, dropped)
+        return Layout(lengths, grids, plan, cross_plan, rotary, dropped, _samples_of(lengths, device))
 
     def _low_resolution(self, noisy: list[Tensor], low_res: Samples | None) -> list[list[Tensor]]:
         """Depth-to-space convolution of the low-resolution latents, frame by frame (papers 1.6)."""
@@ -805,6 +808,14 @@ class WaltTransformer3DModel(
 def _place(plan: WindowPlan, kept: Kept | None, device: torch.device) -> WindowPlan:
     """A plan on the device, of the kept tokens alone where some were dropped."""
     return plan.to(device) if kept is None else drop_from_plan(plan, kept.mask, device)
+
+
+@lru_cache(maxsize=512)
+def _samples_of(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """`(L,)`: the sample of every token, made on the host and copied without blocking."""
+    with torch.inference_mode(False):
+        index = torch.arange(len(lengths), device="cpu").repeat_interleave(torch.tensor(lengths, device="cpu"))
+        return index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index.to(device)
 
 
 def _half(window: Window) -> Grid:

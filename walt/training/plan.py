@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from walt.data.packing import fill_budget
 from walt.errors import WaltError
-from walt.models.backbone import backbone
 from walt.training.job import DenoiserJob, TokenizerJob
 from walt.training.optimizers import Average, make_optimizer
 
@@ -134,11 +133,15 @@ MEASURED_SECONDS = 10.0  # after which a measurement is not repeated
 PACKS = 16  # packs that a mean is taken over
 
 
-def make_plan(job: DenoiserJob | TokenizerJob, ranks: int = 1, rate: float | None = None) -> Plan:
+def make_plan(
+    job: DenoiserJob | TokenizerJob, cls: type[Any], autoencoder: type[Any], ranks: int = 1, rate: float | None = None
+) -> Plan:
     """Plans a recipe.
 
     Args:
         job: the recipe; of its files only the tokenizer's config is read, if it is there.
+        cls: the class of its model.
+        autoencoder: the class of its tokenizer.
         ranks: how many processes will train.
         rate: FLOP/s that a rank sustains on another machine; None: measured here.
 
@@ -148,7 +151,7 @@ def make_plan(job: DenoiserJob | TokenizerJob, ranks: int = 1, rate: float | Non
     packs = job.run.packs or ranks
     if packs % ranks:
         raise WaltError(f"run.packs: {packs} packs per step do not divide among {ranks} ranks")
-    cls, space, frames_per_latent = _model(job)
+    space, frames_per_latent = _spans(job, autoencoder)
     twin = _planned_twin(cls, job)
     counts = {name: p.numel() for name, p in twin.named_parameters()}
     trained = _trained(twin, job)
@@ -180,7 +183,7 @@ def make_plan(job: DenoiserJob | TokenizerJob, ranks: int = 1, rate: float | Non
         rate, update = _measure(cls, job, sizes, drawn[0], device, half)
         share = ranks if job.run.parallel == "fsdp" else 1
         seconds["optimizer"] = update * sum(counts[name] for name in trained) / share
-        encode = _encode_seconds(job, device)
+        encode = _encode_seconds(job, autoencoder, device)
         if encode is not None:
             seconds["encode"] = (
                 encode * sum(math.prod(_pixels(job, i)) for p in drawn for i in p) / PACKS * packs / ranks
@@ -203,25 +206,16 @@ def make_plan(job: DenoiserJob | TokenizerJob, ranks: int = 1, rate: float | Non
     )
 
 
-def _model(job: DenoiserJob | TokenizerJob) -> tuple[type[Any], int, int]:
-    """The class to plan, and how many pixels and frames a latent of its tokenizer spans."""
+def _spans(job: Any, autoencoder: type[Any]) -> tuple[int, int]:
+    """How many pixels and frames a latent of the recipe's tokenizer spans; of a tokenizer's recipe 1, as it sees video."""
     if isinstance(job, TokenizerJob):
-        return _tokenizer_class(), 1, 1
-    cls = backbone(job.backbone)
+        return 1, 1
     config = Path(job.tokenizer) / "config.json"
     if config.is_file():
-        from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt
-
         with init_empty_weights():
-            vae = AutoencoderKLWalt.from_config(json.loads(config.read_text()))
-        return cls, vae.spatial_compression_ratio, vae.temporal_compression_ratio
-    return cls, 8, 4  # Table 8's
-
-
-def _tokenizer_class() -> type[Any]:
-    from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt
-
-    return AutoencoderKLWalt
+            vae = autoencoder.from_config(json.loads(config.read_text()))
+        return vae.spatial_compression_ratio, vae.temporal_compression_ratio
+    return 8, 4  # Table 8's
 
 
 def _planned_twin(cls: type[Any], job: Any, **changes: Any) -> Any:
@@ -329,7 +323,7 @@ def _activations(model: Any, size: tuple[int, ...], job: Any) -> float:
 
 
 def _measure(
-    cls: type[Any], job: Any, sizes: list[tuple[int, ...]], pack: list[int], device: torch.device, half: bool
+    cls: type[Any], job: Any, sizes: Sequence[tuple[int, ...]], pack: list[int], device: torch.device, half: bool
 ) -> tuple[float, float]:
     """(FLOP/s of forward and backward, seconds of an update per parameter) of two layers of the model on a pack."""
     from walt.training.objectives import build_model
@@ -338,7 +332,8 @@ def _measure(
     torch.manual_seed(0)
     model = build_model(cls, {**job.model, **few}).to(device)
     counter = ForwardCounter(cls, dict(model.config))
-    left, chosen = MEASURED_FLOPS, []
+    left = MEASURED_FLOPS
+    chosen: list[int] = []
     for index in pack:
         if chosen and left < 3 * counter(sizes[index]):
             break
@@ -422,13 +417,13 @@ def _sample_call(model: Any, sizes: list[tuple[int, ...]], device: torch.device)
     return call
 
 
-def _encode_seconds(job: Any, device: torch.device) -> float | None:
+def _encode_seconds(job: Any, autoencoder: type[Any], device: torch.device) -> float | None:
     """Seconds per pixel that the recipe's tokenizer needs to encode; None: latents are precomputed, or it is not there."""
     if not isinstance(job, DenoiserJob) or job.data.latents or not (Path(job.tokenizer) / "config.json").is_file():
         return None
     from walt.training.objectives import load_folder
 
-    vae = load_folder(_tokenizer_class(), job.tokenizer, "tokenizer").eval().to(device)
+    vae = load_folder(autoencoder, job.tokenizer, "tokenizer").eval().to(device)
     frames, height, width = min(
         (_pixels(job, i) for i in range(len(job.shapes))), key=lambda s: abs(math.prod(s) - 2e5)
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -50,7 +50,9 @@ class Ranks:
         if run.cpu_offload and not (self.sharded and cuda):
             raise WaltError("run.cpu_offload: needs run.parallel=fsdp and an accelerator to offload from")
         # Collectives of the checkpoint thread must not mix with those of the steps.
-        self.control, self.writers = (dist.new_group(backend="gloo") if self.world > 1 else None for _ in range(2))
+        self.control, self.writers = (
+            cast(dist.ProcessGroup, dist.new_group(backend="gloo")) if self.world > 1 else None for _ in range(2)
+        )
 
     @property
     def lanes(self) -> range:
@@ -80,7 +82,7 @@ class Ranks:
         for child in module.modules():
             if type(child).__name__ in blocks:
                 fully_shard(child, **settings)
-        return fully_shard(module, **settings)
+        return cast(nn.Module, fully_shard(module, **settings))
 
     def reducer(self, module: nn.Module) -> Reducer:
         """What makes the gradients of `module` meet."""
@@ -111,7 +113,7 @@ class Ranks:
     def whole(self, module: nn.Module) -> dict[str, Tensor] | None:
         """All weights of a sharded module on the host of rank 0; None on the others."""
         state = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-        return state if self.main else None
+        return cast(dict[str, Tensor], state) if self.main else None
 
 
 class Reducer:
