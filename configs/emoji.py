@@ -59,7 +59,8 @@ def tokenizer() -> TokenizerJob:
 def decoder() -> TokenizerJob:
     """The decoder goes on alone, encoder and latent statistics frozen, while the stages train on the latents.
 
-    It starts from the best linear decoder of each latent's neighbourhood.
+    It starts from the best linear decoder of each latent's neighbourhood, fitted with noise as strong as a small
+    denoiser's errors. That start is most of it: on two CPU cores longer runs (300 steps of lr 6e-4) doubled LPIPS.
     """
     first = tokenizer()
     return first.model_copy(
@@ -76,7 +77,7 @@ def decoder() -> TokenizerJob:
             ),
             "loss": first.loss.model_copy(update={"latent_noise": 0.25, "perceptual": 0.15}),
             "optimizer": first.optimizer.model_copy(update={"lr": 3e-5}),
-            "run": first.run.model_copy(update={"output": "runs/emoji-decoder", "steps": 200}),
+            "run": first.run.model_copy(update={"output": "runs/emoji-decoder", "steps": 10}),
         }
     )
 

@@ -6,6 +6,7 @@ Like cli.py this file may import anything.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -592,9 +593,17 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--noise-level", type=int, default=50, help="default noise on the low-resolution latents")
 
 
+def save_parts(pipe: Any, folder: Path) -> None:
+    """Writes a pipeline's parts in small files; where they lay before is nobody's business and left out."""
+    pipe.save_pretrained(folder, safe_serialization=True, max_shard_size="14MB")
+    for path in folder.glob("*/config.json"):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if config.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def export(args: argparse.Namespace) -> None:
     """Joins trained parts into one cascade folder, weights in float16, with the words it knows."""
-    import json
     import shutil
 
     from transformers import AutoTokenizer
@@ -626,7 +635,7 @@ def export(args: argparse.Namespace) -> None:
     output = Path(args.output)
     temporary = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    pipe.save_pretrained(temporary, safe_serialization=True, max_shard_size="14MB")
+    save_parts(pipe, temporary)
     (temporary / "world.json").write_text(json.dumps(EMBEDDED_WORLD.words(), indent=1))
     for name in ("README.md", "__init__.py"):
         if (output / name).exists():

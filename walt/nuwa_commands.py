@@ -313,6 +313,7 @@ def export(args: argparse.Namespace) -> None:
 
     from transformers import AutoTokenizer
 
+    from walt.commands import save_parts
     from walt.data.emoji import EMBEDDED_WORLD
     from walt.data.sketches import classes
     from walt.models.transformer_nuwa import NuwaTransformer3DModel
@@ -336,7 +337,7 @@ def export(args: argparse.Namespace) -> None:
     output = Path(args.output)
     temporary = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    pipe.save_pretrained(temporary, safe_serialization=True, max_shard_size="14MB")
+    save_parts(pipe, temporary)
     if args.link_text is not None:
         for name in ("text_encoder", "tokenizer"):
             shutil.rmtree(temporary / name)
