@@ -26,6 +26,10 @@ links:
 	@for name in tokenizers pipelines configs; do \
 		test -d walt/$$name || { rm -f walt/$$name && ln -s ../$$name walt/$$name; }; \
 	done
+	@for name in text_encoder tokenizer; do \
+		test -d walt/embedded_nuwa/$$name || \
+			{ rm -f walt/embedded_nuwa/$$name && ln -s ../embedded/$$name walt/embedded_nuwa/$$name; }; \
+	done
 
 # One environment, two stamps: an installation is repeated only after pyproject.toml changed.
 $(BIN)/python:
