@@ -29,7 +29,7 @@ from diffusers.models.attention_dispatch import (
     _AttentionBackendRegistry,
     dispatch_attention_fn,
 )
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 from walt.errors import WaltError
 from walt.latents import Grid, positions, token_counts
@@ -580,18 +580,18 @@ def _weights(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
 
 _OPAQUE = ("native", "walt_windows", "walt_blocked", "flash_varlen", "walt_varlen")
 
-torch.library.define(
+library.define(
     "walt::window_attention",
     "(Tensor query, Tensor key, Tensor value, Tensor? context_key, Tensor? context_value, Tensor plan, str backend) -> Tensor",
 )
-torch.library.define(
+library.define(
     "walt::window_attention_backward",
     "(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? context_key, Tensor? context_value, Tensor plan)"
     " -> Tensor[]",
 )
 
 
-@torch.library.impl("walt::window_attention", "CompositeExplicitAutograd")
+@library.impl("walt::window_attention", "CompositeExplicitAutograd")
 def _attend(
     query: Tensor,
     key: Tensor,
@@ -614,12 +614,12 @@ def _attend(
     return out.clone() if out.data_ptr() == value.data_ptr() else out.contiguous()
 
 
-@torch.library.register_fake("walt::window_attention")
+@library.register_fake("walt::window_attention")
 def _attend_fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(value, memory_format=torch.contiguous_format)
 
 
-@torch.library.impl("walt::window_attention_backward", "CompositeExplicitAutograd")
+@library.impl("walt::window_attention_backward", "CompositeExplicitAutograd")
 def _attend_gradients(
     grad: Tensor,
     query: Tensor,
@@ -657,7 +657,7 @@ def _attend_gradients(
     return [dq, dk, dv, *contexts]
 
 
-@torch.library.register_fake("walt::window_attention_backward")
+@library.register_fake("walt::window_attention_backward")
 def _attend_gradients_fake(grad: Tensor, *inputs: Any) -> list[Tensor]:
     query, key, value, context_key, context_value, _ = inputs
     own = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)]
@@ -674,7 +674,7 @@ def _attend_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return found[0], found[1], found[2], contexts[0], contexts[1], None, None
 
 
-torch.library.register_autograd("walt::window_attention", _attend_backward, setup_context=_attend_setup)
+library.register_autograd("walt::window_attention", _attend_backward, setup_context=_attend_setup)
 
 
 class RelativeBias(nn.Module):
