@@ -24,6 +24,7 @@ from walt.training import checkpoint
 from walt.training.adafactor import Adafactor
 from walt.training.job import DenoiserJob, DiffusionJob, Job, LoraJob, OptimizerJob, load_job
 from walt.training.loop import Loss, Objective, Part, train
+from walt.training.muon import Muon
 from walt.training.objectives import interpolated_positions
 from walt.training.optimizers import warm
 
@@ -136,6 +137,32 @@ def test_adafactor_is_that_of_torch() -> None:
         theirs.step()
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(first, second, strict=True))
     assert sum(v.numel() for k, v in ours.state[first[0]].items() if k != "step") == 6 + 4
+
+
+def test_muon_is_that_of_torch_on_matrices_and_adamw_on_the_rest() -> None:
+    torch.manual_seed(0)
+    shapes = ((6, 40), (40, 6), (16, 16), (7,))
+    first = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    second = [torch.nn.Parameter(p.detach().clone()) for p in first]
+    ours = Muon(first, lr=3e-2, weight_decay=0.1, betas=(0.9, 0.95))
+    theirs = torch.optim.Muon(second[:3], lr=3e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    rest = torch.optim.AdamW(second[3:], lr=3e-2, weight_decay=0.1, betas=(0.9, 0.95))
+    for step in range(20):
+        for a, b in zip(first, second, strict=True):
+            a.grad = torch.randn(a.shape) * 10 ** (step % 5 - 2)
+            b.grad = a.grad.clone()
+        for optimizer in (ours, theirs, rest):
+            optimizer.step()
+    assert torch.allclose(first[3], second[3], atol=1e-6)
+    for a, b in zip(first[:3], second[:3], strict=True):
+        assert torch.allclose(a, b, atol=2e-3)  # theirs iterates in bfloat16
+    # A convolution's kernel is the matrix (out, in x taps).
+    kernel, flat = torch.nn.Parameter(torch.randn(6, 4, 3, 3)), torch.randn(6, 36)
+    matrix = torch.nn.Parameter(kernel.detach().flatten(1).clone())
+    kernel.grad, matrix.grad = flat.view_as(kernel), flat
+    Muon([kernel]).step()
+    Muon([matrix]).step()
+    assert torch.equal(kernel.flatten(1), matrix)
 
 
 # -- guard
@@ -494,6 +521,11 @@ def test_plan_counts_what_the_run_will_hold(tmp_path: Path) -> None:
     warm(state)
     held = sum(v.numel() for entry in state.state.values() for k, v in entry.items() if k != "step")
     assert plan_job(adafactor, rate=1e9).memory["optimizer"] == 4 * held
+    muon = job.model_copy(update={"optimizer": OptimizerJob(kind="muon", lr=1e-3)})
+    moved = Muon(objective.model.parameters(), lr=1e-3)
+    warm(moved)
+    held = sum(v.numel() for entry in moved.state.values() for k, v in entry.items() if k != "step")
+    assert plan_job(muon, rate=1e9).memory["optimizer"] == 4 * held
 
 
 def test_planned_activations_are_what_autograd_keeps(tmp_path: Path) -> None:

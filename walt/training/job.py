@@ -98,7 +98,7 @@ AnyData = Annotated[DataJob | MediaJob, Field(discriminator="kind")]
 
 
 class OptimizerJob(Frozen):
-    kind: Literal["adamw", "adafactor"] = "adamw"
+    kind: Literal["adamw", "adafactor", "muon"] = "adamw"
     lr: float = Field(gt=0)
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = Field(default=0.0, ge=0)
