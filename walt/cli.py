@@ -1,4 +1,4 @@
-"""The command line: `walt sample | nuwa | info | train | encode | data | evaluate | export`, one entry of COMMANDS each.
+"""The command line: `walt sample | nuwa | demo | info | train | encode | data | evaluate | export`, one entry of COMMANDS each.
 
 A command has three parts: its arguments, `prepare` (checks them: what it raises is a usage error, exit code 2) and
 `run` (what it raises happens at run time, exit code 1). Every error is one line, "walt: error: ..."; Ctrl-C exits with
@@ -16,7 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from walt import commands, nuwa_commands
+from walt import commands, demo, nuwa_commands
 from walt.errors import Terminated, WaltError, suggest
 
 if TYPE_CHECKING:
@@ -385,6 +385,7 @@ COMMANDS: dict[str, Command] = {
         nuwa_commands.prepare,
         nuwa_commands.run,
     ),
+    "demo": Command("A local web page over a model.", demo.add, demo.prepare, demo.run),
     "info": Command("Describe a model: shapes, parameters, words, cost.", _info_arguments, _info_prepare, _info_run),
     "train": Command("Run a training recipe.", commands.add_train, commands.load_recipe, commands.train),
     "encode": Command("Precompute a recipe's latents.", commands.add_encode, commands.encode_prepare, commands.encode),
