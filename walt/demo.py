@@ -210,6 +210,24 @@ def allowed_frames(most: int) -> list[int]:
     return [count for count in range(1, most + 1) if fits(count)]
 
 
+def example_prompts(words: dict[str, Any], count: int = 6) -> list[str]:
+    """Sentences of the world that a model knows; none for a model without world.json."""
+    lists = [
+        [word for word in words.get(key, []) if isinstance(word, str)] for key in ("subjects", "motions", "backgrounds")
+    ]
+    subjects, motions, backgrounds = lists
+    if not (subjects and motions and backgrounds):
+        return []
+
+    def pick(words: list[str], i: int, stride: int) -> str:
+        return words[(1 + i * stride) % len(words)]
+
+    return [
+        f"a {pick(subjects, i, 1)} {pick(motions, i, 5)} on a {pick(backgrounds, i, 3)} background"
+        for i in range(count)
+    ]
+
+
 # -- the studio --------------------------------------------------------------------------------------------------------
 
 

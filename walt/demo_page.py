@@ -15,11 +15,12 @@ from typing import Any
 import gradio as gr
 from starlette.middleware import Middleware
 
-from walt.demo import FPS, MAX_SEED, TASKS, Cancelled, Field, Limits, Studio, allowed_frames
+from walt.demo import FPS, MAX_SEED, TASKS, Cancelled, Field, Limits, Studio, allowed_frames, example_prompts
 from walt.errors import WaltError
 
 CSS = """
 .gradio-container > main, main.fillable {max-width: 1240px !important; margin: 0 auto !important; padding: 20px !important;}
+#head {padding: 0 0 4px;}
 #head h1 {font-size: 1.7rem; font-weight: 650; letter-spacing: -.02em; margin: 0;}
 #head p {color: var(--body-text-color-subdued); margin: 2px 0 0;}
 #status {min-height: 1.6em; color: var(--body-text-color-subdued);}
@@ -51,7 +52,7 @@ def build_page(studio: Studio, words: dict[str, Any]) -> Any:
         kept = gr.State([])
         gr.HTML("<h1>walt</h1><p>Latent video diffusion, on this machine.</p>", elem_id="head")
         with gr.Row(equal_height=False):
-            with gr.Column(scale=5, min_width=380):
+            with gr.Column(scale=1, min_width=420):
                 with gr.Tabs(elem_id="tasks"):
                     for key, task in TASKS.items():
                         with gr.Tab(task.title, id=key, elem_id=f"tab-{key}") as tab:
@@ -71,9 +72,9 @@ def build_page(studio: Studio, words: dict[str, Any]) -> Any:
                 if examples:
                     gr.Examples(examples, prompt, label="Examples", examples_per_page=6, api_visibility="private")
                 with gr.Row():
-                    size = gr.Dropdown(list(sizes), value=next(iter(sizes)), label="Size", elem_id="size")
-                    frames = gr.Dropdown(lengths, value=usual, label="Length", elem_id="frames")
-                    seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, elem_id="seed")
+                    size = gr.Dropdown(list(sizes), value=next(iter(sizes)), label="Size", elem_id="size", scale=3)
+                    frames = gr.Dropdown(lengths, value=usual, label="Length", elem_id="frames", scale=3)
+                    seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, elem_id="seed", scale=2)
                 with gr.Accordion("More", open=False):
                     negative = gr.Textbox(label="Negative prompt", max_length=2000, elem_id="negative")
                     with gr.Row():
@@ -85,8 +86,8 @@ def build_page(studio: Studio, words: dict[str, Any]) -> Any:
                     dice = gr.Button("New seed", size="sm")
                 with gr.Row():
                     make = gr.Button("Generate", variant="primary", elem_id="make", scale=3)
-                    stop = gr.Button("Cancel", variant="stop", elem_id="stop", scale=1)
-            with gr.Column(scale=6, min_width=420):
+                    stop = gr.Button("Cancel", elem_id="stop", scale=1)
+            with gr.Column(scale=1, min_width=420):
                 video = gr.Video(
                     label="Result",
                     elem_id="video",
@@ -114,17 +115,17 @@ def build_page(studio: Studio, words: dict[str, Any]) -> Any:
                     columns=4,
                     height=250,
                     object_fit="contain",
+                    fit_columns=False,
                     interactive=False,
                     buttons=["download", "fullscreen"],
                 )
 
         def generate(
-            task: str,
-            results: list[tuple[str, str]],
-            *values: Any,
             request: gr.Request,
             progress: gr.Progress = gr.Progress(),  # noqa: B008 - Gradio finds it by its default
+            *values: Any,
         ) -> list[Any]:
+            task, results, *values = values
             own, rest = values[: len(components)], values[len(components) :]
             given = {key[1]: value for key, value in zip(components, own, strict=True) if key[0] == task}
             try:
@@ -189,24 +190,6 @@ def _component(elem_id: str, field_: Field) -> Any:
         return gr.Radio(list(field_.options), value=field_.options[0], label=label, elem_id=elem_id)
     low, high, value = field_.options
     return gr.Slider(low, high, value, label=label, elem_id=elem_id)
-
-
-def example_prompts(words: dict[str, Any], count: int = 6) -> list[str]:
-    """Sentences of the world that a model knows; none for a model without world.json."""
-    lists = [
-        [word for word in words.get(key, []) if isinstance(word, str)] for key in ("subjects", "motions", "backgrounds")
-    ]
-    subjects, motions, backgrounds = lists
-    if not (subjects and motions and backgrounds):
-        return []
-
-    def pick(words: list[str], i: int, stride: int) -> str:
-        return words[(1 + i * stride) % len(words)]
-
-    return [
-        f"a {pick(subjects, i, 1)} {pick(motions, i, 5)} on a {pick(backgrounds, i, 3)} background"
-        for i in range(count)
-    ]
 
 
 class Guard:

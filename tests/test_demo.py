@@ -1,0 +1,358 @@
+"""`walt demo`: what a request may ask for, what the server refuses, and the page in a real browser."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests import tiny
+from walt import cli, demo
+from walt.errors import WaltError
+from walt.media import read_image, read_video, write_image, write_video
+
+PAUSE = [0.0]  # seconds that the tiny model takes more per step
+
+needs_gradio = pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="the extra demo is not installed")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tiny.cascade_folder(tmp_path_factory.mktemp("model") / "tiny")
+    words = {"subjects": ["rocket", "cat"], "backgrounds": ["purple", "red"], "motions": ["flies up", "jumps"]}
+    (folder / "world.json").write_text(json.dumps(words))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    pipe = tiny.cascade()
+    pipe.transformer.register_forward_pre_hook(lambda *_: time.sleep(PAUSE[0]))
+    return pipe
+
+
+@pytest.fixture
+def studio(pipe: Any, tmp_path: Path) -> demo.Studio:
+    return demo.Studio(pipe, demo.Limits(frames=41, steps=10), tmp_path / "made")
+
+
+def ask(studio: demo.Studio, task: str = "text", given: dict[str, Any] | None = None, **changes: Any) -> demo.Request:
+    values: dict[str, Any] = {
+        "prompt": "a rocket flies up",
+        "negative_prompt": "",
+        "size": "16 x 16 square",
+        "frames": 5,
+        "seed": 3,
+        "steps": 2,
+        "later_steps": 1,
+        "guidance": 3.0,
+    }
+    return studio.check(task, **{**values, **changes}, given=given or {})
+
+
+def silent(done: int, total: int, text: str) -> None:
+    pass
+
+
+def test_a_request_is_made_as_the_pipeline_would(studio: demo.Studio, pipe: Any) -> None:
+    steps = []
+    request = ask(studio, size="32 x 32 square", frames=5)
+    result = studio.run("me", "text", request, lambda done, total, text: steps.append((done, total, text)))
+    video, fps = read_video(result.path)
+    assert video.shape == (5, 32, 32, 3) and fps == 8 and not result.still
+    assert steps[:3] == [(1, 3, "stage 1"), (2, 3, "stage 1"), (3, 3, "stage 2")]
+    alone = pipe(
+        "a rocket flies up",
+        stages=2,
+        num_frames=5,
+        num_inference_steps=[2, 1],
+        guidance_scale=[3.0, 1.0],
+        generator=tiny.seeded(3),
+        output_type="pt",
+    ).frames[0]
+    write_video(demo.to_pixels(alone), studio.folder / "alone.mp4", 8)
+    assert (studio.folder / "alone.mp4").read_bytes() == result.path.read_bytes()
+
+
+def test_a_still_is_a_png(studio: demo.Studio) -> None:
+    result = studio.run("me", "text", ask(studio, frames=1), silent)
+    assert result.still and result.path.suffix == ".png" and read_image(result.path).shape == (16, 16, 3)
+
+
+def test_sizes_stay_within_the_limit(pipe: Any, tmp_path: Path) -> None:
+    sizes = demo.Studio(pipe, demo.Limits(side=32), tmp_path).sizes
+    assert sizes == {"32 x 32 square": (2, 32, 32), "16 x 16 square": (1, 16, 16)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt": "  "}, "write a prompt first"),
+        ({"prompt": 5}, "write a prompt first"),
+        ({"size": "8000 x 8000 square"}, 'there is no size "8000 x 8000 square"'),
+        ({"frames": 53}, "frames must be a whole number from 1 to 41, got 53"),
+        ({"frames": 6}, "the nearest are 5 and 9"),
+        ({"frames": True}, "frames must be a whole number"),
+        ({"seed": -1}, "seed must be a whole number from 0"),
+        ({"seed": float("nan")}, "seed must be a whole number from 0"),
+        ({"steps": 11}, "steps must be a whole number from 1 to 10, got 11"),
+        ({"later_steps": 1.5}, "super-resolution steps must be a whole number"),
+        ({"guidance": 31}, "guidance must be from 0 to 30"),
+        ({"guidance": None}, "guidance must be from 0 to 30"),
+        ({"task": "nothing"}, 'there is no task "nothing"'),
+        ({"task": "upscale"}, "Upscale: give the video first"),
+    ],
+)
+def test_what_a_request_may_not_ask_for(studio: demo.Studio, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(WaltError, match=message.replace("(", r"\(")):
+        ask(studio, **changes)
+
+
+def test_one_request_at_a_time_and_a_cancelled_one_ends_early(studio: demo.Studio) -> None:
+    inside, most, ended = [0], [0], []
+
+    def report(session: str) -> Callable[[int, int, str], None]:
+        def step(done: int, total: int, text: str) -> None:
+            if text and "stage" in text and done == 1:
+                inside[0] += 1
+                most[0] = max(most[0], inside[0])
+                if session == "first":
+                    time.sleep(0.3)  # the second waits meanwhile
+                    assert studio.cancel("first") and not studio.cancel("nobody")
+
+        return step
+
+    def work(session: str) -> None:
+        try:
+            studio.run(session, "text", ask(studio, steps=10), report(session))
+            ended.append((session, "made"))
+        except demo.Cancelled:
+            ended.append((session, "cancelled"))
+        finally:
+            inside[0] -= 1
+
+    threads = [threading.Thread(target=work, args=(session,)) for session in ("first", "second")]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.1)
+    for thread in threads:
+        thread.join()
+    assert ended == [("first", "cancelled"), ("second", "made")] and most[0] == 1
+    assert not studio.cancel("first")
+
+
+def test_examples_are_sentences_of_the_models_world() -> None:
+    assert demo.example_prompts({}) == []
+    words = {"subjects": ["cat"], "motions": ["jumps"], "backgrounds": ["red"]}
+    assert set(demo.example_prompts(words)) == {"a cat jumps on a red background"}
+
+
+def test_without_gradio_the_extra_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert cli.main(["demo", "--model", str(folder)]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line == 'walt: error: walt demo needs the extra "demo": pip install "walt[demo]"'
+
+
+# -- the server --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def served(pipe: Any, folder: Path) -> Iterator[str]:
+    """The address of a page; while it is served, this process may connect to itself alone."""
+    if importlib.util.find_spec("gradio") is None:
+        pytest.skip("the extra demo is not installed")
+    connect, outside = socket.socket.connect, []
+
+    def checked(self: socket.socket, address: Any) -> None:
+        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            outside.append(address)
+            raise OSError(f"no connection to {address} in this test")
+        connect(self, address)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", checked)
+        with demo.serving(pipe, folder, demo.Limits(frames=29, side=64, steps=50)) as address:
+            yield address
+    assert outside == []
+
+
+OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+def fetch(address: str, body: Any = None) -> tuple[int, str]:
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(address, data, {"Content-Type": "application/json"})
+    try:
+        with OPENER.open(request, timeout=20) as answer:
+            return answer.status, answer.read().decode(errors="replace")
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode(errors="replace")
+
+
+def test_no_file_can_be_read_that_was_not_uploaded_or_made(served: str, folder: Path) -> None:
+    files = ["/etc/passwd", Path(__file__), folder / "model_index.json", Path.cwd() / "pyproject.toml"]
+    files += [folder / "transformer" / "config.json", "../../../../etc/passwd", "/proc/self/environ"]
+    for file in files:
+        status, text = fetch(f"{served}gradio_api/file={file}")
+        assert status == 403 and "root:" not in text, file
+
+
+def test_nothing_is_fetched_for_a_caller(served: str) -> None:
+    for path in ("file=http://example.com/a.mp4", "file=https%3A//example.com/a.mp4", "proxy=https://a.hf.space/b"):
+        assert fetch(f"{served}gradio_api/{path}")[0] == 403, path
+    value = {"path": "http://example.com/a.mp4", "meta": {"_type": "gradio.FileData"}}
+    body = {"data": [[{"video": value}]], "fn_index": 1, "session_hash": "x"}
+    for route in ("queue/join", "run/predict", "api/predict"):
+        status, text = fetch(f"{served}gradio_api/{route}", body)
+        assert status == 403 and "fetches nothing" in text, route
+
+
+def test_nothing_is_reported_and_there_is_no_api(served: str) -> None:
+    config = json.loads(fetch(f"{served}config")[1])
+    assert config["analytics_enabled"] is False and config["run_history"] is False
+    assert json.loads(fetch(f"{served}gradio_api/info")[1]) == {"named_endpoints": {}, "unnamed_endpoints": {}}
+    assert "fonts.g" not in fetch(served)[1]
+
+
+def test_it_listens_on_loopback_and_says_when_it_cannot(served: str, pipe: Any, folder: Path) -> None:
+    assert served.startswith("http://127.0.0.1:")
+    port = int(served.rstrip("/").rsplit(":", 1)[1])
+    with (
+        pytest.raises(WaltError, match=f"cannot listen on 127.0.0.1:{port}"),
+        demo.serving(pipe, folder, demo.Limits(), port=port),
+    ):
+        pass
+
+
+# -- a browser ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if chromium is None or driver is None:
+        pytest.skip("there is no chromium with its chromedriver")
+    webdriver = pytest.importorskip("selenium.webdriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in (
+        "headless=new",
+        "no-sandbox",
+        "disable-gpu",
+        "disable-background-networking",
+        "disable-component-update",
+        "disable-sync",
+        "no-proxy-server",
+        "window-size=1280,1000",
+        f"user-data-dir={tmp_path_factory.mktemp('chromium')}",
+    ):
+        options.add_argument(f"--{flag}")
+    chrome = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    try:
+        yield chrome
+    finally:
+        chrome.quit()
+
+
+class Page:
+    """The page, used as a person would."""
+
+    def __init__(self, browser: Any, address: str) -> None:
+        self.browser = browser
+        browser.get(address)
+        self.wait("return document.querySelector('#make') && !document.querySelector('.wrap.full')", 60)
+
+    def wait(self, script: str, seconds: float = 30) -> Any:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if value := self.browser.execute_script(script):
+                return value
+            time.sleep(0.1)
+        raise AssertionError(f"never true: {script}; the status is {self.text('#status')!r}")
+
+    def find(self, selector: str) -> Any:
+        return self.browser.find_element("css selector", selector)
+
+    def text(self, selector: str) -> str:
+        return str(self.find(selector).text)
+
+    def click(self, selector: str) -> None:
+        element = self.find(selector)
+        self.browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
+        element.click()
+
+    def write(self, prompt: str) -> None:
+        box = self.find("#prompt textarea")
+        box.clear()
+        box.send_keys(prompt)
+
+
+@pytest.mark.browser
+def test_a_prompt_becomes_a_video_that_plays(browser: Any, served: str) -> None:
+    page = Page(browser, served)
+    page.write("a rocket flies up")
+    page.click("#make")
+    source = page.wait("const v = document.querySelector('#video video'); return v && v.readyState >= 2 && v.src")
+    assert source.startswith(served) and source.endswith(".mp4")
+    assert page.wait("return document.querySelector('#video video').currentTime > 0")  # it plays
+    size = browser.execute_script(
+        "const v = document.querySelector('#video video'); return [v.videoWidth, v.videoHeight, v.duration]"
+    )
+    assert size == [64, 64, pytest.approx(29 / 8)]
+    assert "29 frames, 3.6 s, of 64 x 64, seed 0" in page.text("#status")
+    assert page.wait("return document.querySelectorAll('#gallery video').length === 1")
+    assert fetch(page.wait("return document.querySelector('#download a, a#download')?.href") or source)[0] == 200
+    # All of the page came from this server.
+    strangers = "return performance.getEntriesByType('resource').map(e => e.name).filter(n => !/^(blob|data):/.test(n) && !n.startsWith(location.origin))"
+    assert browser.execute_script(strangers) == []
+
+
+@pytest.mark.browser
+def test_cancel_interrupts_and_the_next_request_runs(browser: Any, served: str) -> None:
+    page = Page(browser, served)
+    page.write("a cat jumps")
+    PAUSE[0] = 0.3
+    try:
+        page.click("#make")
+        page.wait("return /stage 1/.test(document.querySelector('#video').innerText)")
+        page.click("#stop")
+        page.wait("return document.querySelector('#status').innerText.includes('Cancelled')")
+    finally:
+        PAUSE[0] = 0.0
+    page.click("#make")
+    page.wait("return document.querySelector('#status').innerText.includes('29 frames')")
+    assert browser.execute_script("return document.querySelectorAll('#gallery video').length") == 1
+
+
+@pytest.mark.browser
+def test_errors_are_one_sentence_on_the_page(browser: Any, served: str) -> None:
+    page = Page(browser, served)
+    page.click("#make")
+    assert page.wait("return document.querySelector('.toast-body')?.innerText.includes('write a prompt first')")
+
+
+@pytest.mark.browser
+def test_an_uploaded_video_is_enlarged(browser: Any, served: str, tmp_path: Path) -> None:
+    frames = np.zeros((6, 32, 48, 3), np.uint8)
+    frames[:, 8:20, 8:20] = 200
+    write_video(frames, tmp_path / "mine.mp4", 8)
+    page = Page(browser, served)
+    page.click("#tasks button[role=tab]:last-of-type")
+    page.find("#upscale-video input[type=file]").send_keys(str(tmp_path / "mine.mp4"))
+    page.wait("return document.querySelector('#upscale-video video')")
+    page.click("#make")
+    page.wait("return document.querySelector('#status').innerText.includes('5 frames, 0.6 s, of 96 x 64')")
