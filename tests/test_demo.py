@@ -20,7 +20,7 @@ import pytest
 from tests import tiny
 from walt import cli, demo
 from walt.errors import WaltError
-from walt.media import read_image, read_video, write_image, write_video
+from walt.media import read_image, read_video, write_video
 
 PAUSE = [0.0]  # seconds that the tiny model takes more per step
 
@@ -268,13 +268,26 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         chrome.quit()
 
 
+# The button is there and nothing lies over it.
+READY = """
+const button = document.querySelector('#make');
+if (!button) return false;
+const box = button.getBoundingClientRect();
+return button.contains(document.elementFromPoint(box.x + box.width / 2, box.y + box.height / 2));
+"""
+STRANGERS = """
+return performance.getEntriesByType('resource').map(entry => entry.name)
+  .filter(name => !/^(blob|data):/.test(name) && !name.startsWith(location.origin));
+"""
+
+
 class Page:
     """The page, used as a person would."""
 
     def __init__(self, browser: Any, address: str) -> None:
         self.browser = browser
         browser.get(address)
-        self.wait("return document.querySelector('#make') && !document.querySelector('.wrap.full')", 60)
+        self.wait(READY, 60)
 
     def wait(self, script: str, seconds: float = 30) -> Any:
         end = time.monotonic() + seconds
@@ -317,8 +330,7 @@ def test_a_prompt_becomes_a_video_that_plays(browser: Any, served: str) -> None:
     assert page.wait("return document.querySelectorAll('#gallery video').length === 1")
     assert fetch(page.wait("return document.querySelector('#download a, a#download')?.href") or source)[0] == 200
     # All of the page came from this server.
-    strangers = "return performance.getEntriesByType('resource').map(e => e.name).filter(n => !/^(blob|data):/.test(n) && !n.startsWith(location.origin))"
-    assert browser.execute_script(strangers) == []
+    assert browser.execute_script(STRANGERS) == []
 
 
 @pytest.mark.browser
