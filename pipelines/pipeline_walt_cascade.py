@@ -10,7 +10,7 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from walt.chunking import chunk_length, chunk_starts
+from walt.chunking import chunk_count, chunk_length, chunk_starts
 from walt.errors import WaltError
 from walt.models.transformer_walt import WaltTransformer3DModel
 from walt.pipelines.pipeline_output import WaltPipelineOutput
@@ -211,7 +211,7 @@ class WaltCascadePipeline(SamplingPipeline):
             negative_prompt_embeds_mask,
             max_sequence_length,
         )
-        self._num_timesteps = sum(self._count_steps(count, num_frames) for count in steps)
+        self._num_timesteps = sum(self._count_steps(count, chunk_count(num_frames, self.vae_scale_factor_temporal)) for count in steps)
         shared: dict[str, Any] = {
             "prompt_embeds": embeds,
             "negative_prompt_embeds": negative_embeds,
