@@ -164,30 +164,21 @@ def _fill_around(images: Tensor, mask: Tensor) -> Tensor:
     weight = mask.float()
     if max(images.shape[-2:]) == 1:
         return images * weight
-    half, known = (
-        F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False) for x in (images * weight, weight)
-    )
+    half, known = (F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False) for x in (images * weight, weight))
     coarse = _fill_around(half / known.clamp_min(1e-6), known > 0)
     size = [images.shape[-2], images.shape[-1]]
     return torch.where(mask, images, F.interpolate(coarse, size=size, mode="bilinear", align_corners=False))
 
 
-def fit(video: Tensor, height: int, width: int, smooth: bool = True) -> Tensor:
-    """`(B, C, T, H', W')` scaled to cover height x width with its shape kept, and cut at the centre.
-
-    Args:
-        smooth: false for masks: a pixel then is any value that the nearest one had.
-    """
+def fit(video: Tensor, height: int, width: int) -> Tensor:
+    """`(B, C, T, H', W')` scaled to cover height x width with its shape kept, and cut at the centre."""
     batch, _, frames, h, w = video.shape
     if (h, w) == (height, width):
         return video
     scale = max(height / h, width / w)
     size = [max(height, round(h * scale)), max(width, round(w * scale))]
     flat = video.transpose(1, 2).flatten(0, 1)
-    if smooth:
-        flat = F.interpolate(flat, size=size, mode="bilinear", antialias=True, align_corners=False)
-    else:
-        flat = F.interpolate(flat, size=size, mode="nearest-exact")
+    flat = F.interpolate(flat, size=size, mode="bilinear", antialias=True, align_corners=False)
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
     cut = flat[..., top : top + height, left : left + width]
     return cut.unflatten(0, (batch, frames)).transpose(1, 2)

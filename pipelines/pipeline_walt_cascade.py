@@ -211,7 +211,9 @@ class WaltCascadePipeline(SamplingPipeline):
             negative_prompt_embeds_mask,
             max_sequence_length,
         )
-        self._num_timesteps = sum(self._count_steps(count, chunk_count(num_frames, self.vae_scale_factor_temporal)) for count in steps)
+        self._num_timesteps = sum(
+            self._count_steps(count, chunk_count(num_frames, self.vae_scale_factor_temporal)) for count in steps
+        )
         shared: dict[str, Any] = {
             "prompt_embeds": embeds,
             "negative_prompt_embeds": negative_embeds,

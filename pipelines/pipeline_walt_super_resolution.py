@@ -224,7 +224,9 @@ class WaltSuperResolutionPipeline(SamplingPipeline):
 
         def bordered(piece: Tensor) -> Tensor:
             if tuple(piece.shape[-2:]) != (height, width):
-                raise WaltError(f"the video changes its size from {height}x{width} to {piece.shape[-2]}x{piece.shape[-1]}")
+                raise WaltError(
+                    f"the video changes its size from {height}x{width} to {piece.shape[-2]}x{piece.shape[-1]}"
+                )
             flat = piece.transpose(1, 2).flatten(0, 1)
             return F.pad(flat, border, mode="replicate").unflatten(0, (len(piece), -1)).transpose(1, 2)
 

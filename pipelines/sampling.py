@@ -17,6 +17,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 from diffusers.video_processor import VideoProcessor
+from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -322,7 +323,9 @@ def set_timesteps(scheduler: Any, steps: int, strength: float = 1.0, device: Any
         return timesteps
     first = len(timesteps) - int(len(timesteps) * strength)
     if first == len(timesteps):
-        raise WaltError(f"strength={strength} leaves none of the {steps} steps: use at least {1 / steps:.3g}, or more steps")
+        raise WaltError(
+            f"strength={strength} leaves none of the {steps} steps: use at least {1 / steps:.3g}, or more steps"
+        )
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(first)
     return timesteps[first:]
@@ -717,6 +720,8 @@ class SamplingPipeline(DiffusionPipeline):
 
     def _video(self, video: Any, name: str = "video") -> Tensor:
         """`(B, 3, T, H, W)` float32 in [-1, 1] of whatever VideoProcessor takes, or uint8 arrays; else a WaltError."""
+        if isinstance(video, Image.Image):
+            video = [video]
         if isinstance(video, np.ndarray) and video.dtype == np.uint8:
             video = video.astype(np.float32) / 255
         try:
