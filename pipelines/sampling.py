@@ -373,6 +373,7 @@ def denoise_stream(
 
     Yields:
         For every chunk its new frames `(B, 3, n, H, W)` in [-1, 1], or all its normalised latents `(B, C, t, h, w)`.
+        An interrupt ends it with the chunk that runs.
     """
     vae, device, ratio = pipe.vae, pipe._execution_device, pipe.vae_scale_factor_temporal
     overlap = overlap_frames(ratio)
@@ -438,6 +439,8 @@ def denoise_stream(
         elif video is not None:
             skip = overlap if k else 0
             yield video[:, :, skip : window.valid]
+        if pipe.interrupt:
+            return
 
 
 @dataclass(frozen=True)

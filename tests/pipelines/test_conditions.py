@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -288,7 +289,7 @@ def test_interpolate(pipe: WaltConditionPipeline, clip: Tensor) -> None:
     assert made.shape[0] == 41
     for at, picture in places.items():
         assert close(made[at], picture, 1e-6), at
-    assert all(not close(a, b, 1e-3) for a, b in zip(made, made[1:], strict=False)), "nothing stands still"
+    assert all(not close(a, b, 1e-3) for a, b in itertools.pairwise(made)), "nothing stands still"
     two = run(pipe.interpolate, [clip[0], clip[1]], PROMPT, num_videos_per_prompt=2)
     assert two.shape[:2] == (2, 14) and not close(two[0, 1:13], two[1, 1:13], 1e-2)
 
@@ -329,7 +330,7 @@ def test_repaint_needs_no_frame_conditioning(clip: Tensor) -> None:
     pipe = tiny.condition_pipeline(frame_conditioning=False)
     made = run(pipe, PROMPT, image=clip[0], last_image=clip[1], conditioning="repaint", resample_steps=2)[0]
     assert close(made[:1], shown(pipe, clip[:1]))
-    with pytest.raises(WaltError, match='built with frame_conditioning=False .* pass conditioning="repaint"'):
+    with pytest.raises(WaltError, match=r'built with frame_conditioning=False .* pass conditioning="repaint"'):
         run(pipe, PROMPT, image=clip[0])
     assert run(pipe, PROMPT, video=clip[:5], strength=0.5).shape[1] == 5, "an edit needs none"
 
@@ -413,7 +414,7 @@ def test_a_super_resolution_stage_cannot_animate() -> None:
     parts = tiny.super_resolution_pipeline().components
     pipe = WaltConditionPipeline(**parts)
     for given in ({"image": FIVE[0]}, {"video": FIVE, "strength": 0.5}, {}):
-        with pytest.raises(WaltError, match="only enlarges: use WaltSuperResolutionPipeline .* a base transformer"):
+        with pytest.raises(WaltError, match=r"only enlarges: use WaltSuperResolutionPipeline .* a base transformer"):
             run(pipe, PROMPT, **given)
 
 
