@@ -20,7 +20,7 @@ import pytest
 from tests import tiny
 from walt import cli, demo
 from walt.errors import WaltError
-from walt.media import read_image, read_video, write_video
+from walt.media import read_image, read_video, write_image, write_video
 
 PAUSE = [0.0]  # seconds that the tiny model takes more per step
 
@@ -71,7 +71,7 @@ def test_a_request_is_made_as_the_pipeline_would(studio: demo.Studio, pipe: Any)
     result = studio.run("me", "text", request, lambda done, total, text: steps.append((done, total, text)))
     video, fps = read_video(result.path)
     assert video.shape == (5, 32, 32, 3) and fps == 8 and not result.still
-    assert steps[:3] == [(1, 3, "stage 1"), (2, 3, "stage 1"), (3, 3, "stage 2")]
+    assert steps == [(1, 3, "stage 1"), (2, 3, "stage 1"), (3, 3, "stage 2")]
     alone = pipe(
         "a rocket flies up",
         stages=2,
@@ -88,6 +88,70 @@ def test_a_request_is_made_as_the_pipeline_would(studio: demo.Studio, pipe: Any)
 def test_a_still_is_a_png(studio: demo.Studio) -> None:
     result = studio.run("me", "text", ask(studio, frames=1), silent)
     assert result.still and result.path.suffix == ".png" and read_image(result.path).shape == (16, 16, 3)
+
+
+@pytest.fixture(scope="module")
+def uploads(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A video of 13 frames in which a square moves, and a picture, both wider than high."""
+    folder = tmp_path_factory.mktemp("uploads")
+    frames = np.full((13, 32, 48, 3), 40, np.uint8)
+    for i, frame in enumerate(frames):
+        frame[8:20, i : i + 12] = (230, 60, 60)
+    write_video(frames, folder / "video.mp4", 8)
+    write_image(frames[0], folder / "image.png")
+    return {"video": folder / "video.mp4", "image": folder / "image.png"}
+
+
+# What each task is given beside the prompt, and the frames (height, width) that it makes.
+GIVEN: dict[str, tuple[dict[str, Any], tuple[int, int, int]]] = {
+    "text": ({}, (5, 32, 32)),
+    "image": ({"image": "image"}, (5, 32, 32)),
+    "keyframes": ({"first": "image", "middle": "image", "last": "image"}, (5, 32, 32)),
+    "continue": ({"video": "video", "how": "Forward", "new": 4}, (17, 32, 32)),
+    "fill": (
+        {"video": "video", "left": 0, "right": 50, "top": 0, "bottom": 50, "where": "outside"},
+        (13, 32, 32),
+    ),
+    "edit": ({"video": "video", "strength": 0.5}, (13, 32, 32)),
+    "upscale": ({"video": "video", "scale": 2}, (13, 64, 96)),
+    "long": ({"seconds": 3, "noise": 50}, (24, 32, 32)),
+}
+
+
+@pytest.mark.parametrize("task", list(demo.TASKS))
+def test_every_task_makes_its_frames(task: str, studio: demo.Studio, uploads: dict[str, Path]) -> None:
+    given, shape = GIVEN[task]
+    given = {name: uploads.get(str(value), value) for name, value in given.items()}
+    request = ask(studio, task, given, size="32 x 32 square", frames=5)
+    video, _ = read_video(studio.run("me", task, request, silent).path)
+    assert video.shape == (*shape, 3)
+
+
+@pytest.mark.parametrize(("how", "frames"), [("Backward", 17), ("Loop", 17), ("Connect", 30)])
+def test_a_video_is_continued_in_every_way(
+    how: str, frames: int, studio: demo.Studio, uploads: dict[str, Path]
+) -> None:
+    given: dict[str, Any] = {"video": uploads["video"], "how": how, "new": 4}
+    if how == "Connect":
+        with pytest.raises(WaltError, match="give the second video too"):
+            studio.run("me", "continue", ask(studio, "continue", given), silent)
+        given |= {"next": uploads["video"]}
+    video, _ = read_video(studio.run("me", "continue", ask(studio, "continue", given), silent).path)
+    assert video.shape == (frames, 16, 16, 3)
+
+
+def test_outside_the_box_nothing_changes(studio: demo.Studio, uploads: dict[str, Path]) -> None:
+    box = {"left": 50, "right": 100, "top": 0, "bottom": 100, "where": "inside"}
+    request = ask(studio, "fill", {"video": uploads["video"], **box})
+    (frames,) = demo.TASKS["fill"].make(studio.pipe, request, lambda *_: {})
+    given = request.clip("video")
+    made = demo.to_pixels(frames)
+    assert np.array_equal(made[:, :, :8], given[:, :, :8]) and not np.array_equal(made[:, :, 8:], given[:, :, 8:])
+
+
+def test_a_long_video_may_not_be_longer_than_allowed(studio: demo.Studio) -> None:
+    with pytest.raises(WaltError, match="at most 41 frames"):
+        studio.run("me", "long", ask(studio, "long", {"seconds": 6, "noise": 0}), silent)
 
 
 def test_sizes_stay_within_the_limit(pipe: Any, tmp_path: Path) -> None:
@@ -111,7 +175,9 @@ def test_sizes_stay_within_the_limit(pipe: Any, tmp_path: Path) -> None:
         ({"guidance": 31}, "guidance must be from 0 to 30"),
         ({"guidance": None}, "guidance must be from 0 to 30"),
         ({"task": "nothing"}, 'there is no task "nothing"'),
-        ({"task": "upscale"}, "Upscale: give the video first"),
+        ({"task": "upscale", "given": {"scale": 2}}, "Upscale: give the video first"),
+        ({"task": "upscale", "given": {"video": "x.mp4", "scale": 8}}, "Times must be one of 2, 4, got 8"),
+        ({"task": "long", "given": {"seconds": 90, "noise": 0}}, "Seconds must be from 2 to 60, got 90"),
     ],
 )
 def test_what_a_request_may_not_ask_for(studio: demo.Studio, changes: dict[str, Any], message: str) -> None:
@@ -308,6 +374,14 @@ class Page:
         self.browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
         element.click()
 
+    def choose(self, task: str) -> None:
+        """The tab of a task."""
+        for tab in self.browser.find_elements("css selector", "#tasks button[role=tab]"):
+            if tab.text.strip() == task and tab.is_displayed():
+                tab.click()
+                return
+        raise AssertionError(f"there is no tab {task}")
+
     def write(self, prompt: str) -> None:
         box = self.find("#prompt textarea")
         box.clear()
@@ -363,8 +437,9 @@ def test_an_uploaded_video_is_enlarged(browser: Any, served: str, tmp_path: Path
     frames[:, 8:20, 8:20] = 200
     write_video(frames, tmp_path / "mine.mp4", 8)
     page = Page(browser, served)
-    page.click("#tasks button[role=tab]:last-of-type")
+    page.choose("Upscale")
+    assert page.wait("return !document.querySelector('#prompt') || !document.querySelector('#prompt').offsetParent")
     page.find("#upscale-video input[type=file]").send_keys(str(tmp_path / "mine.mp4"))
     page.wait("return document.querySelector('#upscale-video video')")
     page.click("#make")
-    page.wait("return document.querySelector('#status').innerText.includes('5 frames, 0.6 s, of 96 x 64')")
+    page.wait("return document.querySelector('#status').innerText.includes('6 frames, 0.8 s, of 96 x 64')")

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,6 +23,7 @@ from walt.chunking import chunk_starts
 from walt.errors import WaltError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from walt.media import Pixels
@@ -35,7 +37,7 @@ MAX_SEED = 2**31 - 1  # a browser's numbers are exact up to 2**53
 class Limits:
     """What one request may ask for."""
 
-    frames: int = 125
+    frames: int = 480
     side: int = 1024
     steps: int = 100
     upload_megabytes: int = 64
@@ -43,7 +45,11 @@ class Limits:
 
 @dataclass(frozen=True)
 class Request:
-    """A checked request: `files` and `choices` hold what the task's own fields were given, by the field's name."""
+    """A checked request: `files` and `choices` hold what the task's own fields were given, by the field's name.
+
+    `height` and `width` are those of the last of `stages`; `steps` and `guidance` have one number per stage. `most` and
+    `side` are the limits on frames and pixels a side.
+    """
 
     prompt: str
     negative_prompt: str | None
@@ -54,14 +60,30 @@ class Request:
     seed: int
     steps: list[int]
     guidance: list[float]
+    most: int
+    side: int
     files: dict[str, Path] = field(default_factory=dict)
     choices: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def base_size(self) -> tuple[int, int]:
+        """Height and width of the first stage."""
+        down = 2 ** (self.stages - 1)
+        return self.height // down, self.width // down
+
+    def clip(self, name: str) -> Pixels:
+        """The upload of a field, at the size of the first stage: uint8 `(T, H, W, 3)`."""
+        return read_clip(self.files[name], self.most, self.base_size)
+
+
+Step = Callable[..., Any]
+Make = Callable[[Any, Request, Step], "Iterator[Tensor]"]
 
 
 class Field(NamedTuple):
     """One input that a task has for itself: what kind it is, its label, and whether the task needs it."""
 
-    kind: str  # "image" or "video" (a file), "number" (low, high, default), "choice" (names)
+    kind: str  # "image" or "video" (a file), "number" (low, high, default, step), "choice" (values)
     label: str
     needed: bool = True
     options: tuple[Any, ...] = ()
@@ -70,17 +92,18 @@ class Field(NamedTuple):
 class Task(NamedTuple):
     """One tab.
 
-    `lacks(pipe)` is why this model cannot do it, or None; `make(pipe, request, step)` returns frames
-    `(T, 3, H, W)` in [0, 1], calling `step` after every denoising step as diffusers' `callback_on_step_end`.
+    `lacks(pipe)` is why this model cannot do it, or None; `make(cascade, request, step)` yields the frames in pieces
+    `(n, 3, H, W)` in [0, 1], calling `step` after every denoising step as diffusers' `callback_on_step_end`.
     """
 
     title: str
     help: str
     fields: dict[str, Field]
     lacks: Callable[[Any], str | None]
-    make: Callable[[Any, Request, Callable[..., Any]], Tensor]
+    make: Make
     prompt: bool = True  # whether it is told in words
-    size: bool = True  # whether frames, stages and shape are chosen
+    length: bool = True  # whether the number of frames is chosen
+    size: bool = True  # whether the size is chosen
 
 
 class Cancelled(Exception):
@@ -98,85 +121,245 @@ def _no_upscaling(pipe: Any) -> str | None:
     return None if len(pipe.transformers) > 1 else "this model has no super-resolution stage"
 
 
-def _settings(request: Request, step: Callable[..., Any]) -> dict[str, Any]:
-    """What every call is told."""
+def _no_frames(pipe: Any) -> str | None:
+    if pipe.transformer.config.frame_conditioning:
+        return None
+    return "this model's base was built with frame_conditioning=False and cannot be told what is given"
+
+
+def _text(pipe: Any, request: Request, step: Step) -> Iterator[Tensor]:
+    yield from _stream(pipe, request, step, request.frames)
+
+
+def _long(pipe: Any, request: Request, step: Step) -> Iterator[Tensor]:
+    from walt.chunking import fitting_frames
+
+    frames = int(request.choices["seconds"] * FPS)
+    if frames > request.most:
+        raise WaltError(f"at most {request.most} frames ({request.most / FPS:.0f} s) are made here, got {frames}")
+    context = {"context_noise_level": int(request.choices["noise"])}
+    left = frames
+    for piece in _stream(pipe, request, step, fitting_frames(frames), **context):
+        yield piece[:left]
+        left -= len(piece)
+
+
+def _stream(pipe: Any, request: Request, step: Step, frames: int, **context: Any) -> Iterator[Tensor]:
+    pieces = pipe.stream(
+        request.prompt,
+        num_frames=frames,
+        negative_prompt=request.negative_prompt,
+        height=request.height,
+        width=request.width,
+        stages=request.stages,
+        num_inference_steps=request.steps,
+        guidance_scale=request.guidance,
+        generator=_generator(request),
+        callback_on_step_end=step,
+        **context,
+    )
+    for piece in pieces:
+        yield piece[0]
+
+
+def _generator(request: Request) -> torch.Generator:
     import torch
 
-    return {
-        "generator": torch.Generator().manual_seed(request.seed),
-        "output_type": "pt",
-        "callback_on_step_end": step,
-    }
+    return torch.Generator().manual_seed(request.seed)
 
 
-def _told(request: Request, step: Callable[..., Any]) -> dict[str, Any]:
-    """`_settings` and what a cascade is told in words, sizes and numbers."""
-    return {
-        **_settings(request, step),
-        "prompt": request.prompt,
-        "negative_prompt": request.negative_prompt,
-        "height": request.height,
-        "width": request.width,
-        "stages": request.stages,
-        "num_frames": request.frames,
-        "num_inference_steps": request.steps,
-        "guidance_scale": request.guidance,
-    }
+def _conditioned(make: Callable[[Any, Request, dict[str, Any]], Any]) -> Make:
+    """A task of the base pipeline (`make(pipeline, request, arguments)`), enlarged to the size asked for."""
+
+    def whole(pipe: Any, request: Request, step: Step) -> Iterator[Tensor]:
+        from walt.pipelines.pipeline_walt_condition import WaltConditionPipeline
+
+        base = WaltConditionPipeline(pipe.tokenizer, pipe.text_encoder, pipe.vae, pipe.transformer, pipe.scheduler)
+        base.set_progress_bar_config(disable=True)
+        call = {
+            "prompt": request.prompt,
+            "negative_prompt": request.negative_prompt,
+            "height": request.base_size[0],
+            "width": request.base_size[1],
+            "num_inference_steps": request.steps[0],
+            "guidance_scale": request.guidance[0],
+            "generator": _generator(request),
+            "callback_on_step_end": step,
+            "output_type": "pt",
+        }
+        frames = make(base, request, call).frames
+        if request.stages == 1:
+            yield frames[0]
+            return
+        yield from _enlarge(pipe, request, step, frames, 2 ** (request.stages - 1), request.steps[1])
+
+    return whole
 
 
-def _text(pipe: Any, request: Request, step: Callable[..., Any]) -> Tensor:
-    frames: Tensor = pipe(**_told(request, step)).frames[0]
-    return frames
+def _enlarge(pipe: Any, request: Request, step: Step, video: Any, scale: int, steps: int) -> Iterator[Tensor]:
+    from walt.chunking import chunk_count
+
+    # A stream does not know how long its video is; here it is known, and the bar shows it.
+    frames = video.shape[1] if video.ndim == 5 else len(video)
+    pipe._num_timesteps = chunk_count(frames) * steps * (scale.bit_length() - 1)
+    pieces = pipe.upscale_stream(
+        video,
+        request.prompt or None,
+        scale=scale,
+        num_inference_steps=steps,
+        generator=_generator(request),
+        callback_on_step_end=step,
+    )
+    for piece in pieces:
+        yield piece[0]
 
 
-def _upscale(pipe: Any, request: Request, step: Callable[..., Any]) -> Tensor:
-    import torch
+def _image(base: Any, request: Request, call: dict[str, Any]) -> Any:
+    return base(image=request.clip("image")[0], num_frames=request.frames, **call)
 
-    from walt.pipelines.pipeline_walt_super_resolution import WaltSuperResolutionPipeline
 
-    video = read_clip(request.files["video"], request.frames, None)
-    times = int(request.choices["times"])
-    frames = torch.from_numpy(video).permute(0, 3, 1, 2)[None].float() / 255
-    for number in range(times):
-        transformer = pipe.transformers[min(number + 1, len(pipe.transformers) - 1)]
-        stage = WaltSuperResolutionPipeline(pipe.vae, transformer, pipe.scheduler)
-        stage.set_progress_bar_config(disable=True)
-        frames = stage(
-            video=frames,
-            noise_level=pipe.config.noise_level,
-            num_inference_steps=pipe.config.super_resolution_steps,
-            **_settings(request, step),
-        ).frames
-    return frames[0]
+def _keyframes(base: Any, request: Request, call: dict[str, Any]) -> Any:
+    last = request.frames - 1
+    if last < 2:
+        raise WaltError("keyframes need a longer video: choose at least 5 frames")
+    places = {0: request.clip("first")[0], last: request.clip("last")[0]}
+    if "middle" in request.files:
+        places[last // 2] = request.clip("middle")[0]
+    return base.interpolate(places, **call)
+
+
+def _continue(base: Any, request: Request, call: dict[str, Any]) -> Any:
+    video, new, how = request.clip("video"), int(request.choices["new"]), request.choices["how"]
+    if how == "Loop":
+        return base.loop(video, num_frames=new, **call)
+    if how == "Connect":
+        if "next" not in request.files:
+            raise WaltError("Connect: give the second video too")
+        return base.connect(video, request.clip("next"), num_frames=new, **call)
+    return base.extend(video, num_frames=new, direction=how.lower(), **call)
+
+
+def _fill(base: Any, request: Request, call: dict[str, Any]) -> Any:
+    import numpy as np
+
+    video = request.clip("video")
+    if "mask" in request.files:
+        mask = request.clip("mask")[0].mean(axis=-1) > 127
+    else:
+        left, right, top, bottom = (request.choices[side] / 100 for side in ("left", "right", "top", "bottom"))
+        if not (left < right and top < bottom):
+            raise WaltError("the box is empty: its left must be below its right, and its top below its bottom")
+        height, width = request.base_size
+        mask = np.zeros((height, width), bool)
+        mask[round(top * height) : round(bottom * height), round(left * width) : round(right * width)] = True
+    if request.choices["where"] == "outside":
+        mask = ~mask
+    return base(video=video, mask_video=mask, **call)
+
+
+def _edit(base: Any, request: Request, call: dict[str, Any]) -> Any:
+    return base(video=request.clip("video"), strength=float(request.choices["strength"]), **call)
+
+
+def _upscale(pipe: Any, request: Request, step: Step) -> Iterator[Tensor]:
+    scale = int(request.choices["scale"])
+    video = read_clip(request.files["video"], request.most, None, request.side // scale)
+    yield from _enlarge(pipe, request, step, video, scale, request.steps[-1])
 
 
 TASKS: dict[str, Task] = {
     "text": Task(
-        "Text to video",
-        "A prompt becomes a video, or a still when there is one frame.",
+        "Text",
+        "A prompt becomes a video, or a still when its length is one frame.",
         {},
         _nothing,
         _text,
     ),
+    "image": Task(
+        "Image",
+        "A picture is the first frame; the prompt says what happens.",
+        {"image": Field("image", "Picture")},
+        _no_frames,
+        _conditioned(_image),
+    ),
+    "keyframes": Task(
+        "Keyframes",
+        "A video through your pictures: at its start, in the middle if you like, and at its end.",
+        {
+            "first": Field("image", "First frame"),
+            "middle": Field("image", "Middle frame", needed=False),
+            "last": Field("image", "Last frame"),
+        },
+        _no_frames,
+        _conditioned(_keyframes),
+    ),
+    "continue": Task(
+        "Continue",
+        "What comes after your video, or before it; back to its beginning as a seamless loop; or on to a second video.",
+        {
+            "video": Field("video", "Video"),
+            "next": Field("video", "Second video, to connect to", needed=False),
+            "how": Field("choice", "How", options=("Forward", "Backward", "Loop", "Connect")),
+            "new": Field("number", "New frames", options=(4, 48, 12, 4)),
+        },
+        _no_frames,
+        _conditioned(_continue),
+        length=False,
+    ),
+    "fill": Task(
+        "Fill",
+        "A region of your video is made anew: a box in percent of the frame, or the white part of a mask.",
+        {
+            "video": Field("video", "Video"),
+            "mask": Field("image", "Mask", needed=False),
+            "left": Field("number", "Left %", options=(0, 100, 25, 1)),
+            "right": Field("number", "Right %", options=(0, 100, 75, 1)),
+            "top": Field("number", "Top %", options=(0, 100, 25, 1)),
+            "bottom": Field("number", "Bottom %", options=(0, 100, 75, 1)),
+            "where": Field("choice", "Made anew", options=("inside", "outside")),
+        },
+        _no_frames,
+        _conditioned(_fill),
+        length=False,
+    ),
+    "edit": Task(
+        "Edit",
+        "Your video is changed towards the prompt: a higher strength changes more.",
+        {"video": Field("video", "Video"), "strength": Field("number", "Strength", options=(0.05, 1.0, 0.6, 0.05))},
+        _nothing,
+        _conditioned(_edit),
+        length=False,
+    ),
     "upscale": Task(
         "Upscale",
-        "Your video, at twice the size per stage.",
-        {"video": Field("video", "Video"), "times": Field("choice", "Doublings", options=(1, 2))},
+        "Your video at a larger size, without tiles or seams.",
+        {"video": Field("video", "Video"), "scale": Field("choice", "Times", options=(2, 4))},
         _no_upscaling,
         _upscale,
         prompt=False,
+        length=False,
         size=False,
+    ),
+    "long": Task(
+        "Long",
+        "A long video, each part seeing the end of the one before. Noise on what it sees slows drift.",
+        {
+            "seconds": Field("number", "Seconds", options=(2, 60, 10, 1)),
+            "noise": Field("number", "Noise on the context", options=(0, 500, 0, 10)),
+        },
+        _no_frames,
+        _long,
+        length=False,
     ),
 }
 
 
-def read_clip(path: Path, frames: int, size: tuple[int, int] | None) -> Pixels:
-    """The first `frames` frames at 8 per second (fewer, but an allowed number, where the video is shorter).
+def read_clip(path: Path, frames: int, size: tuple[int, int] | None, side: int = 0) -> Pixels:
+    """The first `frames` frames of an upload at 8 per second; all of a shorter video, and the one of a picture.
 
     Args:
-        path: an upload.
-        frames: at most.
         size: height and width it is scaled and cut to; None for its own, cut to multiples of 16.
+        side: with `size` None the longest side it may have, 0 for any.
 
     Returns:
         uint8 `(T, H, W, 3)`.
@@ -192,8 +375,12 @@ def read_clip(path: Path, frames: int, size: tuple[int, int] | None) -> Pixels:
             size = (facts.height // 16 * 16, facts.width // 16 * 16)
             if 0 in size:
                 raise WaltError(f"{facts.width}x{facts.height} pixels are too few: at least 16x16 are needed")
-        there = max(1, min(frames, int(facts.seconds * FPS)))
-        return read_window(path, suffix, [k / FPS for k in range(allowed_frames(there)[-1])], size)
+            if side and max(size) > side:
+                raise WaltError(
+                    f"{facts.width}x{facts.height} pixels are too many: up to {side} a side are enlarged here"
+                )
+        count = max(1, min(frames, int(facts.seconds * FPS + 1e-6)))
+        return read_window(path, suffix, [k / FPS for k in range(count)], size)
     except WaltError as error:
         raise WaltError(f'cannot use "{path.name}": {error}') from error
 
@@ -301,10 +488,12 @@ class Studio:
             stages=stages,
             height=height,
             width=width,
-            frames=int(frames) if TASKS[task].size else limits.frames,
+            frames=int(frames),
             seed=int(seed),
             steps=[int(steps)] + [int(later_steps)] * (stages - 1),
             guidance=[float(guidance)] + [scale] * (stages - 1),
+            most=limits.frames,
+            side=limits.side,
             files=files,
             choices=choices,
         )
@@ -324,7 +513,7 @@ class Studio:
                     raise WaltError(f"{field_.label} must be one of {', '.join(map(str, field_.options))}, got {value}")
                 choices[name] = value
             else:
-                low, high, _ = field_.options
+                low, high, _, _ = field_.options
                 if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
                     raise WaltError(f"{field_.label} must be from {low} to {high}, got {value}")
                 choices[name] = value
@@ -332,7 +521,7 @@ class Studio:
 
     def run(self, session: str, task: str, request: Request, report: Callable[[int, int, str], None]) -> Result:
         """Makes what is asked for; raises Cancelled soon after `cancel(session)`."""
-        from walt.media import write_image, write_video
+        from walt.media import VideoWriter, write_image
 
         stop = self._stops[session] = threading.Event()
 
@@ -340,32 +529,33 @@ class Studio:
             if stop.is_set():
                 raise Cancelled
             stage = getattr(pipe, "current_stage", 0)
-            report(index + 1, max(pipe.num_timesteps, index + 1), f"stage {stage}" if stage else "")
+            report(index + 1, max(pipe.num_timesteps, index + 1), f"stage {stage}" if stage else "base")
             return tensors
 
+        folder = self.folder / secrets.token_hex(16)
         try:
             with self._one:
                 if stop.is_set():
                     raise Cancelled
                 start = time.perf_counter()
-                frames = TASKS[task].make(self.pipe, request, step)
-                report(1, 1, "writing the file")
-                pixels = to_pixels(frames)
+                pieces = map(to_pixels, TASKS[task].make(self.pipe, request, step))
+                first, second = next(pieces), next(pieces, None)
+                still = len(first) == 1 and second is None
+                height, width = first.shape[1:3]
+                path = folder / f"walt-{task}-{request.seed}{'.png' if still else '.mp4'}"
+                folder.mkdir(parents=True)
+                if still:
+                    write_image(first[0], path)
+                    length = "a still of"
+                else:
+                    with VideoWriter(path, FPS) as writer:
+                        for piece in chain([first], [] if second is None else [second], pieces):
+                            writer.add(piece)
+                    length = f"{writer.count} frames, {writer.count / FPS:.1f} s, of"
+                seconds = time.perf_counter() - start
         finally:
             self._stops.pop(session, None)
-        still = len(pixels) == 1
-        folder = self.folder / secrets.token_hex(16)
-        folder.mkdir(parents=True)
-        path = folder / f"walt-{task}-{request.seed}{'.png' if still else '.mp4'}"
-        if still:
-            write_image(pixels[0], path)
-        else:
-            write_video(pixels, path, FPS)
-        seconds = time.perf_counter() - start
-        count, height, width, _ = pixels.shape
-        length = "a still" if still else f"{count} frames, {count / FPS:.1f} s,"
-        caption = f"{length} of {width} x {height}, seed {request.seed}, made in {seconds:.1f} s"
-        return Result(path, still, caption)
+        return Result(path, still, f"{length} {width} x {height}, seed {request.seed}, made in {seconds:.1f} s")
 
     def cancel(self, session: str) -> bool:
         """Stops the running request of a session at its next step; whether there was one."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import secrets
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from starlette.middleware import Middleware
 
 from walt.demo import FPS, MAX_SEED, TASKS, Cancelled, Field, Limits, Studio, allowed_frames, example_prompts
 from walt.errors import WaltError
+
+LONGEST = 125  # frames in the list of lengths: the tab of long videos asks for seconds
 
 CSS = """
 .gradio-container > main, main.fillable {max-width: 1240px !important; margin: 0 auto !important; padding: 20px !important;}
@@ -42,7 +45,7 @@ def build_page(studio: Studio, words: dict[str, Any]) -> Any:
         )
     lengths = [
         ("1 frame, a still" if count == 1 else f"{count} frames, {count / FPS:.1f} s", count)
-        for count in allowed_frames(limits.frames)
+        for count in allowed_frames(min(limits.frames, LONGEST))
     ]
     usual = max(count for _, count in lengths if count <= 29)
     components: dict[tuple[str, str], Any] = {}
@@ -53,14 +56,16 @@ def build_page(studio: Studio, words: dict[str, Any]) -> Any:
         gr.HTML("<h1>walt</h1><p>Latent video diffusion, on this machine.</p>", elem_id="head")
         with gr.Row(equal_height=False):
             with gr.Column(scale=1, min_width=420):
+                tabs = []
                 with gr.Tabs(elem_id="tasks"):
                     for key, task in TASKS.items():
                         with gr.Tab(task.title, id=key, elem_id=f"tab-{key}") as tab:
                             lacks = task.lacks(pipe)
                             gr.Markdown(f"**Not with this model:** {lacks}." if lacks else task.help)
-                            for field_name, field_ in task.fields.items():
-                                components[key, field_name] = _component(f"{key}-{field_name}", field_)
-                        tab.select(lambda key=key: key, None, name, queue=False, api_visibility="private")
+                            with gr.Row():
+                                for field_name, field_ in task.fields.items():
+                                    components[key, field_name] = _component(f"{key}-{field_name}", field_)
+                        tabs.append((key, tab))
                 prompt = gr.Textbox(
                     label="Prompt",
                     lines=2,
@@ -176,20 +181,30 @@ def build_page(studio: Studio, words: dict[str, Any]) -> Any:
             studio.cancel(str(request.session_hash))
 
         page.unload(leave)
+        for key, tab in tabs:
+            tab.select(partial(_show, key), None, [name, prompt, size, frames], queue=False, **private)
     page.queue(default_concurrency_limit=1, max_size=16, api_open=False)
     return page
+
+
+def _show(key: str) -> list[Any]:
+    """What changes when the tab of a task is chosen: of the shared fields those that it uses are shown."""
+    task = TASKS[key]
+    return [key, gr.Textbox(visible=task.prompt), gr.Dropdown(visible=task.size), gr.Dropdown(visible=task.length)]
 
 
 def _component(elem_id: str, field_: Field) -> Any:
     label = field_.label if field_.needed else f"{field_.label} (if any)"
     if field_.kind == "image":
-        return gr.Image(label=label, type="filepath", sources=["upload"], elem_id=elem_id, height=200, buttons=[])
+        return gr.Image(
+            label=label, type="filepath", sources=["upload"], elem_id=elem_id, height=180, buttons=[], min_width=180
+        )
     if field_.kind == "video":
-        return gr.Video(label=label, sources=["upload"], elem_id=elem_id, height=200, buttons=[])
+        return gr.Video(label=label, sources=["upload"], elem_id=elem_id, height=180, buttons=[], min_width=180)
     if field_.kind == "choice":
-        return gr.Radio(list(field_.options), value=field_.options[0], label=label, elem_id=elem_id)
-    low, high, value = field_.options
-    return gr.Slider(low, high, value, label=label, elem_id=elem_id)
+        return gr.Radio(list(field_.options), value=field_.options[0], label=label, elem_id=elem_id, min_width=180)
+    low, high, value, step = field_.options
+    return gr.Slider(low, high, value, step=step, label=label, elem_id=elem_id, min_width=180)
 
 
 class Guard:
