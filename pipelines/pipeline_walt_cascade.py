@@ -487,6 +487,7 @@ class WaltCascadePipeline(SamplingPipeline):
         else:
             stage = WaltSuperResolutionPipeline(self.vae, model, self.scheduler)
         stage.set_progress_bar_config(**getattr(self, "_progress_bar_config", {}))
+        stage.set_guidance(self.guidance_options)
         return stage
 
     def _told(self, plan: _Plan, i: int) -> dict[str, Any]:

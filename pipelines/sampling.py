@@ -30,8 +30,8 @@ from walt.chunking import (
     overlap_frames,
     windows,
 )
-from walt.diffusion import add_noise, guide, x0_from_velocity
-from walt.errors import WaltError
+from walt.diffusion import GuidanceOptions, add_noise, guide, x0_from_velocity
+from walt.errors import WaltError, suggest
 from walt.latents import denormalize, normalize
 from walt.models.transformer_walt import TextCache, WaltTransformer3DModel
 from walt.pipelines.conditions import Known, known_latents
@@ -276,7 +276,8 @@ def denoise(
     texts = {} if texts is None else texts
     # Anew for every chunk: multistep schedulers remember past predictions.
     timesteps = set_timesteps(scheduler, steps, strength, noise.device)
-    if getattr(transformer, "is_cache_enabled", False):
+    options, cached = pipe.guidance_options, bool(getattr(transformer, "is_cache_enabled", False))
+    if cached:
         transformer._reset_stateful_cache()  # what a step cache remembers is of another chunk or run
     kept, mask = conditions.kept_latents, conditions.kept_mask
     if mask is None:
@@ -298,14 +299,17 @@ def denoise(
             x_t = scheduler.scale_model_input(x, t)
             if keep is not None and kept is not None:
                 x_t = torch.where(keep, add_noise(scheduler, kept, noise, step), x_t)
-            guided = pipe.do_classifier_free_guidance
+            scale = options.scale(pipe.guidance_scale, i, float(t), scheduler.config.num_train_timesteps - 1)
+            # Step caches remember by row, so under them every step has the same rows.
+            guided = pipe.do_classifier_free_guidance and (scale != 1 or cached)
             at = {"step_index": i, "num_inference_steps": len(timesteps), "timestep": t}
             cond, uncond, free = predict(
                 transformer, x_t, t, prompt, conditions, x0, guided, pipe.attention_kwargs, texts, at, contextual
             )
-            v = cond if uncond is None else guide(cond, uncond, pipe.guidance_scale, pipe.guidance_rescale)
+            v = cond if uncond is None else guide(cond, uncond, scale, pipe.guidance_rescale)
             if free is not None:
                 v = v + (context_scale - 1) * (cond - free)
+            v = options.bound(scheduler, v, x_t, step)
             x0 = x0_from_velocity(scheduler, v, x_t, step)
             x = scheduler.step(v, t, x, return_dict=False)[0]
             x, prompt = pipe._end_step(t, x, prompt)
@@ -543,6 +547,7 @@ class SamplingPipeline(DiffusionPipeline):
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor_spatial, do_resize=False)
         self._guidance_scale = 1.0
         self._guidance_rescale = 0.0
+        self._guidance_options = GuidanceOptions()
         self._attention_kwargs: dict[str, Any] | None = None
         self._num_timesteps = 0
         self._current_timestep: Any = None
@@ -557,6 +562,27 @@ class SamplingPipeline(DiffusionPipeline):
     def guidance_rescale(self) -> float:
         """phi of `walt.diffusion.guide`."""
         return self._guidance_rescale
+
+    @property
+    def guidance_options(self) -> GuidanceOptions:
+        """How guidance is spread over the steps and bounded; see `set_guidance`."""
+        return self._guidance_options
+
+    def set_guidance(self, options: GuidanceOptions | None = None, **fields: Any) -> None:
+        """Sets oscillating or power-cosine guidance and thresholding for all calls from here on; nothing: back to plain.
+
+        Args:
+            options, fields: a `walt.diffusion.GuidanceOptions`, or its fields:
+                `pipe.set_guidance(schedule="oscillating", hold=10, threshold=3.0, percentile=0.995)`.
+
+        Raises:
+            WaltError: a field or value that does not fit.
+        """
+        known = GuidanceOptions.__dataclass_fields__
+        for name in fields:
+            if name not in known:
+                raise WaltError(f'set_guidance has no "{name}"{suggest(name, known)}: there are {", ".join(known)}')
+        self._guidance_options = replace(options or GuidanceOptions(), **fields)
 
     @property
     def do_classifier_free_guidance(self) -> bool:

@@ -22,6 +22,8 @@ from walt.errors import Terminated, WaltError, suggest
 if TYPE_CHECKING:
     import torch
 
+    from walt.diffusion import GuidanceOptions
+
 STAGE_NAMES = ("base", "super-resolution 1", "super-resolution 2")
 
 
@@ -188,9 +190,35 @@ def _sample_arguments(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=int, nargs="+", metavar="N", help="inference steps: one number, or one per stage")
     add("--guidance", type=float, nargs="+", metavar="SCALE", help="guidance scale: one number, or one per stage")
     add("--guidance-rescale", type=float, default=0.0, metavar="PHI", help="0 to 1 (default: 0)")
+    add_guidance(add)
     add("--noise-level", type=int, metavar="T", help="noise on the low-resolution input, 0 to 999")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="default: the fastest right one")
+
+
+def add_guidance(add: Callable[..., Any]) -> None:
+    """The options of `guidance_options`, for every verb that samples."""
+    schedules = ("constant", "oscillating", "power-cosine")
+    add("--guidance-schedule", choices=schedules, default="constant", help="over the steps (default: constant)")
+    add("--guidance-hold", type=int, default=5, metavar="N", help="oscillating: steps at full scale first (default: 5)")
+    add("--guidance-low", type=float, default=1.0, metavar="SCALE", help="oscillating: scale in turn (default: 1)")
+    add("--guidance-power", type=float, default=4.0, metavar="S", help="power-cosine: weak for longer (default: 4)")
+    add("--threshold", type=float, metavar="X", help="bound on predicted latents, in standard deviations")
+    add("--threshold-percentile", type=float, metavar="P", help="makes the bound dynamic, such as 0.995")
+
+
+def guidance_options(args: argparse.Namespace) -> GuidanceOptions:
+    """What `add_guidance` read; a WaltError for values that do not fit."""
+    from walt.diffusion import GuidanceOptions
+
+    return GuidanceOptions(
+        schedule=args.guidance_schedule,
+        hold=args.guidance_hold,
+        low=args.guidance_low,
+        power=args.guidance_power,
+        threshold=args.threshold,
+        percentile=args.threshold_percentile,
+    )
 
 
 def _sample_prepare(args: argparse.Namespace) -> None:
@@ -227,6 +255,7 @@ def _sample_prepare(args: argparse.Namespace) -> None:
     for name, values, low in (("--steps", args.steps, 1), ("--guidance", args.guidance, 0)):
         if values is not None and (len(values) > 3 or min(values) < low):
             raise WaltError(f"{name} takes one number, or one per stage, of at least {low}, got {values}")
+    args.options = guidance_options(args)
     args.model = model_folder(args.model)
 
 
@@ -241,6 +270,7 @@ def _sample_run(args: argparse.Namespace) -> None:
         stages, height, width = pipe.check_inputs(args.stages, args.height, args.width, args.frames)
     except WaltError as error:
         raise UsageError(str(error)) from error
+    pipe.set_guidance(args.options)
     steps = _spread("--steps", args.steps, pipe.default_steps(stages), stages)
     guidance = None if args.guidance is None else _spread("--guidance", args.guidance, None, stages)
     for number, prompt in enumerate(args.prompts):
