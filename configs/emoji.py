@@ -219,6 +219,29 @@ def super_resolution_2() -> DenoiserJob:
     return _super_resolution("runs/emoji-sr2", patch=4, height=512, cut=192, steps=1500)
 
 
+def temporal_super_resolution() -> DenoiserJob:
+    """128x224 at 8 frames per second -> at 16, right after the base (Imagen Video's order, on the existing denoiser).
+
+    A super-resolution stage with `low_res_scale` 1: what it is told is every second frame, each shown twice. It starts
+    from the best linear map of that to the true latents, and learns what moved.
+    """
+    first = super_resolution_1()
+    shape = Shape(frames=17, height=128, width=224, cut=96, weight=2)
+    return first.model_copy(
+        update={
+            "model": {**first.model, "low_res_scale": 1, "sample_size": (5, 16, 28)},
+            "data": DataJob(seed=6, fps=16),
+            "shapes": (
+                shape,
+                # Later parts of a scene, with the frames before them given as in sampling.
+                *(shape.model_copy(update={"start": start}) for start in (12, 24, 36)),
+                Shape(frames=17, height=128, width=224, weight=1),
+            ),
+            "run": first.run.model_copy(update={"output": "runs/emoji-tsr", "steps": 1500}),
+        }
+    )
+
+
 RECIPES = {
     "tokenizer": tokenizer,
     "decoder": decoder,
@@ -227,4 +250,5 @@ RECIPES = {
     "base": base,
     "super_resolution_1": super_resolution_1,
     "super_resolution_2": super_resolution_2,
+    "temporal_super_resolution": temporal_super_resolution,
 }

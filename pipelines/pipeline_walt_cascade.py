@@ -13,7 +13,8 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from walt.chunking import chunk_count, chunk_length, chunk_starts
+from walt.chunking import chunk_count, windows
+from walt.conditioning import low_res_kind
 from walt.errors import WaltError
 from walt.models.transformer_walt import WaltTransformer3DModel
 from walt.pipelines.pipeline_output import WaltPipelineOutput
@@ -32,6 +33,8 @@ from walt.pipelines.sampling import (
 from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt
 from walt.tokenizers.text import CompactTextEncoder
 
+TEMPORAL = -1  # the place of the temporal stage, among places in `transformers`
+
 
 class WaltCascadePipeline(SamplingPipeline):
     """The three stages of W.A.L.T. text-to-video: the frames of each are the low-resolution video of the next.
@@ -40,13 +43,14 @@ class WaltCascadePipeline(SamplingPipeline):
         tokenizer, text_encoder, vae, scheduler: shared by the stages.
         transformer: the base denoiser.
         transformer_2, transformer_3: the super-resolution denoisers, None where there are fewer stages.
+        temporal_super_resolution: the denoiser that doubles the frame rate, right after the base; None where there is none.
         base_steps, super_resolution_steps: default inference steps.
         base_guidance_scale, super_resolution_guidance_scale: default guidance.
         noise_level: default noise on the low-resolution latents (a timestep).
     """
 
-    model_cpu_offload_seq = "text_encoder->transformer->transformer_2->transformer_3->vae"
-    _optional_components = ["transformer_2", "transformer_3"]
+    model_cpu_offload_seq = "text_encoder->transformer->temporal_super_resolution->transformer_2->transformer_3->vae"
+    _optional_components = ["transformer_2", "transformer_3", "temporal_super_resolution"]
 
     def __init__(
         self,
@@ -62,8 +66,11 @@ class WaltCascadePipeline(SamplingPipeline):
         base_guidance_scale: float = 6.0,
         super_resolution_guidance_scale: float = 1.0,
         noise_level: int = 50,
+        temporal_super_resolution: WaltTransformer3DModel | None = None,
     ) -> None:
         super().__init__()
+        if temporal_super_resolution is not None and low_res_kind(temporal_super_resolution.config) != "time":
+            raise WaltError("temporal_super_resolution needs a transformer with low_res_channels and low_res_scale=1")
         self.register_modules(
             tokenizer=tokenizer,
             text_encoder=text_encoder,
@@ -72,6 +79,7 @@ class WaltCascadePipeline(SamplingPipeline):
             transformer_2=transformer_2,
             transformer_3=transformer_3,
             scheduler=scheduler,
+            temporal_super_resolution=temporal_super_resolution,
         )
         self.register_to_config(
             base_steps=base_steps,
@@ -95,7 +103,7 @@ class WaltCascadePipeline(SamplingPipeline):
 
     @property
     def current_stage(self) -> int:
-        """1, 2 or 3 while that stage runs, 0 outside a call."""
+        """1, 2 or 3 while that stage runs; 0 while the frame rate is doubled, and outside a call."""
         return self._current_stage
 
     def default_size(self, stages: int) -> tuple[int, int]:
@@ -155,6 +163,7 @@ class WaltCascadePipeline(SamplingPipeline):
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 - diffusers' signature; never changed
         max_sequence_length: int = 128,
+        double_frame_rate: bool = False,
     ) -> WaltPipelineOutput | Any:
         """Generates videos with the first `stages` stages.
 
@@ -165,6 +174,8 @@ class WaltCascadePipeline(SamplingPipeline):
             noise_level: one number, or one per super-resolution stage.
             stages: how many stages to run, all by default.
             latents: start noise of the base stage.
+            double_frame_rate: whether `temporal_super_resolution` makes 2 `num_frames` - 1 frames of the base's, so 16 per
+                second; the other stages then enlarge those.
             prompt, and all the rest: as for WaltPipeline. Callbacks count the steps of all stages through
                 (`num_timesteps` in all); `current_stage` tells which one runs.
 
@@ -196,17 +207,19 @@ class WaltCascadePipeline(SamplingPipeline):
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
             max_sequence_length,
+            double_frame_rate,
         )
         frames: Any = None
-        for i in range(plan.stages):
+        for place, i in enumerate(plan.order):
+            last = place + 1 == len(plan.order)
             self._current_stage = i + 1
-            if i and plan.scales[i] != plan.scales[i - 1]:
+            if place and plan.scales[i] != plan.scales[plan.order[place - 1]]:
                 self._guidance_scale = plan.scales[i]
             stage = self._stage(i)
             call = {
                 **self._told(plan, i),
                 "guidance_scale": self._guidance_scale,
-                "output_type": output_type if i + 1 == plan.stages else "pt",
+                "output_type": output_type if last else "pt",
                 "return_dict": False,
                 "callback_on_step_end": self._stage_callback([stage], 0, i, callback_on_step_end),
                 "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs,
@@ -217,7 +230,7 @@ class WaltCascadePipeline(SamplingPipeline):
                 call |= {"video": frames}
             frames = stage(**call)[0]
             if self.interrupt:
-                if i + 1 < plan.stages:
+                if not last:
                     frames = self._early_output(frames, output_type)
                 break
         self._current_stage = 0
@@ -247,14 +260,14 @@ class WaltCascadePipeline(SamplingPipeline):
             callback that sets `_interrupt` ends the stream with the chunk that runs.
         """
         plan = self._plan(prompt, num_frames=num_frames, output_type="pt", **call)
-        stages: list[Any] = [self._stage(i) for i in range(plan.stages)]
+        stages: list[Any] = [self._stage(i) for i in plan.order]
         callback = call.get("callback_on_step_end")
         frames: Iterator[Tensor] | None = None
-        for i, stage in enumerate(stages):
+        for place, (i, stage) in enumerate(zip(plan.order, stages, strict=True)):
             told = {
                 **self._told(plan, i),
                 "guidance_scale": plan.scales[i],
-                "callback_on_step_end": self._stage_callback(stages, i, i, callback),
+                "callback_on_step_end": self._stage_callback(stages, place, i, callback),
             }
             if frames is None:
                 frames = stage.stream(
@@ -423,9 +436,12 @@ class WaltCascadePipeline(SamplingPipeline):
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         max_sequence_length: int = 128,
+        double_frame_rate: bool = False,
     ) -> _Plan:
         """Checks the arguments of a call, begins it and encodes its prompts."""
         stages, height, width = self.check_inputs(stages, height, width, num_frames)
+        if double_frame_rate and self.temporal_super_resolution is None:
+            raise WaltError("this model has no temporal super-resolution stage: it makes 8 frames per second")
         steps = _per_stage("num_inference_steps", num_inference_steps, self.default_steps(stages))
         base, later = self.config.base_guidance_scale, self.config.super_resolution_guidance_scale
         scales = _per_stage("guidance_scale", guidance_scale, [base] + [later] * (stages - 1))
@@ -465,8 +481,19 @@ class WaltCascadePipeline(SamplingPipeline):
             negative_prompt_embeds_mask,
             max_sequence_length,
         )
-        chunks = chunk_count(num_frames, self.vae_scale_factor_temporal)
-        self._num_timesteps = sum(self._count_steps(count, chunks) for count in steps)
+        order = list(range(stages))
+        if double_frame_rate and num_frames > 1:
+            order.insert(1, TEMPORAL)
+            steps, scales = [*steps, self.config.super_resolution_steps], [*scales, later]
+            levels = [*levels, self.config.noise_level]
+        doubled = TEMPORAL in order
+        self._num_timesteps = sum(
+            self._count_steps(
+                steps[i],
+                chunk_count(2 * num_frames - 1 if doubled and i else num_frames, self.vae_scale_factor_temporal),
+            )
+            for i in order
+        )
         down = 2 ** (stages - 1)
         shared: dict[str, Any] = {
             "prompt_embeds": embeds,
@@ -477,11 +504,11 @@ class WaltCascadePipeline(SamplingPipeline):
             "guidance_rescale": guidance_rescale,
             "attention_kwargs": attention_kwargs,
         }
-        return _Plan(stages, (height // down, width // down), steps, scales, levels, shared)
+        return _Plan(order, (height // down, width // down), steps, scales, levels, shared)
 
     def _stage(self, i: int) -> Any:
         """The pipeline of one stage, 0 for the base, with this pipeline's parts."""
-        model = self.transformers[i]
+        model = self._model(i)
         if i == 0:
             stage: SamplingPipeline = WaltPipeline(None, None, self.vae, model, self.scheduler)
         else:
@@ -490,12 +517,15 @@ class WaltCascadePipeline(SamplingPipeline):
         stage.set_guidance(self.guidance_options)
         return stage
 
+    def _model(self, i: int) -> Any:
+        return self.temporal_super_resolution if i == TEMPORAL else self.transformers[i]
+
     def _told(self, plan: _Plan, i: int) -> dict[str, Any]:
         """Arguments of stage `i` that its call and its stream share."""
         told = {**plan.shared, "num_inference_steps": plan.steps[i]}
         if i:
-            told["noise_level"] = plan.levels[i - 1]
-            if self.transformers[i].config.text_dim is None:
+            told["noise_level"] = plan.levels[TEMPORAL if i == TEMPORAL else i - 1]
+            if self._model(i).config.text_dim is None:
                 told |= dict.fromkeys(key for key in told if "prompt_embeds" in key)
         return told
 
@@ -504,10 +534,7 @@ class WaltCascadePipeline(SamplingPipeline):
         video = frames.transpose(1, 2) * 2 - 1
         if output_type != "latent":
             return self._output(video, output_type)
-        count = video.shape[2]
-        ratio = self.vae_scale_factor_temporal
-        length = chunk_length(count, ratio)
-        chunks = [video[:, :, start : start + length] for start in chunk_starts(count, ratio)]
+        chunks = [chunk for _, chunk, _, _ in windows([video], self.vae_scale_factor_temporal)]
         return torch.cat([encode_video(self.vae, chunk) for chunk in chunks], dim=2)
 
     def _stage_callback(
@@ -517,7 +544,7 @@ class WaltCascadePipeline(SamplingPipeline):
 
         Args:
             running: the stages that run, of which this is the one at `place`.
-            number: its place in `transformers`.
+            number: its place in `transformers`, or TEMPORAL.
         """
         stage = running[place]
 
@@ -536,9 +563,12 @@ class WaltCascadePipeline(SamplingPipeline):
 
 @dataclass(frozen=True)
 class _Plan:
-    """A call after its checks: per stage its steps, guidance and (from the second on) noise level."""
+    """A call after its checks: per stage its steps, guidance and (from the second on) noise level.
 
-    stages: int
+    Those of the temporal stage are the last ones, where it is among them.
+    """
+
+    order: list[int]  # places in `transformers`, or TEMPORAL
     base: tuple[int, int]  # height and width of the first stage
     steps: list[int]
     scales: list[float]

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from walt.chunking import chunk_count
+from walt.conditioning import frames_twice, low_res_kind, pieces_twice
 from walt.errors import WaltError
 from walt.models.transformer_walt import WaltTransformer3DModel
 from walt.pipelines.pipeline_output import WaltPipelineOutput
@@ -32,6 +33,9 @@ from walt.tokenizers.text import CompactTextEncoder
 
 class WaltSuperResolutionPipeline(SamplingPipeline):
     """Doubles the height and width of a video with a denoiser that sees its noised low-resolution latents.
+
+    With a temporal stage (`low_res_scale` 1; Imagen Video, arXiv 2210.02303) it doubles the frame rate instead: n frames
+    become 2n - 1, of which every second one is new, and the denoiser sees every given frame twice.
 
     Args:
         vae, transformer, scheduler: as for WaltPipeline; the transformer has `low_res_channels`.
@@ -92,7 +96,7 @@ class WaltSuperResolutionPipeline(SamplingPipeline):
                 video.
 
         Returns:
-            WaltPipelineOutput, or `(frames,)`; frames of twice the height and width.
+            WaltPipelineOutput, or `(frames,)`; frames of twice the height and width, or twice as many less one.
 
         Raises:
             WaltError: an argument that does not fit.
@@ -178,7 +182,8 @@ class WaltSuperResolutionPipeline(SamplingPipeline):
             prompt_embeds, and all the rest: as of a call.
 
         Yields:
-            `(B, n, 3, scale H, scale W)` in [0, 1]; together the frames of one call with the whole video.
+            `(B, n, 3, scale H, scale W)` in [0, 1]; together the frames of one call with the whole video, so 2n - 1 of a
+            temporal stage.
         """
         noise_level = noise_level if noise_level is not None else int(self.config.noise_level)
         check_range("noise_level", noise_level, 0, 999, whole=True)
@@ -197,7 +202,9 @@ class WaltSuperResolutionPipeline(SamplingPipeline):
         prompt = Prompt(prompt_embeds, prompt_embeds_mask, negative_prompt_embeds, negative_prompt_embeds_mask)
         self._num_timesteps = 0  # not known beforehand
         with self.progress_bar(total=math.inf) as self._bar:
-            inputs = (piece.transpose(1, 2) * 2 - 1 for piece in chain([first], source))
+            inputs: Iterator[Tensor] = (piece.transpose(1, 2) * 2 - 1 for piece in chain([first], source))
+            if self.temporal:
+                inputs = pieces_twice(inputs)
             for frames in self._enlarge(inputs, prompt, seeds, num_inference_steps, noise_level):
                 yield self._output(frames, "pt")
         self.maybe_free_model_hooks()
@@ -262,6 +269,8 @@ class WaltSuperResolutionPipeline(SamplingPipeline):
         if video is None:
             raise WaltError("give a video to enlarge")
         small = self._video(video)
+        if self.temporal:
+            small = frames_twice(small)
         if chunk_count(small.shape[2], self.vae_scale_factor_temporal) > 1 and not config.frame_conditioning:
             raise WaltError(
                 f"a video of {small.shape[2]} frames needs a transformer with frame_conditioning; this one enlarges up to "
@@ -274,3 +283,8 @@ class WaltSuperResolutionPipeline(SamplingPipeline):
         if prompts is not None and prompts != len(small):
             raise WaltError(f"{prompts} prompts for {len(small)} videos: give one per video")
         return small
+
+    @property
+    def temporal(self) -> bool:
+        """Whether the transformer doubles the frame rate, and not the size."""
+        return low_res_kind(self.transformer.config) == "time"

@@ -185,7 +185,13 @@ def _sample_arguments(parser: argparse.ArgumentParser) -> None:
     add("--frames", type=int, metavar="N", help="1, 5, 9, 13, 17, 29, 41, ... (default: 29, or 1 for a still)")
     add("--height", type=int, metavar="PIXELS", help="of the last stage (default: the model's)")
     add("--width", type=int, metavar="PIXELS", help="of the last stage (default: the model's)")
-    add("--fps", type=float, default=8.0, help="frames per second of the file (default: 8)")
+    add(
+        "--fps",
+        type=float,
+        default=8.0,
+        help="16: the model's temporal stage doubles the frames; another rate plays the frames faster or slower "
+        "(default: 8)",
+    )
     add("--seed", type=int, default=0, help="the same seed gives the same video (default: 0)")
     add("--steps", type=int, nargs="+", metavar="N", help="inference steps: one number, or one per stage")
     add("--guidance", type=float, nargs="+", metavar="SCALE", help="guidance scale: one number, or one per stage")
@@ -262,6 +268,7 @@ def _sample_prepare(args: argparse.Namespace) -> None:
 def _sample_run(args: argparse.Namespace) -> None:
     import torch
 
+    from walt.data.emoji import FPS
     from walt.media import is_image_path, write_image, write_video
 
     device = choose_device(args.device)
@@ -271,6 +278,9 @@ def _sample_run(args: argparse.Namespace) -> None:
     except WaltError as error:
         raise UsageError(str(error)) from error
     pipe.set_guidance(args.options)
+    double = args.fps == 2 * FPS and args.frames > 1
+    if double and pipe.temporal_super_resolution is None:
+        raise UsageError("--fps 16: this model has no temporal super-resolution stage, it makes 8 frames per second")
     steps = _spread("--steps", args.steps, pipe.default_steps(stages), stages)
     guidance = None if args.guidance is None else _spread("--guidance", args.guidance, None, stages)
     for number, prompt in enumerate(args.prompts):
@@ -278,7 +288,7 @@ def _sample_run(args: argparse.Namespace) -> None:
         if len(args.prompts) > 1:
             digits = len(str(len(args.prompts) - 1))
             path = path.with_name(f"{path.stem}-{number:0{digits}d}{path.suffix}")
-        with _Progress(prompt, pipe, steps, args.frames) as progress:
+        with _Progress(prompt, pipe, steps, args.frames, double) as progress:
             frames = pipe(
                 prompt,
                 negative_prompt=args.negative_prompt,
@@ -293,6 +303,7 @@ def _sample_run(args: argparse.Namespace) -> None:
                 generator=torch.Generator().manual_seed(args.seed),
                 output_type="pt",
                 callback_on_step_end=progress.step,
+                double_frame_rate=double,
             ).frames[0]
         pixels = (frames * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         if is_image_path(path):
@@ -313,20 +324,21 @@ def _spread(name: str, given: list[Any] | None, default: Any, stages: int) -> li
 class _Progress:
     """A bar per stage on the terminal (stderr), fed by the pipeline's callback."""
 
-    def __init__(self, prompt: str, pipe: Any, steps: list[int], frames: int) -> None:
+    def __init__(self, prompt: str, pipe: Any, steps: list[int], frames: int, double: bool = False) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-        from walt.chunking import chunk_starts
+        from walt.chunking import chunk_count
 
         console = Console(stderr=True)
         console.print(prompt, style="bold", markup=False, highlight=False)
         columns = (TextColumn("{task.description:<18}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self.bars = Progress(*columns, console=console)
-        chunks = len(chunk_starts(frames))
-        self.tasks = [
-            self.bars.add_task(STAGE_NAMES[i], total=count * chunks, start=not i) for i, count in enumerate(steps)
-        ]
+        later = chunk_count(2 * frames - 1 if double else frames)
+        rows = [(i + 1, STAGE_NAMES[i], count * (later if i else chunk_count(frames))) for i, count in enumerate(steps)]
+        if double:
+            rows.insert(1, (0, "frame rate", pipe.config.super_resolution_steps * later))
+        self.tasks = {stage: self.bars.add_task(name, total=total, start=stage == 1) for stage, name, total in rows}
 
     def __enter__(self) -> _Progress:
         self.bars.start()
@@ -337,7 +349,7 @@ class _Progress:
 
     def step(self, pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         """The pipeline's `callback_on_step_end`."""
-        task = self.tasks[pipe.current_stage - 1]
+        task = self.tasks[pipe.current_stage]
         self.bars.start_task(task)
         self.bars.advance(task)
         return tensors

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -76,3 +77,33 @@ def random_mask(mask: Tensor, generator: torch.Generator) -> Tensor:
 def drop(count: int, probability: float, generator: torch.Generator) -> list[bool]:
     """Which of `count` samples lose their text (or class) so that the unconditional model is learnt too."""
     return (torch.rand(count, generator=generator) < probability).tolist()
+
+
+def low_res_kind(config: Mapping[str, Any]) -> Literal["space", "time"] | None:
+    """What a denoiser of this config is told of a video of less resolution: half the size, or half the frames.
+
+    A temporal stage (Imagen Video, arXiv 2210.02303, section 2.3) is a super-resolution denoiser with `low_res_scale` 1:
+    its low-resolution video has the same size, and every frame is shown twice.
+    """
+    if config.get("low_res_channels") is None:
+        return None
+    return "time" if config.get("low_res_scale", 2) == 1 else "space"
+
+
+def half_rate(video: Tensor) -> Tensor:
+    """Every second frame of `(..., T, H, W)`, the first among them: 1 + 2k frames become 1 + k."""
+    return video[..., ::2, :, :]
+
+
+def frames_twice(video: Tensor) -> Tensor:
+    """Every frame of `(..., n, H, W)` twice and the last one once: 2n - 1 frames, frame 2i of which is frame i."""
+    return video.repeat_interleave(2, dim=-3)[..., :-1, :, :]
+
+
+def pieces_twice(pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+    """`frames_twice` of a video that comes in pieces."""
+    last: Tensor | None = None
+    for piece in pieces:
+        twice = frames_twice(piece)
+        yield twice if last is None else torch.cat([last, twice], dim=-3)
+        last = piece[..., -1:, :, :]

@@ -43,6 +43,7 @@ class DataJob(Frozen):
     subjects: tuple[str, ...] = Field(default=(), description="only these; (): the world's")
     seed: int = 0
     scenes: int = Field(default=1_000_000, gt=0, description="distinct scene seeds, cycled")
+    fps: Literal[8, 16] = Field(default=8, description="frame rate; shapes count their frames in it")
     latents: str | None = Field(
         default=None, description="folder of precomputed latents (walt encode); None: on the fly"
     )
