@@ -196,7 +196,7 @@ class WaltSuperResolutionPipeline(SamplingPipeline):
         seeds = sample_seeds(generator, len(first))
         prompt = Prompt(prompt_embeds, prompt_embeds_mask, negative_prompt_embeds, negative_prompt_embeds_mask)
         self._num_timesteps = 0  # not known beforehand
-        with self.progress_bar() as self._bar:
+        with self.progress_bar(total=math.inf) as self._bar:
             inputs = (piece.transpose(1, 2) * 2 - 1 for piece in chain([first], source))
             for frames in self._enlarge(inputs, prompt, seeds, num_inference_steps, noise_level):
                 yield self._output(frames, "pt")
