@@ -185,6 +185,29 @@ def base() -> DenoiserJob:
     )
 
 
+def base_tasks() -> DenoiserJob:
+    """`base` goes on with every mask that walt's tasks need: the same network, told more kinds of given latents.
+
+    Half of the clips get such a mask; of the others a third is continued as before, so that nothing is unlearnt. Reads
+    the same latents as `base`.
+    """
+    first = base()
+    return first.model_copy(
+        update={
+            "init": "runs/emoji-base/final",
+            "diffusion": first.diffusion.model_copy(
+                update={
+                    "frame_prediction_probability": 0.35,
+                    "mask_probability": 0.5,
+                    "mask_kinds": ("frames", "first", "last", "both", "box", "moment", "inside"),
+                }
+            ),
+            "optimizer": first.optimizer.model_copy(update={"lr": 2e-4}),
+            "run": first.run.model_copy(update={"output": "runs/emoji-base-tasks", "steps": 800, "seed": 2}),
+        }
+    )
+
+
 def _super_resolution(output: str, patch: int, height: int, cut: int, steps: int) -> DenoiserJob:
     width = height * 7 // 4
     return DenoiserJob(
@@ -248,6 +271,7 @@ RECIPES = {
     "decoder_finish": decoder_finish,
     "base_images": base_images,
     "base": base,
+    "base_tasks": base_tasks,
     "super_resolution_1": super_resolution_1,
     "super_resolution_2": super_resolution_2,
     "temporal_super_resolution": temporal_super_resolution,

@@ -352,6 +352,10 @@ class WaltConditionPipeline(WaltPipeline):
         call |= {"height": larger.shape[-2], "width": larger.shape[-1]}
         return self(prompt, video=_pt(larger), mask_video=new.transpose(1, 2), **call)
 
+    def result_size(self, video: Any, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+        """(height, width) that a call with this video makes by default, or with one or both of them given."""
+        return self._size(height, width, tuple(self._video(video).shape[-2:]))
+
     # -- parts ---------------------------------------------------------------------------------------------------------
 
     def _check_task(self, conditioned: bool, conditioning: str) -> None:

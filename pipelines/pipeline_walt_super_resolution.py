@@ -234,6 +234,8 @@ class WaltSuperResolutionPipeline(SamplingPipeline):
                 raise WaltError(
                     f"the video changes its size from {height}x{width} to {piece.shape[-2]}x{piece.shape[-1]}"
                 )
+            if not any(border):
+                return piece
             flat = piece.transpose(1, 2).flatten(0, 1)
             return F.pad(flat, border, mode="replicate").unflatten(0, (len(piece), -1)).transpose(1, 2)
 
@@ -247,7 +249,7 @@ class WaltSuperResolutionPipeline(SamplingPipeline):
             steps=steps,
             decode=decode,
             latents=latents,
-            low_res_video=map(bordered, chain([first], source)) if any(border) else chain([first], source),
+            low_res_video=map(bordered, chain([first], source)),
             noise_level=noise_level,
         )
         for frames in stream:

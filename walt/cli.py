@@ -1,4 +1,5 @@
-"""The command line: `walt sample | nuwa | demo | info | train | encode | data | evaluate | export`, one entry of COMMANDS each.
+"""The command line: `walt sample | nuwa | demo | info | train | encode | data | evaluate | export` and the tasks of
+task_commands.py, one entry of COMMANDS each.
 
 A command has three parts: its arguments, `prepare` (checks them: what it raises is a usage error, exit code 2) and
 `run` (what it raises happens at run time, exit code 1). Every error is one line, "walt: error: ..."; Ctrl-C exits with
@@ -16,7 +17,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from walt import commands, demo, nuwa_commands
+from walt import commands, demo, nuwa_commands, task_commands
 from walt.errors import Terminated, WaltError, suggest
 
 if TYPE_CHECKING:
@@ -198,6 +199,11 @@ def _sample_arguments(parser: argparse.ArgumentParser) -> None:
     add("--guidance-rescale", type=float, default=0.0, metavar="PHI", help="0 to 1 (default: 0)")
     add_guidance(add)
     add("--noise-level", type=int, metavar="T", help="noise on the low-resolution input, 0 to 999")
+    add(
+        "--context-guidance", type=float, default=1.0, metavar="SCALE", help="long videos: how hard later chunks follow"
+    )
+    add("--context-noise", type=int, default=0, metavar="T", help="long videos: noise on what they follow, 0 to 999")
+    add("--anchor-every", type=int, default=0, metavar="N", help="long videos: every N chunks one ends on frame 0")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="default: the fastest right one")
 
@@ -254,6 +260,10 @@ def _sample_prepare(args: argparse.Namespace) -> None:
         raise WaltError(f"--fps must be positive, got {args.fps}")
     if not 0 <= args.guidance_rescale <= 1:
         raise WaltError(f"--guidance-rescale must be from 0 to 1, got {args.guidance_rescale}")
+    if not args.context_guidance >= 0 or args.anchor_every < 0:
+        raise WaltError("--context-guidance and --anchor-every must not be negative")
+    if not 0 <= args.context_noise <= 999:
+        raise WaltError(f"--context-noise must be from 0 to 999, got {args.context_noise}")
     if args.noise_level is not None and not 0 <= args.noise_level <= 999:
         raise WaltError(f"--noise-level must be from 0 to 999, got {args.noise_level}")
     if not 0 <= args.seed < 2**63:
@@ -269,7 +279,6 @@ def _sample_run(args: argparse.Namespace) -> None:
     import torch
 
     from walt.data.emoji import FPS
-    from walt.media import is_image_path, write_image, write_video
 
     device = choose_device(args.device)
     pipe = load_cascade(args.model, choose_dtype(args.dtype, device), device)
@@ -288,29 +297,28 @@ def _sample_run(args: argparse.Namespace) -> None:
         if len(args.prompts) > 1:
             digits = len(str(len(args.prompts) - 1))
             path = path.with_name(f"{path.stem}-{number:0{digits}d}{path.suffix}")
+        call: dict[str, Any] = {
+            "negative_prompt": args.negative_prompt,
+            "height": height,
+            "width": width,
+            "num_frames": args.frames,
+            "num_inference_steps": steps,
+            "guidance_scale": guidance,
+            "guidance_rescale": args.guidance_rescale,
+            "noise_level": args.noise_level,
+            "stages": stages,
+            "generator": torch.Generator().manual_seed(args.seed),
+            "double_frame_rate": double,
+        }
+        long = {
+            "context_guidance_scale": args.context_guidance,
+            "context_noise_level": args.context_noise,
+            "anchor_every": args.anchor_every,
+        }
         with _Progress(prompt, pipe, steps, args.frames, double) as progress:
-            frames = pipe(
-                prompt,
-                negative_prompt=args.negative_prompt,
-                height=height,
-                width=width,
-                num_frames=args.frames,
-                num_inference_steps=steps,
-                guidance_scale=guidance,
-                guidance_rescale=args.guidance_rescale,
-                noise_level=args.noise_level,
-                stages=stages,
-                generator=torch.Generator().manual_seed(args.seed),
-                output_type="pt",
-                callback_on_step_end=progress.step,
-                double_frame_rate=double,
-            ).frames[0]
-        pixels = (frames * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-        if is_image_path(path):
-            write_image(pixels[0], path)
-        else:
-            write_video(pixels, path, args.fps)
-        print(f"{path}: {len(pixels)} frame{'s' * (len(pixels) != 1)} of {width}x{height}, seed {args.seed}")
+            pieces = pipe.stream(prompt, callback_on_step_end=progress.step, **call, **long)
+            count, _ = task_commands.write(pieces, path, args.fps)
+        print(f"{path}: {count} frame{'s' * (count != 1)} of {width}x{height}, seed {args.seed}")
 
 
 def _spread(name: str, given: list[Any] | None, default: Any, stages: int) -> list[Any]:
@@ -421,6 +429,7 @@ def _info_run(args: argparse.Namespace) -> None:
 
 COMMANDS: dict[str, Command] = {
     "sample": Command("Make videos or stills from prompts.", _sample_arguments, _sample_prepare, _sample_run),
+    **task_commands.commands(Command),
     "nuwa": Command(
         "Text, sketches or parts of pictures to images and videos.",
         nuwa_commands.add,

@@ -622,7 +622,8 @@ class DenoiserObjective(Objective):
         masks = [frame_mask(z, k) for z, k in zip(clean, given, strict=True)]
         if conditional and knobs.mask_probability:
             chosen = drop(len(clean), knobs.mask_probability, generator)
-            masks = [random_mask(m, generator) if yes else m for m, yes in zip(masks, chosen, strict=True)]
+            kinds = knobs.mask_kinds
+            masks = [random_mask(m, generator, kinds) if yes else m for m, yes in zip(masks, chosen, strict=True)]
         return masks
 
     def _told(
