@@ -58,7 +58,8 @@ def ask(studio: demo.Studio, task: str = "text", given: dict[str, Any] | None = 
         "later_steps": 1,
         "guidance": 3.0,
     }
-    return studio.check(task, **{**values, **changes}, given=given or {})
+    given = {"fps": 8} if task == "text" and given is None else given or {}
+    return studio.check(task, **{**values, **changes}, given=given)
 
 
 def silent(done: int, total: int, text: str) -> None:
@@ -104,7 +105,7 @@ def uploads(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 # What each task is given beside the prompt, and the frames (height, width) that it makes.
 GIVEN: dict[str, tuple[dict[str, Any], tuple[int, int, int]]] = {
-    "text": ({}, (5, 32, 32)),
+    "text": ({"fps": 8}, (5, 32, 32)),
     "image": ({"image": "image"}, (5, 32, 32)),
     "keyframes": ({"first": "image", "middle": "image", "last": "image"}, (5, 32, 32)),
     "continue": ({"video": "video", "how": "Forward", "new": 4}, (17, 32, 32)),
@@ -114,7 +115,7 @@ GIVEN: dict[str, tuple[dict[str, Any], tuple[int, int, int]]] = {
     ),
     "edit": ({"video": "video", "strength": 0.5}, (13, 32, 32)),
     "upscale": ({"video": "video", "scale": 2}, (13, 64, 96)),
-    "long": ({"seconds": 3, "noise": 50}, (24, 32, 32)),
+    "long": ({"seconds": 3, "noise": 50, "fps": 8}, (24, 32, 32)),
 }
 
 
@@ -151,7 +152,7 @@ def test_outside_the_box_nothing_changes(studio: demo.Studio, uploads: dict[str,
 
 def test_a_long_video_may_not_be_longer_than_allowed(studio: demo.Studio) -> None:
     with pytest.raises(WaltError, match="at most 41 frames"):
-        studio.run("me", "long", ask(studio, "long", {"seconds": 6, "noise": 0}), silent)
+        studio.run("me", "long", ask(studio, "long", {"seconds": 6, "noise": 0, "fps": 8}), silent)
 
 
 def test_sizes_stay_within_the_limit(pipe: Any, tmp_path: Path) -> None:
@@ -177,6 +178,8 @@ def test_sizes_stay_within_the_limit(pipe: Any, tmp_path: Path) -> None:
         ({"task": "nothing"}, 'there is no task "nothing"'),
         ({"task": "upscale", "given": {"scale": 2}}, "Upscale: give the video first"),
         ({"task": "upscale", "given": {"video": "x.mp4", "scale": 8}}, "Times must be one of 2, 4, got 8"),
+        ({"task": "text", "given": {"fps": 16}}, "Frames per second: this model has no temporal super-resolution"),
+        ({"task": "text", "given": {"fps": 12}}, "Frames per second: this model has no temporal super-resolution"),
         ({"task": "long", "given": {"seconds": 90, "noise": 0}}, "Seconds must be from 2 to 60, got 90"),
     ],
 )

@@ -71,6 +71,11 @@ class Request:
         down = 2 ** (self.stages - 1)
         return self.height // down, self.width // down
 
+    @property
+    def fps(self) -> int:
+        """Frames per second of the result."""
+        return int(self.choices.get("fps", FPS))
+
     def clip(self, name: str) -> Pixels:
         """The upload of a field, at the size of the first stage: uint8 `(T, H, W, 3)`."""
         return read_clip(self.files[name], self.most, self.base_size)
@@ -81,12 +86,13 @@ Make = Callable[[Any, Request, Step], "Iterator[Tensor]"]
 
 
 class Field(NamedTuple):
-    """One input that a task has for itself: what kind it is, its label, and whether the task needs it."""
+    """One input that a task has for itself."""
 
     kind: str  # "image" or "video" (a file), "number" (low, high, default, step), "choice" (values)
     label: str
-    needed: bool = True
+    needed: bool = True  # whether the task must be given it
     options: tuple[Any, ...] = ()
+    lacks: Callable[[Any], str | None] | None = None  # why a model has no choice here: its first option holds
 
 
 class Task(NamedTuple):
@@ -127,6 +133,10 @@ def _no_frames(pipe: Any) -> str | None:
     return "this model's base was built with frame_conditioning=False and cannot be told what is given"
 
 
+def _no_doubling(pipe: Any) -> str | None:
+    return None if pipe.temporal_super_resolution is not None else "this model has no temporal super-resolution stage"
+
+
 def _text(pipe: Any, request: Request, step: Step) -> Iterator[Tensor]:
     yield from _stream(pipe, request, step, request.frames)
 
@@ -138,7 +148,7 @@ def _long(pipe: Any, request: Request, step: Step) -> Iterator[Tensor]:
     if frames > request.most:
         raise WaltError(f"at most {request.most} frames ({request.most / FPS:.0f} s) are made here, got {frames}")
     context = {"context_noise_level": int(request.choices["noise"])}
-    left = frames
+    left = int(request.choices["seconds"] * request.fps)
     for piece in _stream(pipe, request, step, fitting_frames(frames), **context):
         yield piece[:left]
         left -= len(piece)
@@ -156,6 +166,7 @@ def _stream(pipe: Any, request: Request, step: Step, frames: int, **context: Any
         guidance_scale=request.guidance,
         generator=_generator(request),
         callback_on_step_end=step,
+        double_frame_rate=request.fps > FPS,
         **context,
     )
     for piece in pieces:
@@ -267,11 +278,13 @@ def _upscale(pipe: Any, request: Request, step: Step) -> Iterator[Tensor]:
     yield from _enlarge(pipe, request, step, video, scale, request.steps[-1])
 
 
+RATE = Field("choice", "Frames per second", options=(FPS, 2 * FPS), lacks=_no_doubling)
+
 TASKS: dict[str, Task] = {
     "text": Task(
         "Text",
         "A prompt becomes a video, or a still when its length is one frame.",
-        {},
+        {"fps": RATE},
         _nothing,
         _text,
     ),
@@ -346,6 +359,7 @@ TASKS: dict[str, Task] = {
         {
             "seconds": Field("number", "Seconds", options=(2, 60, 10, 1)),
             "noise": Field("number", "Noise on the context", options=(0, 500, 0, 10)),
+            "fps": RATE,
         },
         _no_frames,
         _long,
@@ -509,6 +523,8 @@ class Studio:
                 elif field_.needed:
                     raise WaltError(f"{task.title}: give the {field_.label.lower()} first")
             elif field_.kind == "choice":
+                if field_.lacks is not None and value != field_.options[0] and (lacks := field_.lacks(self.pipe)):
+                    raise WaltError(f"{field_.label}: {lacks}")
                 if value not in field_.options:
                     raise WaltError(f"{field_.label} must be one of {', '.join(map(str, field_.options))}, got {value}")
                 choices[name] = value
@@ -548,10 +564,10 @@ class Studio:
                     write_image(first[0], path)
                     length = "a still of"
                 else:
-                    with VideoWriter(path, FPS) as writer:
+                    with VideoWriter(path, request.fps) as writer:
                         for piece in chain([first], [] if second is None else [second], pieces):
                             writer.add(piece)
-                    length = f"{writer.count} frames, {writer.count / FPS:.1f} s, of"
+                    length = f"{writer.count} frames, {writer.count / request.fps:.1f} s, of"
                 seconds = time.perf_counter() - start
         finally:
             self._stops.pop(session, None)

@@ -64,7 +64,8 @@ def build_page(studio: Studio, words: dict[str, Any]) -> Any:
                             gr.Markdown(f"**Not with this model:** {lacks}." if lacks else task.help)
                             with gr.Row():
                                 for field_name, field_ in task.fields.items():
-                                    components[key, field_name] = _component(f"{key}-{field_name}", field_)
+                                    shown = field_.lacks is None or field_.lacks(pipe) is None
+                                    components[key, field_name] = _component(f"{key}-{field_name}", field_, shown)
                         tabs.append((key, tab))
                 prompt = gr.Textbox(
                     label="Prompt",
@@ -193,7 +194,7 @@ def _show(key: str) -> list[Any]:
     return [key, gr.Textbox(visible=task.prompt), gr.Dropdown(visible=task.size), gr.Dropdown(visible=task.length)]
 
 
-def _component(elem_id: str, field_: Field) -> Any:
+def _component(elem_id: str, field_: Field, visible: bool) -> Any:
     label = field_.label if field_.needed else f"{field_.label} (if any)"
     if field_.kind == "image":
         return gr.Image(
@@ -202,7 +203,9 @@ def _component(elem_id: str, field_: Field) -> Any:
     if field_.kind == "video":
         return gr.Video(label=label, sources=["upload"], elem_id=elem_id, height=180, buttons=[], min_width=180)
     if field_.kind == "choice":
-        return gr.Radio(list(field_.options), value=field_.options[0], label=label, elem_id=elem_id, min_width=180)
+        return gr.Radio(
+            list(field_.options), value=field_.options[0], label=label, visible=visible, elem_id=elem_id, min_width=180
+        )
     low, high, value, step = field_.options
     return gr.Slider(low, high, value, step=step, label=label, elem_id=elem_id, min_width=180)
 
