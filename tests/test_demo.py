@@ -311,13 +311,19 @@ def test_it_listens_on_loopback_and_says_when_it_cannot(served: str, pipe: Any, 
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def downloads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("downloads")
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory, downloads: Path) -> Iterator[Any]:
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if chromium is None or driver is None:
         pytest.skip("there is no chromium with its chromedriver")
     webdriver = pytest.importorskip("selenium.webdriver")
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
+    options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
     for flag in (
         "headless=new",
         "no-sandbox",
@@ -356,15 +362,19 @@ class Page:
     def __init__(self, browser: Any, address: str) -> None:
         self.browser = browser
         browser.get(address)
-        self.wait(READY, 60)
+        self.wait(READY)
 
-    def wait(self, script: str, seconds: float = 30) -> Any:
+    def wait(self, script: str, seconds: float = 120) -> Any:
+        """What a script returns once that is true."""
+        return self.until(lambda: self.browser.execute_script(script), script, seconds)
+
+    def until(self, true: Callable[[], Any], what: str = "", seconds: float = 120) -> Any:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            if value := self.browser.execute_script(script):
+            if value := true():
                 return value
             time.sleep(0.1)
-        raise AssertionError(f"never true: {script}; the status is {self.text('#status')!r}")
+        raise AssertionError(f"never true: {what or true}; the status is {self.text('#status')!r}")
 
     def find(self, selector: str) -> Any:
         return self.browser.find_element("css selector", selector)
@@ -392,7 +402,7 @@ class Page:
 
 
 @pytest.mark.browser
-def test_a_prompt_becomes_a_video_that_plays(browser: Any, served: str) -> None:
+def test_a_prompt_becomes_a_video_that_plays(browser: Any, served: str, downloads: Path) -> None:
     page = Page(browser, served)
     page.write("a rocket flies up")
     page.click("#make")
@@ -405,7 +415,10 @@ def test_a_prompt_becomes_a_video_that_plays(browser: Any, served: str) -> None:
     assert size == [64, 64, pytest.approx(29 / 8)]
     assert "29 frames, 3.6 s, of 64 x 64, seed 0" in page.text("#status")
     assert page.wait("return document.querySelectorAll('#gallery video').length === 1")
-    assert fetch(page.wait("return document.querySelector('#download a, a#download')?.href") or source)[0] == 200
+    page.click("#download")
+    saved = downloads / "walt-text-0.mp4"
+    page.until(saved.is_file)
+    assert read_video(saved)[0].shape == (29, 64, 64, 3)
     # All of the page came from this server.
     assert browser.execute_script(STRANGERS) == []
 

@@ -429,6 +429,8 @@ class DenoiserObjective(Objective):
             add_lora(self.model, job.lora, job.init)
         config = self.model.config
         self.classes = read_classes(job.classes, config.num_classes)
+        if low_res_kind(config) == "time" and job.data.latents is not None:
+            raise WaltError("data.latents: a temporal stage encodes both frame rates as it trains, it needs pixels")
         held = job.run.heldout_clips if job.run.heldout_every else 0
         media = isinstance(job.data, MediaJob)
         self.shards = LatentShards(Path(job.data.latents), job, held) if job.data.latents and not media else None
@@ -444,8 +446,6 @@ class DenoiserObjective(Objective):
             )
         kind = low_res_kind(config)
         self.super_resolution, self.temporal, self.twins = kind is not None, kind == "time", kind == "space"
-        if self.temporal and job.data.latents is not None:
-            raise WaltError("data.latents: a temporal stage encodes both frame rates as it trains, it needs pixels")
         if (job.resolution is not None or job.token_drop is not None) and self.super_resolution:
             raise WaltError("resolution, token_drop: for base stages only, this model takes low-resolution latents")
         if (job.resolution is not None or job.token_drop is not None) and media:
