@@ -26,6 +26,7 @@ CSS = """
 #head {padding: 0 0 4px;}
 #head h1 {font-size: 1.7rem; font-weight: 650; letter-spacing: -.02em; margin: 0;}
 #head p {color: var(--body-text-color-subdued); margin: 2px 0 0;}
+#tasks button[role=tab] {padding: 0 9px; font-size: .9rem;}
 #status {min-height: 1.6em; color: var(--body-text-color-subdued);}
 footer {display: none !important;}
 """
@@ -54,19 +55,19 @@ def build_page(studio: Studio, words: dict[str, Any]) -> Any:
         name = gr.State("text")
         kept = gr.State([])
         gr.HTML("<h1>walt</h1><p>Latent video diffusion, on this machine.</p>", elem_id="head")
+        tabs = []
+        with gr.Tabs(elem_id="tasks"):
+            for key, task in TASKS.items():
+                with gr.Tab(task.title, id=key, elem_id=f"tab-{key}") as tab:
+                    lacks = task.lacks(pipe)
+                    gr.Markdown(f"**Not with this model:** {lacks}." if lacks else task.help)
+                    with gr.Row():
+                        for field_name, field_ in task.fields.items():
+                            shown = field_.lacks is None or field_.lacks(pipe) is None
+                            components[key, field_name] = _component(f"{key}-{field_name}", field_, shown)
+                tabs.append((key, tab))
         with gr.Row(equal_height=False):
             with gr.Column(scale=1, min_width=420):
-                tabs = []
-                with gr.Tabs(elem_id="tasks"):
-                    for key, task in TASKS.items():
-                        with gr.Tab(task.title, id=key, elem_id=f"tab-{key}") as tab:
-                            lacks = task.lacks(pipe)
-                            gr.Markdown(f"**Not with this model:** {lacks}." if lacks else task.help)
-                            with gr.Row():
-                                for field_name, field_ in task.fields.items():
-                                    shown = field_.lacks is None or field_.lacks(pipe) is None
-                                    components[key, field_name] = _component(f"{key}-{field_name}", field_, shown)
-                        tabs.append((key, tab))
                 prompt = gr.Textbox(
                     label="Prompt",
                     lines=2,
@@ -183,7 +184,9 @@ def build_page(studio: Studio, words: dict[str, Any]) -> Any:
 
         page.unload(leave)
         for key, tab in tabs:
-            tab.select(partial(_show, key), None, [name, prompt, size, frames], queue=False, **private)
+            tab.select(
+                partial(_show, key), None, [name, prompt, size, frames], queue=False, show_progress="hidden", **private
+            )
     page.queue(default_concurrency_limit=1, max_size=16, api_open=False)
     return page
 
@@ -198,7 +201,14 @@ def _component(elem_id: str, field_: Field, visible: bool) -> Any:
     label = field_.label if field_.needed else f"{field_.label} (if any)"
     if field_.kind == "image":
         return gr.Image(
-            label=label, type="filepath", sources=["upload"], elem_id=elem_id, height=180, buttons=[], min_width=180
+            label=label,
+            type="filepath",
+            format="png",
+            sources=["upload"],
+            elem_id=elem_id,
+            height=180,
+            buttons=[],
+            min_width=180,
         )
     if field_.kind == "video":
         return gr.Video(label=label, sources=["upload"], elem_id=elem_id, height=180, buttons=[], min_width=180)

@@ -15,22 +15,25 @@ from einops import rearrange
 from torch import Tensor
 
 from tests import tiny
-from tests.training.jobs import SPRITES, data
+from tests.training.jobs import SPRITES, data, losses, save_tokenizer, small_job
 from walt import cli
+from walt.commands import draw_sheet
 from walt.conditioning import frames_twice, half_rate, low_res_kind, pieces_twice
+from walt.configs import emoji
 from walt.data.emoji import EmojiTheatre
 from walt.data.scenes import Scenes
 from walt.diffusion import make_scheduler
 from walt.errors import WaltError
 from walt.evaluation.metrics import psnr
-from walt.media import read_video
+from walt.media import read_image, read_video
 from walt.models.transformer_walt import WaltTransformer3DModel
 from walt.pipelines.loading import load_pipeline
 from walt.pipelines.pipeline_walt_cascade import WaltCascadePipeline
 from walt.pipelines.pipeline_walt_super_resolution import WaltSuperResolutionPipeline
 from walt.tokenizers.adapter import adapt
-from walt.training.job import DenoiserJob, DiffusionJob, OptimizerJob, RunJob, Shape
-from walt.training.objectives import DenoiserObjective, Sample
+from walt.training.job import DataJob, DenoiserJob, DiffusionJob, OptimizerJob, RunJob, Shape
+from walt.training.loop import train
+from walt.training.objectives import DenoiserObjective, Sample, build_objective
 
 
 def temporal_transformer() -> WaltTransformer3DModel:
@@ -231,6 +234,28 @@ def test_the_objective_tells_half_the_frames(tmp_path: Path) -> None:
     torch.testing.assert_close(low[1::2], grey[:-1:2])
     with pytest.raises(WaltError, match="it needs pixels"):
         objective(tmp_path, latents="somewhere")
+
+
+def test_the_recipe_trains_and_draws_its_sheet(tmp_path: Path) -> None:
+    recipe = emoji.temporal_super_resolution()
+    assert low_res_kind(recipe.model) == "time" and isinstance(recipe.data, DataJob) and recipe.data.fps == 16
+    job = small_job(save_tokenizer(tmp_path / "vae"), tmp_path / "run", steps=2, model={"patch_size": 1})
+    keys = ("low_res_channels", "low_res_scale", "sigma_data", "local_mixing", "self_conditioning")
+    job = job.model_copy(
+        update={
+            "model": {**job.model, **{key: recipe.model[key] for key in keys}},
+            "data": data(fps=16),
+            "shapes": (Shape(frames=5, height=32, width=48, start=24), *job.shapes[:2]),
+            "diffusion": recipe.diffusion,
+            "low_res_batches": 1,
+        }
+    )
+    built = build_objective(job)
+    final = train(job, built, sheet=draw_sheet)
+    assert (final / "config.json").exists() and all(np.isfinite(list(losses(tmp_path / "run").values())))
+    sheet = tmp_path / "sheet.png"
+    draw_sheet(built, built.model, sheet)
+    assert read_image(sheet).any()
 
 
 def dots(count: int, generator: torch.Generator) -> Tensor:
