@@ -51,7 +51,7 @@ def ask(studio: demo.Studio, task: str = "text", given: dict[str, Any] | None = 
     values: dict[str, Any] = {
         "prompt": "a rocket flies up",
         "negative_prompt": "",
-        "size": "16 x 16 square",
+        "size": "16 x 16",
         "frames": 5,
         "seed": 3,
         "steps": 2,
@@ -68,7 +68,7 @@ def silent(done: int, total: int, text: str) -> None:
 
 def test_a_request_is_made_as_the_pipeline_would(studio: demo.Studio, pipe: Any) -> None:
     steps = []
-    request = ask(studio, size="32 x 32 square", frames=5)
+    request = ask(studio, size="32 x 32", frames=5)
     result = studio.run("me", "text", request, lambda done, total, text: steps.append((done, total, text)))
     video, fps = read_video(result.path)
     assert video.shape == (5, 32, 32, 3) and fps == 8 and not result.still
@@ -123,7 +123,7 @@ GIVEN: dict[str, tuple[dict[str, Any], tuple[int, int, int]]] = {
 def test_every_task_makes_its_frames(task: str, studio: demo.Studio, uploads: dict[str, Path]) -> None:
     given, shape = GIVEN[task]
     given = {name: uploads.get(str(value), value) for name, value in given.items()}
-    request = ask(studio, task, given, size="32 x 32 square", frames=5)
+    request = ask(studio, task, given, size="32 x 32", frames=5)
     video, _ = read_video(studio.run("me", task, request, silent).path)
     assert video.shape == (*shape, 3)
 
@@ -157,7 +157,7 @@ def test_a_long_video_may_not_be_longer_than_allowed(studio: demo.Studio) -> Non
 
 def test_sizes_stay_within_the_limit(pipe: Any, tmp_path: Path) -> None:
     sizes = demo.Studio(pipe, demo.Limits(side=32), tmp_path).sizes
-    assert sizes == {"32 x 32 square": (2, 32, 32), "16 x 16 square": (1, 16, 16)}
+    assert sizes == {"32 x 32": (2, 32, 32), "16 x 16": (1, 16, 16)}
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_sizes_stay_within_the_limit(pipe: Any, tmp_path: Path) -> None:
     [
         ({"prompt": "  "}, "write a prompt first"),
         ({"prompt": 5}, "write a prompt first"),
-        ({"size": "8000 x 8000 square"}, 'there is no size "8000 x 8000 square"'),
+        ({"size": "8000 x 8000"}, 'there is no size "8000 x 8000"'),
         ({"frames": 53}, "frames must be a whole number from 1 to 41, got 53"),
         ({"frames": 6}, "the nearest are 5 and 9"),
         ({"frames": True}, "frames must be a whole number"),

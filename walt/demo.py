@@ -459,8 +459,7 @@ class Studio:
             multiple = self.pipe.size_multiple(stages)
             for high, wide in dict.fromkeys(((height, width), (height, height), (width, height))):
                 if max(high, wide) <= self.limits.side and not (high % multiple or wide % multiple):
-                    shape = "square" if high == wide else "portrait" if high > wide else "landscape"
-                    result[f"{wide} x {high} {shape}"] = (stages, high, wide)
+                    result[f"{wide} x {high}"] = (stages, high, wide)
         return result
 
     def check(

@@ -75,9 +75,6 @@ def build_page(studio: Studio, words: dict[str, Any]) -> Any:
                     elem_id="prompt",
                     placeholder="a rocket flies up on a purple background",
                 )
-                examples = example_prompts(words)
-                if examples:
-                    gr.Examples(examples, prompt, label="Examples", examples_per_page=6, api_visibility="private")
                 with gr.Row():
                     size = gr.Dropdown(list(sizes), value=next(iter(sizes)), label="Size", elem_id="size", scale=3)
                     frames = gr.Dropdown(lengths, value=usual, label="Length", elem_id="frames", scale=3)
@@ -94,6 +91,9 @@ def build_page(studio: Studio, words: dict[str, Any]) -> Any:
                 with gr.Row():
                     make = gr.Button("Generate", variant="primary", elem_id="make", scale=3)
                     stop = gr.Button("Cancel", elem_id="stop", scale=1)
+                examples = example_prompts(words)
+                if examples:
+                    gr.Examples(examples, prompt, label="Examples", examples_per_page=6, api_visibility="private")
             with gr.Column(scale=1, min_width=420):
                 video = gr.Video(
                     label="Result",
