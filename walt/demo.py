@@ -150,7 +150,8 @@ def _long(pipe: Any, request: Request, step: Step) -> Iterator[Tensor]:
     context = {"context_noise_level": int(request.choices["noise"])}
     left = int(request.choices["seconds"] * request.fps)
     for piece in _stream(pipe, request, step, fitting_frames(frames), **context):
-        yield piece[:left]
+        if left > 0:
+            yield piece[:left]
         left -= len(piece)
 
 
@@ -569,7 +570,8 @@ class Studio:
                     length = f"{writer.count} frames, {writer.count / request.fps:.1f} s, of"
                 seconds = time.perf_counter() - start
         finally:
-            self._stops.pop(session, None)
+            if self._stops.get(session) is stop:
+                del self._stops[session]
         return Result(path, still, f"{length} {width} x {height}, seed {request.seed}, made in {seconds:.1f} s")
 
     def cancel(self, session: str) -> bool:
