@@ -155,6 +155,20 @@ def test_a_long_video_may_not_be_longer_than_allowed(studio: demo.Studio) -> Non
         studio.run("me", "long", ask(studio, "long", {"seconds": 6, "noise": 0, "fps": 8}), silent)
 
 
+@pytest.mark.parametrize(("task", "given", "frames"), [("text", {}, 9), ("long", {"seconds": 3, "noise": 0}, 48)])
+def test_a_model_with_the_temporal_stage_makes_16_frames_per_second(
+    task: str, given: dict[str, Any], frames: int, tmp_path: Path
+) -> None:
+    pipe = tiny.cascade(super_resolution_steps=1)
+    stage = tiny.super_resolution_transformer(6, 1, low_res_scale=1, text_dim=None)
+    pipe.register_modules(temporal_super_resolution=stage)
+    studio = demo.Studio(pipe, demo.Limits(), tmp_path)
+    request = ask(studio, task, {**given, "fps": 16}, steps=1, frames=5)
+    result = studio.run("me", task, request, silent)
+    video, fps = read_video(result.path)
+    assert video.shape == (frames, 16, 16, 3) and fps == 16
+
+
 def test_sizes_stay_within_the_limit(pipe: Any, tmp_path: Path) -> None:
     sizes = demo.Studio(pipe, demo.Limits(side=32), tmp_path).sizes
     assert sizes == {"32 x 32": (2, 32, 32), "16 x 16": (1, 16, 16)}
