@@ -17,7 +17,7 @@ from torch import Tensor
 from tests import tiny
 from tests.training.jobs import SPRITES, data, losses, save_tokenizer, small_job
 from walt import cli
-from walt.commands import draw_sheet
+from walt.commands import build_objective, draw_sheet
 from walt.conditioning import frames_twice, half_rate, low_res_kind, pieces_twice
 from walt.configs import emoji
 from walt.data.emoji import EmojiTheatre
@@ -33,7 +33,7 @@ from walt.pipelines.pipeline_walt_super_resolution import WaltSuperResolutionPip
 from walt.tokenizers.adapter import adapt
 from walt.training.job import DataJob, DenoiserJob, DiffusionJob, OptimizerJob, RunJob, Shape
 from walt.training.loop import train
-from walt.training.objectives import DenoiserObjective, Sample, build_objective
+from walt.training.objectives import DenoiserObjective, Sample
 
 
 def temporal_transformer() -> WaltTransformer3DModel:
