@@ -16,6 +16,7 @@ from walt.models.transformer_walt import WaltTransformer3DModel
 from walt.pipelines.pipeline_nuwa import NuwaPipeline
 from walt.pipelines.pipeline_walt import WaltPipeline
 from walt.pipelines.pipeline_walt_cascade import WaltCascadePipeline
+from walt.pipelines.pipeline_walt_condition import WaltConditionPipeline
 from walt.pipelines.pipeline_walt_super_resolution import WaltSuperResolutionPipeline
 from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt
 from walt.tokenizers.vq_model_walt import WaltVQModel
@@ -148,6 +149,11 @@ def super_resolution_transformer(seed: int = 4, scale: int = 2, **fields: Any) -
 def base_pipeline(**fields: Any) -> WaltPipeline:
     """Text to video of 16 x 16."""
     return quiet(WaltPipeline(tokenizer(), bert(), vae(), transformer(**fields), make_scheduler()))
+
+
+def condition_pipeline(**fields: Any) -> WaltConditionPipeline:
+    """Every task of a base at 16 x 16."""
+    return quiet(WaltConditionPipeline(tokenizer(), bert(), vae(), transformer(**fields), make_scheduler()))
 
 
 def class_pipeline() -> WaltPipeline:

@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     from walt.models.transformer_nuwa import NuwaTransformer3DModel
     from walt.models.transformer_uvit import UViTTransformer3DModel
     from walt.models.transformer_walt import WaltTransformer3DModel
+    from walt.pipelines.conditions import WaltCondition
     from walt.pipelines.pipeline_nuwa import NuwaPipeline
     from walt.pipelines.pipeline_walt import WaltPipeline
     from walt.pipelines.pipeline_walt_cascade import WaltCascadePipeline
+    from walt.pipelines.pipeline_walt_condition import WaltConditionPipeline
     from walt.pipelines.pipeline_walt_super_resolution import WaltSuperResolutionPipeline
     from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt
     from walt.tokenizers.text import CompactTextEncoder
@@ -32,6 +34,8 @@ __all__ = [
     "NuwaTransformer3DModel",
     "UViTTransformer3DModel",
     "WaltCascadePipeline",
+    "WaltCondition",
+    "WaltConditionPipeline",
     "WaltError",
     "WaltPipeline",
     "WaltSuperResolutionPipeline",
@@ -52,6 +56,8 @@ _HOMES = {
     "NuwaTransformer3DModel": "walt.models.transformer_nuwa",
     "UViTTransformer3DModel": "walt.models.transformer_uvit",
     "WaltCascadePipeline": "walt.pipelines.pipeline_walt_cascade",
+    "WaltCondition": "walt.pipelines.conditions",
+    "WaltConditionPipeline": "walt.pipelines.pipeline_walt_condition",
     "WaltPipeline": "walt.pipelines.pipeline_walt",
     "WaltSuperResolutionPipeline": "walt.pipelines.pipeline_walt_super_resolution",
     "WaltTransformer3DModel": "walt.models.transformer_walt",

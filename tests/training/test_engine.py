@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from tests.training.jobs import losses, save_tokenizer, saved, small_job, tokenizer_job
 from walt.commands import build_objective, draw_sheet, plan_job
-from walt.conditioning import draw_given_frames, random_mask
+from walt.conditioning import MASK_KINDS, draw_given_frames, random_mask
 from walt.errors import Terminated, WaltError
 from walt.models.transformer_walt import WaltTransformer3DModel
 from walt.training import checkpoint
@@ -324,6 +324,40 @@ def test_arbitrary_masks_give_something_and_leave_something() -> None:
             if not frames:
                 assert bool((mask == mask[:, :1]).all())  # a box reaches over all frames
     assert kinds == {(1, False), (5, True), (5, False)}
+
+
+def test_mask_kinds_give_what_their_tasks_need() -> None:
+    """Every kind by what is given of 5 frames of 4 x 6, and that no kind breaks on images or single latents."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(kind: str, shape: tuple[int, ...] = (5, 4, 6)) -> list[torch.Tensor]:
+        return [random_mask(torch.zeros(1, *shape), generator, (kind,))[0] for _ in range(200)]
+
+    def frames(mask: torch.Tensor) -> list[int]:
+        assert bool((mask == mask[:, :1, :1]).all()), "whole frames"
+        return mask[:, 0, 0].int().tolist()
+
+    assert {tuple(frames(m)) for m in draw("first")} == {(1,) * n + (0,) * (5 - n) for n in range(1, 5)}
+    assert {tuple(frames(m)) for m in draw("last")} == {(0,) * (5 - n) + (1,) * n for n in range(1, 5)}
+    assert {tuple(frames(m)) for m in draw("both")} == {
+        (1,) * a + (0,) * (5 - a - b) + (1,) * b for a in range(1, 4) for b in range(1, 4) if a + b < 5
+    }
+    assert len({tuple(frames(m)) for m in draw("frames")}) > 20
+    for kind, inner in (("box", 0.0), ("inside", 1.0)):
+        for mask in draw(kind):
+            assert bool((mask == mask[:1]).all()), "through all frames"
+            rows, columns = (mask[0] == inner).nonzero().T
+            box = mask[0, rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+            assert bool((box == inner).all()) and box.numel() == len(rows) < 24
+    moments = draw("moment")
+    assert any(bool((m != m[:1]).any()) for m in moments)
+    for mask in moments:
+        touched = [i for i in range(5) if mask[i].min() == 0]
+        assert touched == list(range(touched[0], touched[-1] + 1)), "a span of frames"
+    for kind in MASK_KINDS:
+        for shape in ((1, 4, 6), (5, 1, 1), (2, 1, 2)):
+            assert all(set(m.unique().tolist()) == {0.0, 1.0} for m in draw(kind, shape)), (kind, shape)
+        assert random_mask(torch.zeros(1, 1, 1, 1), generator, (kind,)).sum() == 0
 
 
 def test_given_frames_are_drawn_from_their_choices() -> None:

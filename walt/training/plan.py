@@ -21,6 +21,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from walt.conditioning import low_res_kind
 from walt.data.packing import fill_budget
 from walt.errors import WaltError
 from walt.training.job import DenoiserJob, TokenizerJob
@@ -246,7 +247,7 @@ def _side(shape: Any, space: int) -> tuple[int, int]:
 def _pixels(job: Any, index: int) -> tuple[int, int, int]:
     shape = job.shapes[index]
     height, width = _side(shape, 1)
-    twin = 1.25 if job.model.get("low_res_channels") is not None else 1.0
+    twin = {None: 1.0, "space": 1.25, "time": 2.0}[low_res_kind(job.model)]
     return int(shape.frames * twin), height, width
 
 
