@@ -204,14 +204,17 @@ class DiTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
-        """Linear layers Xavier uniform with zero bias, classes normal 0.02, and zero for modulation and prediction, so
-        that adaLN-Zero starts as the identity. The timestep embedder keeps Xavier too (see WaltTransformer3DModel)."""
+        """Linear layers Xavier uniform with zero bias, classes normal 0.02. The timestep embedder keeps Xavier too (see
+        WaltTransformer3DModel)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         if self.class_embedder is not None:
             nn.init.normal_(self.class_embedder.weight, std=0.02)
+
+    def close_branches(self) -> None:
+        """Zeroes modulation and prediction, so that adaLN-Zero trains from the identity (see WaltTransformer3DModel)."""
         for linear in (self.adaln_out, self.proj_out, *(block.adaln for block in self.transformer_blocks)):
             if isinstance(linear, nn.Linear):
                 nn.init.zeros_(linear.weight)

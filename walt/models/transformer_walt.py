@@ -320,6 +320,24 @@ class WaltPositionEmbedding(nn.Module):
         return (time[:t, None] + space[None]).flatten(0, 1)
 
 
+class NearestConv2d(nn.Conv2d):
+    """3x3 depth-to-space convolution whose taps sum to nearest-neighbour upsampling: flat latents stay as they are.
+
+    A module of its own, so that what offloads or casts weights around module calls finds them used in one.
+    """
+
+    def __init__(self, channels: int, scale: int) -> None:
+        super().__init__(channels, channels * scale**2, 3, bias=False)
+        self.scale = scale
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """Frames `(B, C, h + 2, w + 2)`, padded by their neighbours, to `(B, C * scale^2, h, w)`."""
+        nearest = torch.eye(self.in_channels, dtype=self.weight.dtype, device=self.weight.device)
+        nearest = nearest.repeat_interleave(self.scale**2, dim=0)
+        missing = nearest - self.weight.sum(dim=(2, 3))
+        return F.conv2d(frames, self.weight + F.pad(missing[:, :, None, None], (1, 1, 1, 1)))
+
+
 class WaltTransformer3DModel(
     ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalModelMixin, CacheMixin, AttentionMixin
 ):
@@ -429,10 +447,12 @@ class WaltTransformer3DModel(
         if low_res_channels is not None:
             channels += low_res_channels
             large = low_res_channels * low_res_scale**2
-            self.low_res_embed = nn.Conv2d(low_res_channels, large, 3, padding=1, bias=sigma_data is None)
-            if sigma_data is not None:
+            if sigma_data is None:
+                self.low_res_embed = nn.Conv2d(low_res_channels, large, 3, padding=1)
+            else:
+                self.low_res_embed = NearestConv2d(low_res_channels, low_res_scale)
                 # A lone first frame's latent is of another kind than one of four frames.
-                self.low_res_embed_first = nn.Conv2d(low_res_channels, large, 3, padding=1, bias=False)
+                self.low_res_embed_first = NearestConv2d(low_res_channels, low_res_scale)
             self.noise_level_embedder = TimestepEmbedding(256, width)
         self.patch_embed = nn.Linear(channels * patch_size**2, width)
         self.pos_embed = WaltPositionEmbedding(grid, width) if absolute_positions else None
@@ -484,10 +504,9 @@ class WaltTransformer3DModel(
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
-        """All initial values, in one place. Draws nothing on the meta device.
+        """Random initial values, in one place. Draws nothing on the meta device.
 
-        Linear layers are Xavier uniform with zero bias; tables and small embeddings normal 0.02; and zero wherever a
-        residual branch ends (gates, cross-attention output, prediction), so that a new model is the identity.
+        Linear layers are Xavier uniform with zero bias; tables and small embeddings normal 0.02.
         Not DiT's normal 0.02 for the timestep embedders: an embedding of order 0.02 makes the modulation learn the
         noise level some ten times slower, and v-prediction needs gains of 1 / sigma at low noise.
         """
@@ -503,23 +522,32 @@ class WaltTransformer3DModel(
             nn.init.normal_(self.class_embedder.weight, std=0.02)
         # Unit variance from the noisy latents alone: the other input channels are mostly zeros.
         nn.init.normal_(self.patch_embed.weight, std=(self.config.in_channels * self.config.patch_size**2) ** -0.5)
+        for block in self.transformer_blocks:
+            assert isinstance(block, _WaltBlock)
+            if block.adaln_down is not None:
+                nn.init.normal_(block.adaln_down.weight, std=0.02)
+            if block.attn.relative_bias is not None:
+                nn.init.normal_(block.attn.relative_bias.table, std=0.02)
+
+    def close_branches(self) -> None:
+        """Zeroes what ends a residual branch (gates, cross-attention output, mixing, prediction): the start of training.
+
+        The model is then the identity with output 0 (adaLN-Zero), or nearest-neighbour upsampling where `sigma_data`
+        estimates clean latents from low-resolution ones. `walt train` does this to a model it builds; a new model has
+        open branches, as models of diffusers do, so that adapters and caches have an effect on it.
+        """
         if self.config.sigma_data is not None and self.low_res_embed is not None:
-            # Nearest-neighbour upsampling to begin with: the estimate starts from the low-resolution latents.
             nn.init.zeros_(self.low_res_embed.weight)
             nn.init.zeros_(self.low_res_embed_first.weight)
         zero: list[nn.Module | None] = [self.adaln, self.adaln_out, self.proj_out]
         for block in self.transformer_blocks:
             assert isinstance(block, _WaltBlock)
             zero += [block.adaln, block.adaln_up]
-            if block.adaln_down is not None:
-                nn.init.normal_(block.adaln_down.weight, std=0.02)
             if block.cross_attn is not None:
                 zero.append(block.cross_attn.to_out[0])
             if block.local is not None:
                 nn.init.zeros_(block.local.space.weight)
                 nn.init.zeros_(block.local.time)
-            if block.attn.relative_bias is not None:
-                nn.init.normal_(block.attn.relative_bias.table, std=0.02)
         for linear in zero:
             if isinstance(linear, nn.Linear):
                 nn.init.zeros_(linear.weight)
@@ -684,16 +712,10 @@ class WaltTransformer3DModel(
             large = self.low_res_embed(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
         else:
             padded = F.pad(frames.flatten(0, 1), (1, 1, 1, 1), mode="replicate").unflatten(0, frames.shape[:2])
-            first = F.conv2d(padded[:, 0], self._upsampler(self.low_res_embed_first))[:, None]
-            later = F.conv2d(padded[:, 1:].flatten(0, 1), self._upsampler(self.low_res_embed))
+            first = self.low_res_embed_first(padded[:, 0])[:, None]
+            later = self.low_res_embed(padded[:, 1:].flatten(0, 1))
             large = torch.cat([first, later.unflatten(0, padded[:, 1:].shape[:2])], dim=1)
         return F.pixel_shuffle(large, self.config.low_res_scale).transpose(1, 2)
-
-    def _upsampler(self, conv: nn.Conv2d) -> Tensor:
-        """Weights of `conv` whose taps sum to nearest-neighbour upsampling, so that flat latents stay as they are."""
-        nearest = torch.eye(conv.in_channels, dtype=conv.weight.dtype, device=conv.weight.device)
-        nearest = nearest.repeat_interleave(self.config.low_res_scale**2, dim=0)
-        return conv.weight + F.pad((nearest - conv.weight.sum(dim=(2, 3)))[:, :, None, None], (1, 1, 1, 1))
 
     @torch.no_grad()
     def fit_low_res_embed(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
@@ -730,7 +752,7 @@ class WaltTransformer3DModel(
                 ridge = 1e-4 * count * torch.eye(len(square), dtype=square.dtype, device=square.device)
                 taps = torch.linalg.solve(square + ridge, cross).T.unflatten(1, (-1, 8))
                 weight = torch.zeros(conv.weight.flatten(2).shape, dtype=taps.dtype, device=taps.device)
-                weight[..., [0, 1, 2, 3, 5, 6, 7, 8]] = taps  # what the middle must be follows (`_upsampler`)
+                weight[..., [0, 1, 2, 3, 5, 6, 7, 8]] = taps  # what the middle must be follows
                 conv.weight.copy_(weight.reshape(conv.weight.shape))
 
     def _spread(self, small: Tensor) -> Tensor:
