@@ -44,6 +44,7 @@ class WaltCascadePipeline(SamplingPipeline):
 
     model_cpu_offload_seq = "text_encoder->transformer->transformer_2->transformer_3->vae"
     _optional_components = ["transformer_2", "transformer_3"]
+    _lora_loadable_modules = ["transformer", "transformer_2", "transformer_3"]
 
     def __init__(
         self,

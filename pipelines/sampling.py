@@ -33,6 +33,7 @@ from walt.diffusion import add_noise, guide, x0_from_velocity
 from walt.errors import WaltError
 from walt.latents import denormalize, normalize
 from walt.models.transformer_walt import TextCache, WaltTransformer3DModel
+from walt.pipelines.lora import WaltLoraLoaderMixin
 from walt.tokenizers.adapter import adapt
 from walt.tokenizers.text import CompactTextEncoder
 
@@ -343,7 +344,7 @@ def check_range(name: str, value: float, low: float, high: float = float("inf"),
 # -- diffusers' conventions --------------------------------------------------------------------------------------------
 
 
-class SamplingPipeline(DiffusionPipeline):
+class SamplingPipeline(DiffusionPipeline, WaltLoraLoaderMixin):
     """Base of walt's pipelines: properties, text encoding and callbacks as every diffusers pipeline has them."""
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"

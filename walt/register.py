@@ -110,7 +110,58 @@ def _register_attention(dispatch: ModuleType) -> None:
             member._name_, member._value_ = value.upper(), value
             names._member_map_[member._name_] = names._value2member_map_[value] = member
             names._member_names_.append(member._name_)
-        dispatch._AttentionBackendRegistry.register(names(value))(function)
+        # Context parallelism too: a rank has whole windows, whose attention is complete.
+        dispatch._AttentionBackendRegistry.register(names(value), supports_context_parallel=True)(function)
+
+
+def active_attention_backend(backend: Any = None) -> Any:
+    """The member of `AttentionBackendName` of that name, or the active one (of `attention_backend(...)`, or set)."""
+    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
+    return _AttentionBackendRegistry._active_backend if backend is None else AttentionBackendName(backend)
+
+
+# -- context parallelism: `models._modeling_parallel`, "experimental" --------------------------------------------------
+
+
+def context_parallel_plan(module: str, argument: str, last: str) -> dict[str, Any]:
+    """A `_cp_plan`: `argument` of `module` is split over the ranks by rows, the output of `last` put together again."""
+    from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
+
+    return {
+        module: {argument: ContextParallelInput(split_dim=0, expected_dims=2)},
+        last: ContextParallelOutput(gather_dim=0, expected_dims=2),
+    }
+
+
+def context_group(model: Any) -> Any:
+    """The process group over which `model.enable_parallelism` split the context, None without."""
+    config = getattr(model, "_parallel_config", None)
+    context = getattr(config, "context_parallel_config", None)
+    return None if context is None else context._flattened_mesh.get_group()
+
+
+def parallel_config_on_cpu(model: Any, config: Any) -> Any:
+    """diffusers' set-up of context parallelism for ranks on CPUs (gloo); None where its own serves.
+
+    Its own divides by the number of accelerators.
+    """
+    import torch
+    from diffusers.models._modeling_parallel import ContextParallelConfig, ParallelConfig
+
+    if torch.accelerator.is_available() or not torch.distributed.is_initialized():
+        return None
+    if isinstance(config, ContextParallelConfig):
+        config = ParallelConfig(context_parallel_config=config)
+    context = getattr(config, "context_parallel_config", None)
+    if context is None:
+        return None
+    mesh = context.mesh or torch.distributed.init_device_mesh(
+        "cpu", mesh_shape=context.mesh_shape, mesh_dim_names=context.mesh_dim_names
+    )
+    config.setup(torch.distributed.get_rank(), torch.distributed.get_world_size(), torch.device("cpu"), mesh=mesh)
+    model._parallel_config = config
+    return config
 
 
 def _after_import(name: str, action: Callable[[ModuleType], None]) -> None:

@@ -24,7 +24,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
-from walt.attention import RelativeBias, Window, WindowPlan, plan_windows, rotation, window_attention
+from walt.attention import RelativeBias, Window, WindowPlan, plan_windows, rotation, share_plan, window_attention
 from walt.diffusion import signal_level
 from walt.dropping import Kept, drop_from_plan, dropped_lengths, kept_tokens
 from walt.errors import WaltError
@@ -40,6 +40,7 @@ from walt.models.backbone import (
     per_sample,
     samples,
 )
+from walt.register import context_group, context_parallel_plan, parallel_config_on_cpu
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +54,7 @@ class Layout:
     rotation: tuple[Tensor, Tensor] | None  # cosines and sines in the order of `plan`
     dropped: Kept | None = None  # token dropping: which tokens of `grids` there are
     samples: Tensor | None = None  # (L,) int64, the sample of every token
+    padding: int = 0  # context parallelism: rows that the MLP's tokens lack to divide over the ranks
 
 
 @dataclass(eq=False)
@@ -72,7 +74,7 @@ class WaltAttnProcessor:
     """Projects, normalises, rotates, and hands windows to `walt.attention.window_attention`."""
 
     _attention_backend = None
-    _parallel_config = None
+    _parallel_config = None  # set by `enable_parallelism`; a rank has whole windows, see `WaltTransformer3DModel._layout`
 
     def __call__(
         self,
@@ -123,7 +125,6 @@ class WaltAttnProcessor:
             context_value=context_value,
             bias=attn.relative_bias,
             backend=self._attention_backend,
-            parallel_config=self._parallel_config,
         )
         return plan.scatter(attn.to_out[0](out.flatten(1)))
 
@@ -279,7 +280,8 @@ class _WaltBlock(nn.Module):
         if self.local is not None:
             dropped = layout.dropped
             y = self.local(y, layout.grids) if dropped is None else self.local.among(y, layout.grids, dropped)
-        return gated_add(x, self.ff(y), gate2, layout.lengths, layout.samples)
+        y = self.ff(F.pad(y, (0, 0, 0, layout.padding)))[: len(y)] if layout.padding else self.ff(y)
+        return gated_add(x, y, gate2, layout.lengths, layout.samples)
 
 
 class WaltSpatialBlock(_WaltBlock):
@@ -382,6 +384,9 @@ class WaltTransformer3DModel(
     _no_split_modules = ["WaltSpatialBlock", "WaltSpatioTemporalBlock"]
     _repeated_blocks = ["WaltSpatialBlock", "WaltSpatioTemporalBlock"]
     _skip_keys = ["text_cache"]  # filled in place: offload hooks must not pass a copy
+    # The MLP's tokens are split over the ranks by diffusers; the windows of attention by `_layout`, since a rank must
+    # have whole ones, of any sizes.
+    _cp_plan = context_parallel_plan("transformer_blocks.*.ff", "hidden_states", "transformer_blocks.*.ff.net.2")
     _skip_layerwise_casting_patterns = [
         "patch_embed",
         "pos_embed",
@@ -554,6 +559,9 @@ class WaltTransformer3DModel(
                 if linear.bias is not None:
                     nn.init.zeros_(linear.bias)
 
+    def _resolve_parallel_config(self, config: Any) -> Any:
+        return parallel_config_on_cpu(self, config) or super()._resolve_parallel_config(config)
+
     @apply_lora_scale("attention_kwargs")
     def forward(
         self,
@@ -667,7 +675,8 @@ class WaltTransformer3DModel(
         window = self._spatiotemporal if temporal else self._spatial
         by_shape = config.relative_positions == "bias"
         shift = _half(window) if odd else (0, 0, 0)
-        place = partial(_place, kept=dropped, device=device)
+        group = context_group(self)
+        place = partial(_place, kept=dropped, device=device, group=group)
         plan = place(plan_windows(grids, window, shift, identity_images=identity, by_shape=by_shape))
         cross_plan = None
         if text_lengths is not None:
@@ -682,7 +691,8 @@ class WaltTransformer3DModel(
                 cos, sin = dropped.take(cos), dropped.take(sin)
             rotary = (plan.gather(cos), plan.gather(sin))
         lengths = dropped_lengths(grids, dropped)
-        return Layout(lengths, grids, plan, cross_plan, rotary, dropped, _samples_of(lengths, device))
+        padding = 0 if group is None else -sum(lengths) % group.size()
+        return Layout(lengths, grids, plan, cross_plan, rotary, dropped, _samples_of(lengths, device), padding)
 
     def _low_resolution(self, noisy: list[Tensor], low_res: Samples | None) -> list[list[Tensor]]:
         """Depth-to-space convolution of the low-resolution latents, frame by frame (papers 1.6)."""
@@ -827,9 +837,10 @@ class WaltTransformer3DModel(
         return self.text_norm(self.text_embedder(flat.to(dtype))), lengths
 
 
-def _place(plan: WindowPlan, kept: Kept | None, device: torch.device) -> WindowPlan:
-    """A plan on the device, of the kept tokens alone where some were dropped."""
-    return plan.to(device) if kept is None else drop_from_plan(plan, kept.mask, device)
+def _place(plan: WindowPlan, kept: Kept | None, device: torch.device, group: Any) -> WindowPlan:
+    """A plan on the device, of the kept tokens alone where some were dropped, and this rank's share of its windows."""
+    plan = plan.to(device) if kept is None else drop_from_plan(plan, kept.mask, device)
+    return plan if group is None else share_plan(plan, group)
 
 
 @lru_cache(maxsize=512)
