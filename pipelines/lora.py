@@ -7,9 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 from diffusers.loaders import CogVideoXLoraLoaderMixin
+from diffusers.utils import logging
 from torch import Tensor
 
 from walt.errors import WaltError, suggest
+
+logger = logging.get_logger(__name__)
 
 
 class WaltLoraLoaderMixin(CogVideoXLoraLoaderMixin):
@@ -42,7 +45,7 @@ class WaltLoraLoaderMixin(CogVideoXLoraLoaderMixin):
             pretrained_model_name_or_path_or_dict, return_lora_metadata=True, **kwargs
         )
         prefixes = tuple(f"{name}." for name in cls._lora_loadable_modules)
-        if not any(key.startswith(prefixes) for key in state):
+        if not any(key.startswith(prefixes) for key in state) and all(".lora_" in key for key in state):
             state = {f"{component}.{key}": value for key, value in state.items()}
             metadata = None if metadata is None else {f"{component}.{key}": value for key, value in metadata.items()}
         elif component != "transformer":
@@ -75,7 +78,8 @@ class WaltLoraLoaderMixin(CogVideoXLoraLoaderMixin):
                 selects the file (`weight_name`, `revision`, ...).
 
         Raises:
-            WaltError: the file is no LoRA, or for a denoiser that this pipeline has not.
+            ValueError: the file is no LoRA.
+            WaltError: it is for a denoiser that this pipeline could have and has not.
         """
         low_memory = kwargs.pop("low_cpu_mem_usage", True)
         if isinstance(pretrained_model_name_or_path_or_dict, dict):
@@ -88,10 +92,9 @@ class WaltLoraLoaderMixin(CogVideoXLoraLoaderMixin):
         known = self._lora_loadable_modules
         stray = sorted({key.split(".", 1)[0] for key in state} - set(known))
         if stray:
-            raise WaltError(f"the LoRA is for {', '.join(stray)}; this pipeline takes adapters of {', '.join(known)}")
-        for name in known:
-            if not any(key.startswith(f"{name}.") for key in state):
-                continue
+            logger.warning(f"left out parts of the LoRA that are for {', '.join(stray)}; denoisers: {', '.join(known)}")
+        # Where there is nothing, diffusers' own warning says so.
+        for name in [name for name in known if any(key.startswith(f"{name}.") for key in state)] or ["transformer"]:
             model = getattr(self, name, None)
             if model is None:
                 raise WaltError(f"the LoRA is for {name}, which this pipeline has not")

@@ -20,6 +20,7 @@ from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from walt.card import HubCardMixin
 from walt.chunking import (
     OVERLAP_LATENTS,
     TEMPORAL_RATIO,
@@ -344,7 +345,7 @@ def check_range(name: str, value: float, low: float, high: float = float("inf"),
 # -- diffusers' conventions --------------------------------------------------------------------------------------------
 
 
-class SamplingPipeline(DiffusionPipeline, WaltLoraLoaderMixin):
+class SamplingPipeline(HubCardMixin, DiffusionPipeline, WaltLoraLoaderMixin):
     """Base of walt's pipelines: properties, text encoding and callbacks as every diffusers pipeline has them."""
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from walt.models.transformer_nuwa import NuwaTransformer3DModel
     from walt.models.transformer_uvit import UViTTransformer3DModel
     from walt.models.transformer_walt import WaltTransformer3DModel
+    from walt.pipelines.lora import WaltLoraLoaderMixin
     from walt.pipelines.pipeline_nuwa import NuwaPipeline
     from walt.pipelines.pipeline_walt import WaltPipeline
     from walt.pipelines.pipeline_walt_cascade import WaltCascadePipeline
@@ -33,6 +34,7 @@ __all__ = [
     "UViTTransformer3DModel",
     "WaltCascadePipeline",
     "WaltError",
+    "WaltLoraLoaderMixin",
     "WaltPipeline",
     "WaltSuperResolutionPipeline",
     "WaltTransformer3DModel",
@@ -51,6 +53,7 @@ _HOMES = {
     "NuwaPipeline": "walt.pipelines.pipeline_nuwa",
     "NuwaTransformer3DModel": "walt.models.transformer_nuwa",
     "UViTTransformer3DModel": "walt.models.transformer_uvit",
+    "WaltLoraLoaderMixin": "walt.pipelines.lora",
     "WaltCascadePipeline": "walt.pipelines.pipeline_walt_cascade",
     "WaltPipeline": "walt.pipelines.pipeline_walt",
     "WaltSuperResolutionPipeline": "walt.pipelines.pipeline_walt_super_resolution",

@@ -8,6 +8,7 @@ once if it already is.
 
 from __future__ import annotations
 
+import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -23,6 +24,8 @@ _TRANSFORMERS = {
     "walt.models.transformer_dit": "DiTTransformer3DModel",
 }
 _DISPATCH = "diffusers.models.attention_dispatch"
+_SINGLE_FILE = "diffusers.loaders.single_file_model"
+_SINGLE_FILES = {"WaltTransformer3DModel": "transformer", "AutoencoderKLWalt": "vae"}
 _METHODS = ["save_pretrained", "from_pretrained"]
 
 
@@ -32,6 +35,7 @@ def install() -> None:
     for name in _TRANSFORMERS:
         _after_import(name, _register_blocks)
     _after_import(_DISPATCH, _register_attention)
+    _after_import(_SINGLE_FILE, _register_single_files)
 
 
 def diffusers_cli() -> None:
@@ -49,34 +53,60 @@ def _register_classes(loading: ModuleType) -> None:
     The loader picks load methods by `issubclass(Class, getattr(walt, "ModelMixin"))`; `walt.__getattr__` supplies the
     bases.
     """
-    import diffusers
-
     import walt
 
     bases: dict[str, list[str]] = {name: _METHODS for name in walt.LOADABLE_BASES}
     loading.LOADABLE_CLASSES["walt"] = bases
     loading.ALL_IMPORTABLE_CLASSES.update(bases)
 
-    previous: Callable[[str], Any] | None = vars(diffusers).get("__getattr__")
+    for name in ("diffusers", "diffusers.pipelines", "diffusers.models"):
+        _find_here(importlib.import_module(name))
+
+
+def _find_here(module: ModuleType) -> None:
+    """Makes walt's classes attributes of a module of diffusers, lazily: setting them would import all of walt."""
+    import walt
+
+    previous: Callable[[str], Any] | None = vars(module).get("__getattr__")
     if getattr(previous, "walt", False):
         return
 
     def lookup(name: str) -> Any:
-        """Module `__getattr__` (PEP 562): lazy, since setting the classes here would import all of walt."""
+        """Module `__getattr__` (PEP 562)."""
         if name in walt.__all__:
             return getattr(walt, name)
         if previous is not None:
             return previous(name)
-        raise AttributeError(f"module diffusers has no attribute {name}")
+        raise AttributeError(f"module {module.__name__} has no attribute {name}")
 
     lookup.walt = True  # type: ignore[attr-defined]
-    vars(diffusers)["__getattr__"] = lookup
+    vars(module)["__getattr__"] = lookup
+
+
+def _register_single_files(loading: ModuleType) -> None:
+    """`from_single_file(path, config=folder, subfolder=...)`: files hold the keys of the model, so nothing is mapped."""
+    for name, subfolder in _SINGLE_FILES.items():
+        loading.SINGLE_FILE_LOADABLE_CLASSES[name] = {
+            "checkpoint_mapping_fn": lambda checkpoint, **_: checkpoint,
+            "default_subfolder": subfolder,
+        }
 
 
 def _register_blocks(module: ModuleType) -> None:
-    """Tells diffusers' step caches (FirstBlockCache, MagCache, ...) which value walt's blocks return and take."""
-    from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+    """Tells diffusers' step caches and guiders which value walt's blocks return and take, and skipped attention gives."""
+    from diffusers.hooks._helpers import (
+        AttentionProcessorMetadata,
+        AttentionProcessorRegistry,
+        TransformerBlockMetadata,
+        TransformerBlockRegistry,
+    )
 
+    def skipped(attention: Any, *args: Any, **kwargs: Any) -> Any:
+        return kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+
+    for name, value in vars(module).items():
+        if name.endswith("AttnProcessor") and value.__module__ == module.__name__:
+            AttentionProcessorRegistry.register(value, AttentionProcessorMetadata(skip_processor_output_fn=skipped))
     for name in getattr(module, _TRANSFORMERS[module.__name__])._repeated_blocks or ():
         TransformerBlockRegistry.register(
             model_class=getattr(module, name),

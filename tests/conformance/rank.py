@@ -44,7 +44,7 @@ def main() -> None:
     rendezvous, rank, ranks = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=ranks)
     for name, fields in CASES.items():
-        for sizes in (SIZES, ((1, 3, 3), (1, 5, 1)), ((5, 4, 4),) * 2):
+        for sizes in (SIZES, ((1, 3, 3), (1, 5, 1)), ((5, 4, 4),) * 2) if name == "rope" else (SIZES,):
             model = tiny.transformer(num_layers=4, sample_size=(3, 4, 6), **fields)
             given = inputs(sizes)
             alone = model(**given).sample
@@ -53,7 +53,7 @@ def main() -> None:
             model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=ranks))
             compare(name, alone, model(**given).sample)
             cache = TextCache()
-            for _ in range(2):
+            for _ in range(1 + (name == "rope")):
                 compare(f"{name}, text cache", alone, model(**given, text_cache=cache).sample)
     # Every rank really has its part alone.
     plan = plan_windows(((4, 8, 8),), (1, 4, 4))
@@ -65,10 +65,11 @@ def main() -> None:
     feed_forward.forward = lambda self, x: (seen.append(len(x)), forward(self, x))[1]
     model(**given)
     feed_forward.forward = forward
-    assert -(-160 // ranks) in seen, "the MLP's tokens are split"
+    rows = sum(t * h * w for t, h, w in SIZES)
+    assert -(-rows // ranks) in seen, "the MLP's tokens are split"
 
     pipe = tiny.base_pipeline()
-    call: dict[str, Any] = {"num_frames": 29, "num_inference_steps": 2, "output_type": "pt"}
+    call: dict[str, Any] = {"num_frames": 5, "num_inference_steps": 2, "output_type": "pt"}
     alone = pipe("a rocket flies", generator=tiny.seeded(0), **call).frames
     pipe.transformer.enable_parallelism(config=ContextParallelConfig(ring_degree=ranks))
     compare("pipeline", alone, pipe("a rocket flies", generator=tiny.seeded(0), **call).frames)

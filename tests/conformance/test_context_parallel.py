@@ -26,7 +26,7 @@ def test_ranks_of_gloo_equal_one(tmp_path: Path, ranks: int) -> None:
         for rank in range(ranks)
     ]
     try:
-        outputs = [process.communicate(timeout=180)[0] for process in processes]
+        outputs = [process.communicate(timeout=600)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -22,6 +22,7 @@ from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
 from walt.attention import context_attention
+from walt.card import HubCardMixin
 from walt.dropping import dropped_lengths, kept_tokens
 from walt.errors import WaltError
 from walt.fused import gated_add, modulate
@@ -122,7 +123,7 @@ class DiTBlock(nn.Module):
         return x + self.ff(self.norm2(x))
 
 
-class DiTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin):
+class DiTTransformer3DModel(HubCardMixin, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin):
     """Predicts v of noisy latents by full attention over every sample; an image is a one-frame video.
 
     The paper's networks (S, B, L, XL) are in `walt.configs.zoo`. What is told is the timestep, a class and text: in

@@ -25,6 +25,7 @@ from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
 from walt.attention import RelativeBias, Window, WindowPlan, plan_windows, rotation, share_plan, window_attention
+from walt.card import HubCardMixin
 from walt.diffusion import signal_level
 from walt.dropping import Kept, drop_from_plan, dropped_lengths, kept_tokens
 from walt.errors import WaltError
@@ -74,7 +75,9 @@ class WaltAttnProcessor:
     """Projects, normalises, rotates, and hands windows to `walt.attention.window_attention`."""
 
     _attention_backend = None
-    _parallel_config = None  # set by `enable_parallelism`; a rank has whole windows, see `WaltTransformer3DModel._layout`
+    _parallel_config = (
+        None  # set by `enable_parallelism`; a rank has whole windows, see `WaltTransformer3DModel._layout`
+    )
 
     def __call__(
         self,
@@ -341,7 +344,7 @@ class NearestConv2d(nn.Conv2d):
 
 
 class WaltTransformer3DModel(
-    ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalModelMixin, CacheMixin, AttentionMixin
+    HubCardMixin, ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalModelMixin, CacheMixin, AttentionMixin
 ):
     """Predicts v of noisy latents, layer by layer alternating spatial and spatiotemporal windows.
 
