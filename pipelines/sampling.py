@@ -35,6 +35,7 @@ from walt.errors import WaltError
 from walt.latents import denormalize, normalize
 from walt.models.transformer_walt import TextCache, WaltTransformer3DModel
 from walt.pipelines.lora import WaltLoraLoaderMixin
+from walt.register import refuse_cache
 from walt.tokenizers.adapter import adapt
 from walt.tokenizers.text import CompactTextEncoder
 
@@ -529,6 +530,7 @@ class SamplingPipeline(HubCardMixin, DiffusionPipeline, WaltLoraLoaderMixin):
             raise WaltError(
                 f"callback_on_step_end_tensor_inputs has {unknown}; allowed are {self._callback_tensor_inputs}"
             )
+        refuse_cache(self.transformer, guidance_scale > 1)
         self._guidance_scale = guidance_scale
         self._guidance_rescale = guidance_rescale
         self._attention_kwargs = attention_kwargs

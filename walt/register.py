@@ -13,10 +13,12 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
+_TESTED = ((0, 42), (0, 44))  # from, and below: those of pyproject.toml
 _LOADING = "diffusers.pipelines.pipeline_loading_utils"
 # Not U-ViT: what its later blocks take from earlier ones is no part of a step cache.
 _TRANSFORMERS = {
@@ -55,12 +57,39 @@ def _register_classes(loading: ModuleType) -> None:
     """
     import walt
 
+    _check_version(importlib.import_module("diffusers"))
     bases: dict[str, list[str]] = {name: _METHODS for name in walt.LOADABLE_BASES}
     loading.LOADABLE_CLASSES["walt"] = bases
     loading.ALL_IMPORTABLE_CLASSES.update(bases)
 
     for name in ("diffusers", "diffusers.pipelines", "diffusers.models"):
         _find_here(importlib.import_module(name))
+
+
+def _check_version(diffusers: ModuleType) -> None:
+    """Private surfaces change without notice: says so where this version of diffusers is not one of those tested."""
+    version = diffusers.__version__
+    major, minor = (int(part) for part in version.split(".")[:2])
+    if not _TESTED[0] <= (major, minor) < _TESTED[1]:
+        tested = f"{_TESTED[0][0]}.{_TESTED[0][1]} to {_TESTED[1][0]}.{_TESTED[1][1] - 1}"
+        warnings.warn(f"walt is not tested with diffusers {version}; tested are {tested}", stacklevel=2)
+
+
+def refuse_cache(model: Any, guided: bool) -> None:
+    """A WaltError for a step cache that cannot work in walt's loop: FasterCache, where there is guidance.
+
+    It drops the second half of a batch and puts it back; walt's conditional and unconditional branches are one pack.
+    """
+    from diffusers import FasterCacheConfig
+
+    from walt.errors import WaltError
+
+    config = getattr(model, "_cache_config", None)
+    if guided and isinstance(config, FasterCacheConfig) and not config.is_guidance_distilled:
+        raise WaltError(
+            "FasterCache cannot skip a branch of walt's guidance, whose branches are one pack: give it "
+            "is_guidance_distilled=True (attention alone), or use FirstBlockCache, MagCache, TaylorSeer or PAB"
+        )
 
 
 def _find_here(module: ModuleType) -> None:
