@@ -109,6 +109,22 @@ def seeded_noise(
     return torch.stack(rows).to(device)
 
 
+def encode_text(
+    tokenizer: PreTrainedTokenizerBase, encoder: Any, texts: list[str], max_length: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Text states `(P, S, D)` and their mask `(P, S)`; texts longer than `max_length` tokens are cut, with a warning."""
+    model = encoder.model if isinstance(encoder, CompactTextEncoder) else encoder
+    limit = getattr(model.config, "max_position_embeddings", None) or max_length  # none where relative (T5)
+    max_length = min(max_length, tokenizer.model_max_length, limit)
+    whole = tokenizer(texts, padding=False, truncation=False, verbose=False)["input_ids"]
+    for text, ids in zip(texts, whole, strict=True):
+        if len(ids) > max_length:
+            logger.warning(f'cut to {max_length} of {len(ids)} tokens: "{text[:60]}..."')
+    tokens = tokenizer(texts, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
+    ids, mask = tokens["input_ids"].to(device), tokens["attention_mask"].to(device)
+    return encoder(input_ids=ids, attention_mask=mask).last_hidden_state, mask
+
+
 # -- pixels and latents ------------------------------------------------------------------------------------------------
 
 
@@ -459,18 +475,7 @@ class SamplingPipeline(HubCardMixin, DiffusionPipeline, WaltLoraLoaderMixin):
     def _encode_text(self, texts: list[str], max_length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         if self.tokenizer is None or self.text_encoder is None:
             raise WaltError("this pipeline has no text encoder: give prompt_embeds instead of a prompt")
-        encoder: Any = self.text_encoder
-        encoder = encoder.model if isinstance(encoder, CompactTextEncoder) else encoder
-        limit = getattr(encoder.config, "max_position_embeddings", None) or max_length  # none where relative (T5)
-        max_length = min(max_length, self.tokenizer.model_max_length, limit)
-        whole = self.tokenizer(texts, padding=False, truncation=False, verbose=False)["input_ids"]
-        for text, ids in zip(texts, whole, strict=True):
-            if len(ids) > max_length:
-                logger.warning(f'cut to {max_length} of {len(ids)} tokens: "{text[:60]}..."')
-        tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
-        ids, mask = tokens["input_ids"].to(device), tokens["attention_mask"].to(device)
-        states: Tensor = self.text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state
-        return states, mask
+        return encode_text(self.tokenizer, self.text_encoder, texts, max_length, device)
 
     def _check_prompt(
         self,

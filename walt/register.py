@@ -26,6 +26,9 @@ _TRANSFORMERS = {
     "walt.models.transformer_dit": "DiTTransformer3DModel",
 }
 _DISPATCH = "diffusers.models.attention_dispatch"
+_MODULAR = "diffusers.modular_pipelines.modular_pipeline"
+_AUTO = "diffusers.pipelines.auto_pipeline"
+_PIPELINE = "walt.pipelines.pipeline_walt"
 _SINGLE_FILE = "diffusers.loaders.single_file_model"
 _SINGLE_FILES = {"WaltTransformer3DModel": "transformer", "AutoencoderKLWalt": "vae"}
 _METHODS = ["save_pretrained", "from_pretrained"]
@@ -38,6 +41,9 @@ def install() -> None:
         _after_import(name, _register_blocks)
     _after_import(_DISPATCH, _register_attention)
     _after_import(_SINGLE_FILE, _register_single_files)
+    _after_import(_MODULAR, _register_modular)
+    for name in (_AUTO, _PIPELINE):
+        _after_import(name, _register_task)
 
 
 def diffusers_cli() -> None:
@@ -119,6 +125,18 @@ def _register_single_files(loading: ModuleType) -> None:
             "checkpoint_mapping_fn": lambda checkpoint, **_: checkpoint,
             "default_subfolder": subfolder,
         }
+
+
+def _register_modular(modular: ModuleType) -> None:
+    """`ModularPipeline.from_pretrained(folder)` for a folder of WaltPipeline or of walt's blocks."""
+    modular.MODULAR_PIPELINE_MAPPING["walt"] = lambda config=None: "WaltModularPipeline"
+
+
+def _register_task(_: ModuleType) -> None:
+    """By this a folder of a WaltPipeline is known to be a model "walt"; when both modules are there."""
+    auto, ours = sys.modules.get(_AUTO), sys.modules.get(_PIPELINE)
+    if hasattr(auto, "SUPPORTED_TASKS_MAPPINGS") and hasattr(ours, "WaltPipeline"):
+        auto.AUTO_TEXT2VIDEO_PIPELINES_MAPPING["walt"] = ours.WaltPipeline
 
 
 def _register_blocks(module: ModuleType) -> None:
