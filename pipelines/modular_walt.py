@@ -11,7 +11,13 @@ from typing import Any
 import torch
 from diffusers import ClassifierFreeGuidance, DDIMScheduler, ModularPipeline, ModularPipelineBlocks
 from diffusers.configuration_utils import FrozenDict
-from diffusers.modular_pipelines import ComponentSpec, InputParam, OutputParam, SequentialPipelineBlocks
+from diffusers.modular_pipelines import (
+    ComponentSpec,
+    InputParam,
+    LoopSequentialPipelineBlocks,
+    OutputParam,
+    SequentialPipelineBlocks,
+)
 from diffusers.video_processor import VideoProcessor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -155,14 +161,14 @@ class WaltPrepareLatentsStep(ModularPipelineBlocks):
         return components, state
 
 
-class WaltDenoiseStep(ModularPipelineBlocks):
-    """The denoising loop: one forward for every batch that the guider asks for."""
+class WaltLoopDenoiser(ModularPipelineBlocks):
+    """One prediction: a forward for every batch that the guider asks for."""
 
     model_name = "walt"
 
     @property
     def description(self) -> str:
-        return "Denoises the latents with the guider"
+        return "Predicts v of the latents with the guider"
 
     @property
     def expected_components(self) -> list[ComponentSpec]:
@@ -178,44 +184,83 @@ class WaltDenoiseStep(ModularPipelineBlocks):
             InputParam("attention_kwargs", description="passed on to the transformer"),
         ]
 
+    @torch.no_grad()
+    def __call__(self, components: Any, block: Any, i: int, t: torch.Tensor) -> tuple[Any, Any]:
+        transformer, guider, x0 = components.transformer, components.guider, block.estimate
+        dtype, steps = transformer.dtype, len(block.timesteps)
+        block.model_input = components.scheduler.scale_model_input(block.latents, t)
+        guider.set_state(step=i, num_inference_steps=steps, timestep=t)
+        branches = guider.prepare_inputs_from_block_state(block, _TEXT)
+        for branch in branches:
+            given = {name: getattr(branch, name) for name in _TEXT}
+            given["encoder_hidden_states"] = given["encoder_hidden_states"].to(dtype)
+            if transformer.config.self_conditioning:
+                given["self_conditioning"] = None if x0 is None else x0.to(dtype)
+            guider.prepare_models(transformer)
+            name = str(getattr(branch, guider._identifier_key))
+            with transformer.cache_context(name, step_index=i, num_inference_steps=steps, timestep=t):
+                branch.noise_pred = transformer(
+                    block.model_input.to(dtype),
+                    t.expand(len(block.latents)),
+                    attention_kwargs=block.attention_kwargs,
+                    return_dict=False,
+                    **given,
+                )[0].float()
+            guider.cleanup_models(transformer)
+        block.noise_pred = guider(branches)[0]
+        return components, block
+
+
+class WaltLoopAfterDenoiser(ModularPipelineBlocks):
+    """One step of the scheduler, and the estimate of the clean latents for self-conditioning."""
+
+    model_name = "walt"
+
     @property
-    def intermediate_outputs(self) -> list[OutputParam]:
-        return [OutputParam("latents", type_hint=torch.Tensor)]
+    def description(self) -> str:
+        return "Takes a step of the scheduler"
+
+    @property
+    def expected_components(self) -> list[ComponentSpec]:
+        return [_SCHEDULER]
+
+    @torch.no_grad()
+    def __call__(self, components: Any, block: Any, i: int, t: torch.Tensor) -> tuple[Any, Any]:
+        scheduler = components.scheduler
+        block.estimate = x0_from_velocity(scheduler, block.noise_pred, block.model_input, t.round().long())
+        block.latents = scheduler.step(block.noise_pred, t, block.latents, return_dict=False)[0]
+        return components, block
+
+
+class WaltDenoiseStep(LoopSequentialPipelineBlocks):
+    """The denoising loop."""
+
+    model_name = "walt"
+    block_classes = [WaltLoopDenoiser, WaltLoopAfterDenoiser]
+    block_names = ["denoiser", "after_denoiser"]
+
+    @property
+    def description(self) -> str:
+        return "Denoises the latents over `timesteps`"
+
+    @property
+    def loop_expected_components(self) -> list[ComponentSpec]:
+        return [_TRANSFORMER]
+
+    @property
+    def loop_inputs(self) -> list[InputParam]:
+        return [InputParam("timesteps", required=True, type_hint=torch.Tensor)]
 
     @torch.no_grad()
     def __call__(self, components: Any, state: Any) -> tuple[Any, Any]:
         block = self.get_block_state(state)
-        transformer, scheduler, guider = components.transformer, components.scheduler, components.guider
-        dtype, steps = transformer.dtype, len(block.timesteps)
-        x, x0 = block.latents, None
-        if transformer.is_cache_enabled:
-            transformer._reset_stateful_cache()
-        with components.progress_bar(total=steps) as bar:
+        if components.transformer.is_cache_enabled:
+            components.transformer._reset_stateful_cache()
+        block.estimate = None
+        with self.progress_bar(total=len(block.timesteps)) as bar:
             for i, t in enumerate(block.timesteps):
-                x_t = scheduler.scale_model_input(x, t)
-                guider.set_state(step=i, num_inference_steps=steps, timestep=t)
-                branches = guider.prepare_inputs_from_block_state(block, _TEXT)
-                for branch in branches:
-                    given = {name: getattr(branch, name) for name in _TEXT}
-                    given["encoder_hidden_states"] = given["encoder_hidden_states"].to(dtype)
-                    if transformer.config.self_conditioning:
-                        given["self_conditioning"] = None if x0 is None else x0.to(dtype)
-                    guider.prepare_models(transformer)
-                    name = str(getattr(branch, guider._identifier_key))
-                    with transformer.cache_context(name, step_index=i, num_inference_steps=steps, timestep=t):
-                        branch.noise_pred = transformer(
-                            x_t.to(dtype),
-                            t.expand(len(x)),
-                            attention_kwargs=block.attention_kwargs,
-                            return_dict=False,
-                            **given,
-                        )[0].float()
-                    guider.cleanup_models(transformer)
-                v = guider(branches)[0]
-                x0 = x0_from_velocity(scheduler, v, x_t, t.round().long())
-                x = scheduler.step(v, t, x, return_dict=False)[0]
+                components, block = self.loop_step(components, block, i=i, t=t)
                 bar.update()
-        block.latents = x
         self.set_block_state(state, block)
         return components, state
 

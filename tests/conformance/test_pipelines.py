@@ -157,7 +157,7 @@ def test_faster_cache_needs_no_guidance() -> None:
     def config(distilled: bool) -> FasterCacheConfig:
         return FasterCacheConfig(
             spatial_attention_block_skip_range=2,
-            spatial_attention_timestep_skip_range=(-1, 1001),
+            spatial_attention_timestep_skip_range=(-1, 901),
             spatial_attention_block_identifiers=("transformer_blocks",),
             current_timestep_callback=lambda: pipe.current_timestep,
             attention_weight_callback=lambda _: 0.5,
