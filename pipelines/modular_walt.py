@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import ClassifierFreeGuidance, DDIMScheduler, ModularPipeline, ModularPipelineBlocks
+from diffusers import ClassifierFreeGuidance, DDIMScheduler, HookRegistry, ModularPipeline, ModularPipelineBlocks
 from diffusers.configuration_utils import FrozenDict
 from diffusers.modular_pipelines import (
     ComponentSpec,
@@ -255,7 +255,7 @@ class WaltDenoiseStep(LoopSequentialPipelineBlocks):
     def __call__(self, components: Any, state: Any) -> tuple[Any, Any]:
         block = self.get_block_state(state)
         if components.transformer.is_cache_enabled:
-            components.transformer._reset_stateful_cache()
+            HookRegistry.check_if_exists_or_initialize(components.transformer).reset_stateful_hooks(recurse=True)
         block.estimate = None
         with self.progress_bar(total=len(block.timesteps)) as bar:
             for i, t in enumerate(block.timesteps):

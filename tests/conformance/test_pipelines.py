@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -278,3 +279,15 @@ def test_installing_twice_changes_nothing(caplog: pytest.LogCaptureFixture) -> N
         register.install()
     assert list(AttentionBackendName) == names and vars(diffusers)["__getattr__"] is lookup
     assert not caplog.records
+
+
+def test_private_surfaces_are_in_one_file() -> None:
+    private = re.compile(
+        r"hooks\._|_modeling_parallel|_AttentionBackendRegistry|LOADABLE_CLASSES|PIPELINES?_MAPPING|_cache_config\b|"
+        r"ProcessorRegistry|BlockRegistry|_flattened_mesh"
+    )
+    root = Path(walt.__file__).parent.parent
+    for folder in ("walt", "pipelines", "tokenizers", "configs"):
+        for path in sorted((root / folder).rglob("*.py")):
+            found = private.search(path.read_text(encoding="utf-8"))
+            assert found is None or path.name == "register.py", f"{path}: {found}"

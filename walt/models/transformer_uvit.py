@@ -89,7 +89,7 @@ class UViTTransformer3DModel(HubCardMixin, ModelMixin, ConfigMixin, PeftAdapterM
     _supports_gradient_checkpointing = True
     _no_split_modules = ["UViTBlock"]
     _repeated_blocks = ["UViTBlock"]
-    _skip_layerwise_casting_patterns = ["patch_embed", "pos_embed", "time_embedder", "class_embedder", "norm"]
+    _skip_layerwise_casting_patterns = ["patch_embed", "pos_embed", "class_embedder", "norm"]
 
     @register_to_config
     def __init__(
