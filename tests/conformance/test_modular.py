@@ -64,7 +64,7 @@ def test_other_guiders(pipe: Any) -> None:
     skip = LayerSkipConfig(indices=[1], skip_attention=False, skip_attention_scores=True, skip_ff=False)
     always = {"skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 1.0}
     guiders = [
-        AdaptiveProjectedGuidance(guidance_scale=6.0),
+        AdaptiveProjectedGuidance(guidance_scale=6.0, eta=0.0),
         SkipLayerGuidance(guidance_scale=6.0, skip_layer_config=[skip], **always),
     ]
     for guider in guiders:
