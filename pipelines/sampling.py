@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
+from diffusers.utils.torch_utils import get_module_execution_device
 from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -131,14 +132,14 @@ def encode_text(
 def encode_video(vae: Any, video: Tensor) -> Tensor:
     """`(B, 3, 1+4k, H, W)` in [-1, 1] -> normalised float32 latents `(B, C, 1+k, H/8, W/8)`."""
     vae = adapt(vae)
-    latents = vae.encode(video.to(vae.device, vae.dtype)).latent_dist.mode().float()
+    latents = vae.encode(video.to(get_module_execution_device(vae), vae.dtype)).latent_dist.mode().float()
     return normalize(latents, *_statistics(vae, latents.shape[1]))
 
 
 def decode_latents(vae: Any, latents: Tensor) -> Tensor:
     """The inverse: normalised latents of one chunk -> float32 video in [-1, 1], clamped; one sample at a time."""
     vae = adapt(vae)
-    raw = denormalize(latents, *_statistics(vae, latents.shape[1])).to(vae.device, vae.dtype)
+    raw = denormalize(latents, *_statistics(vae, latents.shape[1])).to(get_module_execution_device(vae), vae.dtype)
     return torch.cat([vae.decode(z).sample.float().clamp(-1, 1) for z in raw.split(1)])
 
 

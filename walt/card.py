@@ -71,14 +71,29 @@ def _use(thing: Any) -> tuple[str, list[str]]:
 class HubCardMixin:
     """`push_to_hub` with walt's own card; a card that the repository has already is kept. Comes before diffusers' base."""
 
-    def save_pretrained(self, save_directory: Any, *args: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """As in diffusers, also with `push_to_hub`, `repo_id`, `commit_message`, `private`, `create_pr`, `token`."""
+    def save_pretrained(
+        self,
+        save_directory: Any,
+        *args: Any,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """As in diffusers, also with `push_to_hub`, `repo_id`, `commit_message`, `private`, `create_pr`, `token`.
+
+        A pipeline looks at this signature to know what its parts' methods take.
+        """
         hub = {
             key: kwargs.pop(key)
             for key in ("repo_id", "commit_message", "private", "create_pr", "token", "license", "subfolder")
             if key in kwargs
         }
-        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        given: dict[str, Any] = {} if safe_serialization else {"safe_serialization": False}
+        given |= {} if variant is None else {"variant": variant}
+        given |= {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+        super().save_pretrained(save_directory, *args, **given, **kwargs)  # type: ignore[misc]
         if push_to_hub:
             self._push(Path(save_directory), hub.pop("repo_id", None) or Path(save_directory).name, **hub)
 

@@ -249,7 +249,7 @@ class _WaltBlock(nn.Module):
         self.adaln_down = nn.Linear(width, rank, bias=False) if adaln == "lora" else None
         self.adaln_up = nn.Linear(rank, 6 * width, bias=False) if adaln == "lora" else None
 
-    def forward(
+    def _layer(
         self,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None,
@@ -287,12 +287,40 @@ class _WaltBlock(nn.Module):
         return gated_add(x, y, gate2, layout.lengths, layout.samples)
 
 
+# Each kind has a `forward` of its own: torch.compile counts what it compiled by function, so of one they would use up
+# each other's limit.
+
+
 class WaltSpatialBlock(_WaltBlock):
     """Attends inside a frame: windows 1 x h' x w', the whole frame by default."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None,
+        embedding: Tensor,
+        modulation: Tensor | None,
+        layout: Layout,
+        text_pair: list[Tensor] | None = None,
+    ) -> Tensor:
+        """As `_layer`."""
+        return self._layer(hidden_states, encoder_hidden_states, embedding, modulation, layout, text_pair)
 
 
 class WaltSpatioTemporalBlock(_WaltBlock):
     """Attends across frames: windows t x h' x w'; an image is passed by the identity rule."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None,
+        embedding: Tensor,
+        modulation: Tensor | None,
+        layout: Layout,
+        text_pair: list[Tensor] | None = None,
+    ) -> Tensor:
+        """As `_layer`."""
+        return self._layer(hidden_states, encoder_hidden_states, embedding, modulation, layout, text_pair)
 
 
 class WaltPositionEmbedding(nn.Module):
