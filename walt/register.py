@@ -134,7 +134,8 @@ def _register_modular(modular: ModuleType) -> None:
 
 def _register_task(_: ModuleType) -> None:
     """By this a folder of a WaltPipeline is known to be a model "walt"; when both modules are there."""
-    auto, ours = sys.modules.get(_AUTO), sys.modules.get(_PIPELINE)
+    auto: Any = sys.modules.get(_AUTO)
+    ours: Any = sys.modules.get(_PIPELINE)
     if hasattr(auto, "SUPPORTED_TASKS_MAPPINGS") and hasattr(ours, "WaltPipeline"):
         auto.AUTO_TEXT2VIDEO_PIPELINES_MAPPING["walt"] = ours.WaltPipeline
 
