@@ -51,6 +51,7 @@ class WaltCascadePipeline(SamplingPipeline):
 
     model_cpu_offload_seq = "text_encoder->transformer->temporal_super_resolution->transformer_2->transformer_3->vae"
     _optional_components = ["transformer_2", "transformer_3", "temporal_super_resolution"]
+    _lora_loadable_modules = ["transformer", "transformer_2", "transformer_3", "temporal_super_resolution"]
 
     def __init__(
         self,

@@ -16,11 +16,13 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
+from diffusers.utils.torch_utils import get_module_execution_device
 from diffusers.video_processor import VideoProcessor
 from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from walt.card import HubCardMixin
 from walt.chunking import (
     OVERLAP_LATENTS,
     TEMPORAL_RATIO,
@@ -35,6 +37,8 @@ from walt.errors import WaltError, suggest
 from walt.latents import denormalize, normalize
 from walt.models.transformer_walt import TextCache, WaltTransformer3DModel
 from walt.pipelines.conditions import Known, known_latents
+from walt.pipelines.lora import WaltLoraLoaderMixin
+from walt.register import refuse_cache
 from walt.tokenizers.adapter import adapt
 from walt.tokenizers.text import CompactTextEncoder
 
@@ -147,20 +151,36 @@ def seeded_noise(
     return torch.stack(rows).to(device)
 
 
+def encode_text(
+    tokenizer: PreTrainedTokenizerBase, encoder: Any, texts: list[str], max_length: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Text states `(P, S, D)` and their mask `(P, S)`; texts longer than `max_length` tokens are cut, with a warning."""
+    model = encoder.model if isinstance(encoder, CompactTextEncoder) else encoder
+    limit = getattr(model.config, "max_position_embeddings", None) or max_length  # none where relative (T5)
+    max_length = min(max_length, tokenizer.model_max_length, limit)
+    whole = tokenizer(texts, padding=False, truncation=False, verbose=False)["input_ids"]
+    for text, ids in zip(texts, whole, strict=True):
+        if len(ids) > max_length:
+            logger.warning(f'cut to {max_length} of {len(ids)} tokens: "{text[:60]}..."')
+    tokens = tokenizer(texts, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
+    ids, mask = tokens["input_ids"].to(device), tokens["attention_mask"].to(device)
+    return encoder(input_ids=ids, attention_mask=mask).last_hidden_state, mask
+
+
 # -- pixels and latents ------------------------------------------------------------------------------------------------
 
 
 def encode_video(vae: Any, video: Tensor) -> Tensor:
     """`(B, 3, 1+4k, H, W)` in [-1, 1] -> normalised float32 latents `(B, C, 1+k, H/8, W/8)`."""
     vae = adapt(vae)
-    latents = vae.encode(video.to(vae.device, vae.dtype)).latent_dist.mode().float()
+    latents = vae.encode(video.to(get_module_execution_device(vae), vae.dtype)).latent_dist.mode().float()
     return normalize(latents, *_statistics(vae, latents.shape[1]))
 
 
 def decode_latents(vae: Any, latents: Tensor) -> Tensor:
     """The inverse: normalised latents of one chunk -> float32 video in [-1, 1], clamped; one sample at a time."""
     vae = adapt(vae)
-    raw = denormalize(latents, *_statistics(vae, latents.shape[1])).to(vae.device, vae.dtype)
+    raw = denormalize(latents, *_statistics(vae, latents.shape[1])).to(get_module_execution_device(vae), vae.dtype)
     return torch.cat([vae.decode(z).sample.float().clamp(-1, 1) for z in raw.split(1)])
 
 
@@ -528,7 +548,7 @@ def check_range(name: str, value: float, low: float, high: float = float("inf"),
 # -- diffusers' conventions --------------------------------------------------------------------------------------------
 
 
-class SamplingPipeline(DiffusionPipeline):
+class SamplingPipeline(HubCardMixin, DiffusionPipeline, WaltLoraLoaderMixin):
     """Base of walt's pipelines: properties, text encoding and callbacks as every diffusers pipeline has them."""
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
@@ -663,18 +683,7 @@ class SamplingPipeline(DiffusionPipeline):
     def _encode_text(self, texts: list[str], max_length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         if self.tokenizer is None or self.text_encoder is None:
             raise WaltError("this pipeline has no text encoder: give prompt_embeds instead of a prompt")
-        encoder: Any = self.text_encoder
-        encoder = encoder.model if isinstance(encoder, CompactTextEncoder) else encoder
-        limit = getattr(encoder.config, "max_position_embeddings", None) or max_length  # none where relative (T5)
-        max_length = min(max_length, self.tokenizer.model_max_length, limit)
-        whole = self.tokenizer(texts, padding=False, truncation=False, verbose=False)["input_ids"]
-        for text, ids in zip(texts, whole, strict=True):
-            if len(ids) > max_length:
-                logger.warning(f'cut to {max_length} of {len(ids)} tokens: "{text[:60]}..."')
-        tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
-        ids, mask = tokens["input_ids"].to(device), tokens["attention_mask"].to(device)
-        states: Tensor = self.text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state
-        return states, mask
+        return encode_text(self.tokenizer, self.text_encoder, texts, max_length, device)
 
     def _check_prompt(
         self,
@@ -734,6 +743,7 @@ class SamplingPipeline(DiffusionPipeline):
             raise WaltError(
                 f"callback_on_step_end_tensor_inputs has {unknown}; allowed are {self._callback_tensor_inputs}"
             )
+        refuse_cache(self.transformer, guidance_scale > 1)
         self._guidance_scale = guidance_scale
         self._guidance_rescale = guidance_rescale
         self._attention_kwargs = attention_kwargs

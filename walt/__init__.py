@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from walt.models.transformer_uvit import UViTTransformer3DModel
     from walt.models.transformer_walt import WaltTransformer3DModel
     from walt.pipelines.conditions import WaltCondition
+    from walt.pipelines.lora import WaltLoraLoaderMixin
+    from walt.pipelines.modular_walt import WaltBlocks, WaltModularPipeline
     from walt.pipelines.pipeline_nuwa import NuwaPipeline
     from walt.pipelines.pipeline_walt import WaltPipeline
     from walt.pipelines.pipeline_walt_cascade import WaltCascadePipeline
@@ -33,10 +35,13 @@ __all__ = [
     "NuwaPipeline",
     "NuwaTransformer3DModel",
     "UViTTransformer3DModel",
+    "WaltBlocks",
     "WaltCascadePipeline",
     "WaltCondition",
     "WaltConditionPipeline",
     "WaltError",
+    "WaltLoraLoaderMixin",
+    "WaltModularPipeline",
     "WaltPipeline",
     "WaltSuperResolutionPipeline",
     "WaltTransformer3DModel",
@@ -55,6 +60,9 @@ _HOMES = {
     "NuwaPipeline": "walt.pipelines.pipeline_nuwa",
     "NuwaTransformer3DModel": "walt.models.transformer_nuwa",
     "UViTTransformer3DModel": "walt.models.transformer_uvit",
+    "WaltBlocks": "walt.pipelines.modular_walt",
+    "WaltModularPipeline": "walt.pipelines.modular_walt",
+    "WaltLoraLoaderMixin": "walt.pipelines.lora",
     "WaltCascadePipeline": "walt.pipelines.pipeline_walt_cascade",
     "WaltCondition": "walt.pipelines.conditions",
     "WaltConditionPipeline": "walt.pipelines.pipeline_walt_condition",

@@ -20,6 +20,7 @@ from walt.commands import build_objective, draw_sheet, plan_job
 from walt.conditioning import MASK_KINDS, draw_given_frames, random_mask
 from walt.errors import Terminated, WaltError
 from walt.models.transformer_walt import WaltTransformer3DModel
+from walt.pipelines.pipeline_walt import WaltPipeline
 from walt.training import checkpoint
 from walt.training.adafactor import Adafactor
 from walt.training.job import DenoiserJob, DiffusionJob, Job, LoraJob, OptimizerJob, load_job
@@ -454,7 +455,8 @@ def test_lora_trains_adapters_alone_and_comes_back(tmp_path: Path, export: str) 
                 parameter.copy_(state[f"ema.{name}"])
     if export == "adapter":
         loaded = WaltTransformer3DModel.from_pretrained(base)
-        loaded.load_lora_adapter(str(final), prefix=None, weight_name="pytorch_lora_weights.safetensors")
+        pipe = WaltPipeline(None, None, None, loaded, None)  # type: ignore[arg-type]
+        pipe.load_lora_weights(final)
     else:
         loaded = WaltTransformer3DModel.from_pretrained(final)
         assert not any("lora" in name for name in loaded.state_dict())

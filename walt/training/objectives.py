@@ -42,14 +42,17 @@ NOISE_BINS = 5  # of the noise levels, in the held-out loss
 
 
 def build_model(cls: type[Any], config: dict[str, Any]) -> Any:
-    """`cls(**config)` with unknown names answered by the nearest known one."""
+    """`cls(**config)`, ready to be trained, with unknown names answered by the nearest known one."""
     import inspect
 
     known = [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
     for name in config:
         if name not in known:
             raise WaltError(f"model: {cls.__name__} has no {name!r}{suggest(name, known)}; known: {', '.join(known)}")
-    return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in config.items()})
+    model = cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in config.items()})
+    if hasattr(model, "close_branches"):
+        model.close_branches()
+    return model
 
 
 # ---------------------------------------------------------------------------------------------------------------------
