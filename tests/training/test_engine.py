@@ -9,10 +9,12 @@ import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate import init_empty_weights
 from safetensors.torch import load_file
 
 from tests.training.jobs import losses, save_tokenizer, saved, small_job, tokenizer_job
@@ -20,9 +22,10 @@ from walt.commands import build_objective, draw_sheet, plan_job
 from walt.conditioning import draw_given_frames, random_mask
 from walt.errors import Terminated, WaltError
 from walt.models.transformer_walt import WaltTransformer3DModel
+from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt
 from walt.training import checkpoint
 from walt.training.adafactor import Adafactor
-from walt.training.job import DenoiserJob, DiffusionJob, Job, LoraJob, OptimizerJob, load_job
+from walt.training.job import DenoiserJob, DiffusionJob, Job, LoraJob, OptimizerJob, TokenizerJob, load_job, recipes
 from walt.training.loop import Loss, Objective, Part, train
 from walt.training.objectives import interpolated_positions
 from walt.training.optimizers import warm
@@ -532,6 +535,77 @@ def test_recipes_of_table_8(recipe: str) -> None:
     assert job.optimizer.schedule == ("constant" if recipe == "t2v_base_wide" else "cosine")
     steps = {"imagenet": 437_898, "ucf101": 60_000, "k600": 276_062, "t2v_base": 550_000, "t2v_base_wide": 250_000}
     assert job.run.steps == {**steps, "t2v_sr1": 675_000, "t2v_sr2": 275_000}[recipe]
+
+
+@pytest.mark.parametrize("kind", ["denoiser", "tokenizer"])
+def test_a_small_recipe_is_rehearsed_on_its_own_data(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a clock that counts operations instead of seconds, the plan's seconds are those of the run.
+
+    The clock goes by the model's own operations alone, so nothing here depends on the machine.
+    """
+    vae = save_tokenizer(tmp_path / "vae")
+    job = small_job(vae, tmp_path / "run", 12) if kind == "denoiser" else tokenizer_job(tmp_path / "run", 12)
+    objective = build_objective(job)
+    clock = {"now": 0.0}
+    monkeypatch.setattr("walt.training.plan.time", SimpleNamespace(perf_counter=lambda: clock["now"]))
+    losses, batch = type(objective).losses, type(objective).batch
+
+    def counted(self: Any, pack: Any, *arguments: Any) -> Any:
+        for loss in losses(self, pack, *arguments):
+            clock["now"] += self.flops(pack) * (2 + loss.figures.get("forwards", 1.0)) / 1e9
+            yield loss
+
+    def slow(self: Any, step: int, rank: int) -> Any:
+        clock["now"] += 5.0
+        return batch(self, step, rank)
+
+    monkeypatch.setattr(type(objective), "losses", counted)
+    monkeypatch.setattr(type(objective), "batch", slow)
+    plan = plan_job(job)
+    assert plan.seconds["data"] == pytest.approx(5.0)
+    assert plan.rate == pytest.approx(1e9)
+    assert plan.seconds["compute"] == pytest.approx(plan.flops / 1e9)
+    assert plan.memory["process"] > 50e6  # Python and torch at least
+    workers = job.model_copy(update={"run": job.run.model_copy(update={"workers": 1})})
+    late = plan_job(workers)
+    assert late.seconds["data"] == pytest.approx(5.0 - late.seconds["compute"], rel=0.05)
+    far = plan_job(job, rate=2e9)
+    assert "data" not in far.seconds and far.seconds["compute"] == pytest.approx(plan.flops / 2e9)
+    monkeypatch.undo()
+    gone = job.model_copy(update={"data": job.data.model_copy(update={"source": str(tmp_path / "nothing")})})
+    assert "data" not in plan_job(gone).seconds  # the model alone
+
+
+def test_recipes_lead_to_each_other() -> None:
+    """A recipe's tokenizer, and what it goes on from, is a folder of the package or where another recipe puts its own."""
+    table = {name: recipe() for name, recipe in recipes().items()}
+    made = {f"{job.run.output}/final": job for job in table.values()}
+    for name, job in table.items():
+        for field in ("tokenizer", "sketch_tokenizer", "init"):
+            folder = getattr(job, field, None)
+            if folder is None or (Path(folder) / "config.json").is_file():
+                continue
+            assert folder in made, f"{name}: {field}={folder}"
+            if field != "init":
+                assert isinstance(made[folder], TokenizerJob)
+
+
+@pytest.mark.parametrize("recipe", ["imagenet", "ucf101", "k600", "t2v"])
+def test_first_stages_of_table_8(recipe: str) -> None:
+    """Batches of 256 clips or images, 8 channels, 8 times smaller; the denoisers take the latents as they come."""
+    job = load_job(f"walt.{recipe}_tokenizer")
+    assert isinstance(job, TokenizerJob) and job.run.packs is not None
+    shape = job.shapes[0]
+    pixels = shape.frames * (shape.cut or shape.height) * (shape.cut or shape.width)
+    assert job.run.packs * job.batch_pixels == 256 * pixels
+    plan = plan_job(job, rate=1e12)
+    assert 50e6 < plan.parameters < 400e6
+    with init_empty_weights():
+        vae = AutoencoderKLWalt(**job.model)
+    assert (vae.spatial_compression_ratio, vae.config.latent_channels) == (8, 8)
+    assert vae.temporal_compression_ratio == (1 if recipe == "imagenet" else 4)
 
 
 def test_a_few_kills_change_nothing(tmp_path: Path) -> None:
