@@ -12,11 +12,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import init_empty_weights
 from safetensors.torch import load_file
 
+from tests.data import media
 from tests.training.jobs import losses, save_tokenizer, saved, small_job, tokenizer_job
 from walt.commands import build_objective, draw_sheet, plan_job
 from walt.conditioning import draw_given_frames, random_mask
@@ -25,7 +27,18 @@ from walt.models.transformer_walt import WaltTransformer3DModel
 from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt
 from walt.training import checkpoint
 from walt.training.adafactor import Adafactor
-from walt.training.job import DenoiserJob, DiffusionJob, Job, LoraJob, OptimizerJob, TokenizerJob, load_job, recipes
+from walt.training.job import (
+    DenoiserJob,
+    DiffusionJob,
+    Job,
+    LoraJob,
+    MediaJob,
+    OptimizerJob,
+    SourceJob,
+    TokenizerJob,
+    load_job,
+    recipes,
+)
 from walt.training.loop import Loss, Objective, Part, train
 from walt.training.objectives import interpolated_positions
 from walt.training.optimizers import warm
@@ -308,6 +321,61 @@ def test_given_frames_are_drawn_from_their_choices() -> None:
     assert set(drawn) == {0, 2} and 0.85 < sum(n == 2 for n in drawn) / 300 < 0.95
     drawn = draw_given_frames([5] * 300, [0] * 300, 1.0, 0.0, generator)
     assert set(drawn) == {1, 2} and 110 < sum(n == 1 for n in drawn) < 190
+
+
+def test_tensorboard_shows_figures_and_sheets(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(small_job(save_tokenizer(tmp_path / "vae"), tmp_path / "run", 3, tensorboard=True), sheet=draw_sheet)
+    board = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    curve = losses(tmp_path / "run")
+    shown = {event.step: event.value for event in board.Scalars("loss")}
+    assert shown == pytest.approx(curve, rel=1e-5)
+    assert [event.step for event in board.Images("sheet/0" if "sheet/0" in board.Tags()["images"] else "sheet")] == [3]
+
+
+def test_tensorboard_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("accelerate.utils.is_tensorboard_available", lambda: False)
+    with pytest.raises(WaltError, match=r"run.tensorboard: needs the package tensorboard \(pip install"):
+        run(small_job(save_tokenizer(tmp_path / "vae"), tmp_path / "run", 1, tensorboard=True))
+
+
+def test_folders_name_the_classes(tmp_path: Path) -> None:
+    """A tree of folders, end to end: labels by name, shards alike, the exported model says which number is which."""
+    rng = np.random.default_rng(0)
+    members = []
+    for name, low in (("dark", 0), ("bright", 200)):
+        (tmp_path / "tree" / name).mkdir(parents=True)
+        for number in range(4):
+            picture = media.image_bytes(rng.integers(low, low + 50, (32, 32, 3), dtype=np.uint8))
+            (tmp_path / "tree" / name / f"{number}.png").write_bytes(picture)
+            members.append((f"{name}/{number}.png", picture))
+    (tmp_path / "shards").mkdir()
+    media.write_shard(tmp_path / "shards" / "x-0.tar", members)
+    base = small_job(save_tokenizer(tmp_path / "vae"), tmp_path / "run", 2, model={"num_classes": 2}, tensorboard=False)
+
+    def job(*paths: str, **fields: Any) -> DenoiserJob:
+        sources = tuple(SourceJob(path=str(tmp_path / path), caption_from="folder", **fields) for path in paths)
+        data = MediaJob(sources=sources, index=str(tmp_path / "index"), min_size=16)
+        return base.model_copy(update={"data": data, "shapes": base.shapes[2:]})
+
+    both = job("tree", "shards")
+    objective = build_objective(both)
+    assert objective.classes == {"bright": 0, "dark": 1}
+    for sample in (sample for step in range(3) for sample in objective.batch(step, 0)):
+        assert sample.video is not None
+        assert objective._label(sample) == (0 if float(sample.video.mean()) > 0 else 1)
+    final = train(both, objective)
+    assert (final / "classes.txt").read_text() == "bright\ndark\n"
+    again = both.model_copy(update={"classes": str(final / "classes.txt")})
+    assert build_objective(again).classes == objective.classes
+    wrong = both.model_copy(update={"model": {**both.model, "num_classes": 3}})
+    with pytest.raises(WaltError, match="the sources have 2 folders of media, got 3"):
+        build_objective(wrong)
+    (tmp_path / "tree" / "stray.png").write_bytes(members[0][1])  # in no folder: it has no class and is left out
+    left_out = build_objective(job("tree"))
+    assert "no caption" in " ".join(left_out.clips.account.lines())
 
 
 def test_classes_are_told_and_dropped(tmp_path: Path) -> None:

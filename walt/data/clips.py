@@ -208,7 +208,7 @@ class Clips:
         self.account = Account(report, data.max_broken)
         self.tables: list[_Table] = []
         for source in data.sources:
-            where = Where(source.path, source.kind, source.caption, source.media, source.split)
+            where = Where(source.path, source.kind, source.caption, source.media, source.split, source.caption_from)
             index = build_index(where, Path(data.index), workers, (self.rank, self.world), _Teller(source.path))
             table = _Table(index, data, self.shapes, captions)
             broken = [*index.broken, *table.refused]
@@ -392,6 +392,13 @@ class Clips:
             return None
         self.account.used(source)
         return clip
+
+    def classes(self) -> dict[str, int]:
+        """The classes of sources whose folders name them, in alphabetical order; {} where one names its items otherwise."""
+        if any(source.caption_from != "folder" for source in self.data.sources):
+            return {}
+        names = sorted({name for table in self.tables for name in table.index.labels})
+        return {name: label for label, name in enumerate(names)}
 
     def identity(self) -> str:
         """Changes with all that the order of samples depends on."""

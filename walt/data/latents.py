@@ -22,7 +22,7 @@ from torch import Tensor
 
 from walt.data.scenes import Scenes, world
 from walt.errors import WaltError
-from walt.training.job import DataJob, DenoiserJob
+from walt.training.job import DataJob, DenoiserJob, Shape
 
 SHARD = 32
 

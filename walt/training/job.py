@@ -57,6 +57,9 @@ class SourceJob(Frozen):
     caption: str | None = Field(
         default=None, description="field of the captions; None: caption, captions, text, prompt"
     )
+    caption_from: Literal["files", "folder"] = Field(
+        default="files", description="folder: an item's caption is the name of its folder, as in a tree of classes"
+    )
     media: str | None = Field(default=None, description="datasets: column of the media; None: the first")
     split: str = Field(default="train", description="datasets: the split")
 
@@ -269,7 +272,9 @@ class DenoiserJob(Frozen):
     )
     lora: LoraJob | None = None
     classes: str | None = Field(
-        default=None, description="file with a class per line, of a model with num_classes: captions name classes"
+        default=None,
+        description="file with a class per line, of a model with num_classes: captions name classes; None: the "
+        "folders of sources with caption_from=folder, in alphabetical order",
     )
     tokenizer: str = Field(description="folder of the trained tokenizer")
     text_encoder: str | None = None
