@@ -26,8 +26,7 @@ def nuwa_870m() -> NuwaJob:
     """The 870M model: 10 frames of 336x336, F16 tokens (21x21); Adam, lr 1e-3, batch 128 over all ranks, 5 % warm-up."""
     return NuwaJob(
         model=PUBLISHED,
-        tokenizer="runs/nuwa-vq/final",
-        sketch_tokenizer="runs/nuwa-vq-seg/final",
+        tokenizer="runs/nuwa-vq/final",  # tokenizers.nuwa_vq; pre-training has no sketch task
         text_encoder="cache/text_encoder",
         text_tokenizer="cache/tokenizer",
         data=DataJob(world="full", seed=10),
@@ -83,6 +82,7 @@ def _sized(size: str) -> NuwaJob:
             "model": model,
             "tokenizer": "runs/emoji-vq/final",
             "sketch_tokenizer": "runs/emoji-vq-seg/final",
+            "data": DataJob(seed=10),
             "clip": large.clip.model_copy(update={"height": 128, "width": 128}),
             "optimizer": large.optimizer.model_copy(update={"lr": 5e-4, "warmup_steps": 2000, "weight_decay": 0.01}),
             "run": large.run.model_copy(

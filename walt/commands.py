@@ -239,11 +239,10 @@ def _nuwa_samples(objective: Any, model: Any) -> list[Tensor]:
     """For a sample of every task: what the model makes, above the real thing as its tokens show it."""
     import torch
 
-    from walt.data.sketches import classes
     from walt.pipelines.pipeline_nuwa import NuwaPipeline
     from walt.training.nuwa import TASKS
 
-    names = classes(objective.scenes.theatre.subjects)
+    names = objective.scenes.classes
     words = objective.words
     pipe = NuwaPipeline(objective.vq, objective.vq_seg, model, words.encoder, words.tokenizer, names)
     pipe.set_progress_bar_config(disable=True)

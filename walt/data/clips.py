@@ -356,6 +356,25 @@ class Clips:
             f"got {self.data.heldout_share:g}"
         )
 
+    def sample(self, position: int, shape: int) -> MediaClip:
+        """A sample of one shape, at or after a position of the stream: for trainers that need no packs.
+
+        Items that cannot fill the shape are passed over, broken ones accounted for.
+
+        Raises:
+            WaltError: nothing that fits was found, or a mostly broken source.
+        """
+        for attempt in range(BLOCK):
+            # Far apart, so that the stand-in of one position is not the sample of the next.
+            draw = self.draw(position + attempt * 7919)
+            if shape in self.tables[draw.source].allowed(draw.item, self.shapes):
+                clip: MediaClip | None = self._try(draw._replace(shape=shape), self.load)
+                if clip is not None:
+                    return clip
+        wanted = self.shapes[shape]
+        kind = f"a clip of {wanted.frames} frames" if wanted.frames > 1 else "a still"
+        raise WaltError(f"sources: {kind} cannot be had from them; see {self.account.path}")
+
     def pack(self, step: int, rank: int, load: Callable[[Draw], Any] | None = None) -> list[Any]:
         """The samples of one step and lane; one that turns out to be broken is accounted for and replaced.
 

@@ -298,7 +298,10 @@ class DenoiserJob(Frozen):
 
 
 class NuwaClip(Frozen):
-    """What NUWA sees of a scene of 29 frames: every `frame_step`-th frame from `start` on, and stills of that size."""
+    """What NUWA sees of a scene of 29 frames: every `frame_step`-th frame from `start` on, and stills of that size.
+
+    Of a user's media `frames` frames at `data.fps`, cut to height x width; `start` and `frame_step` are the theatre's.
+    """
 
     frames: int = Field(default=5, gt=0)
     height: int = Field(default=128, gt=0)
@@ -334,7 +337,7 @@ class NuwaJob(Frozen):
     sketch_tokenizer: str | None = Field(default=None, description="folder of the trained VQ-Seg; sketch tasks need it")
     text_encoder: str
     text_tokenizer: str
-    data: DataJob
+    data: AnyData
     clip: NuwaClip = NuwaClip()
     tasks: NuwaTasks = NuwaTasks()
     condition_dropout: float = Field(default=0.1, ge=0, le=1, description='share of conditions made "None"')
@@ -342,7 +345,7 @@ class NuwaJob(Frozen):
         default=0.0, ge=0, le=1, description="share of samples that see a random part of their tokens as random codes"
     )
     tokens: str | None = Field(
-        default=None, description="folder where tokens of the data's scenes are kept, made once; None: on the fly"
+        default=None, description="folder where tokens of the theatre's scenes are kept, made once; None: on the fly"
     )
     optimizer: OptimizerJob
     run: RunJob
