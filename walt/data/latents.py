@@ -64,6 +64,8 @@ def write_latents(
     output.mkdir(parents=True, exist_ok=True)
     index = output / "index.json"
     recipe = data.model_dump(mode="json", exclude={"kind", "latents", "source"})
+    if not data.clip_subjects:
+        del recipe["clip_subjects"]  # so that folders made before there was such a field are still known
     known = {"tokenizer": fingerprint(Path(job.tokenizer)), "data": recipe, "world": _world(data)}
     if index.exists():
         old = _read_index(index)

@@ -139,7 +139,7 @@ class TokenFolder:
         known = {
             "tokenizer": fingerprint(Path(job.tokenizer)),
             "sketch_tokenizer": job.sketch_tokenizer and fingerprint(Path(job.sketch_tokenizer)),
-            "data": job.data.model_dump(mode="json", exclude={"latents", "source", "scenes"}),
+            "data": job.data.model_dump(mode="json", exclude={"latents", "source", "scenes", "clip_subjects"}),
             "world": json.loads(json.dumps(asdict(world(job.data)))),
             "clip": job.clip.model_dump(mode="json"),
         }

@@ -41,6 +41,9 @@ class DataJob(Frozen):
     source: str = "cache/emoji"
     world: Literal["embedded", "full"] = "embedded"
     subjects: tuple[str, ...] = Field(default=(), description="only these; (): the world's")
+    clip_subjects: tuple[str, ...] = Field(
+        default=(), description="clips show only these, stills all; (): all (benchmarks/joint.py)"
+    )
     seed: int = 0
     scenes: int = Field(default=1_000_000, gt=0, description="distinct scene seeds, cycled")
     latents: str | None = Field(
