@@ -35,10 +35,11 @@ def interleaved(runs: dict[str, Callable[[], object]], repeats: int = 5, warmup:
     return best
 
 
-def peak_memory(run: Callable[[], object]) -> int:
+def peak_memory(run: Callable[[], object], warm: Callable[[], object] | None = None) -> int:
     """Most bytes that `run` holds above what there is before it: in a forked child on CPU, of the allocator on CUDA.
 
-    The child computes on one thread, as a fork does not take the threads of OpenMP along.
+    The child computes on one thread, as a fork does not take the threads of OpenMP along. It maps code anew when it
+    first runs it: `warm`, the same call on next to nothing, is run first and does not count.
     """
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -49,7 +50,7 @@ def peak_memory(run: Callable[[], object]) -> int:
         return int(torch.cuda.max_memory_allocated() - before)
     context = multiprocessing.get_context("fork")
     receive, send = context.Pipe(duplex=False)
-    child = context.Process(target=_peak, args=(run, send))
+    child = context.Process(target=_peak, args=(run, warm, send))
     child.start()
     send.close()
     try:
@@ -62,9 +63,11 @@ def peak_memory(run: Callable[[], object]) -> int:
     return int(value)
 
 
-def _peak(run: Callable[[], object], send: Any) -> None:
+def _peak(run: Callable[[], object], warm: Callable[[], object] | None, send: Any) -> None:
     try:
         torch.set_num_threads(1)
+        if warm is not None:
+            warm()
         # Give back what the parent had freed: memory that is reused would not count.
         ctypes.CDLL(None).malloc_trim(0)
         pages = int(Path("/proc/self/statm").read_text().split()[1])

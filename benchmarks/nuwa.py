@@ -162,12 +162,11 @@ def operator(heads: int, device: str, repeats: int) -> tuple[list[Goal], list[di
         x = [torch.randn(shape, device=device).to(dtype).requires_grad_() for _ in range(4)]
         small = [t[:, :2, :5, :5].detach().requires_grad_() for t in x]
         runs = {name: functools.partial(attention_call, name == "3DNA", backward, *x) for name in ("3DNA", "full")}
-        # A forked child maps code anew when it first runs it: what the same call takes on next to nothing.
         code = {name: functools.partial(attention_call, name == "3DNA", backward, *small) for name in runs}
         seconds = interleaved(runs, repeats=repeats)
         for run in code.values():
             run()
-        memory = {name: peak_memory(run) - peak_memory(code[name]) for name, run in runs.items()}
+        memory = {name: peak_memory(run, warm=code[name]) for name, run in runs.items()}
         kind = f"forward{' and backward' if backward else ''}, {str(dtype).removeprefix('torch.')}"
         goals.append(Goal(f"3DNA faster than full attention, {kind}", seconds["full"] / seconds["3DNA"], 3.0))
         goals.append(Goal(f"3DNA memory over full attention's, {kind}", memory["3DNA"] / memory["full"], 1.0, False))

@@ -59,7 +59,7 @@ def test_info_of_a_nuwa(model: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert run("info", model, "--frames", 2) == 0
     assert "tokens: 2x4x4 = 32" in capsys.readouterr().out
     assert run("info", model, "--frames", 9) == 1
-    assert "--frames must be from 1 to 3" in error_of(capsys)
+    assert "--frames must be from 1 to 4" in error_of(capsys)
 
 
 def test_all_eight_tasks_write_their_file(model: Path, inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -118,7 +118,7 @@ def test_it_trains_on_a_folder_and_on_shards(parts: Path, tmp_path: Path) -> Non
     (tmp_path / "folder").mkdir()
     for name, content in media.good_members(4):
         (tmp_path / "folder" / name).write_bytes(content)
-    suffix, content = media.broken("damaged frames")
+    suffix, content = media.broken("zero bytes")
     (tmp_path / "folder" / f"bad{suffix}").write_bytes(content)
     (tmp_path / "folder" / "bad.txt").write_text("broken")
     (tmp_path / "shards").mkdir()
