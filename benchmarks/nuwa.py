@@ -7,7 +7,7 @@ guidance, so its total is extrapolated: one step of its `generate` (both passes 
 at a random prefix that ends in the middle of every frame, and counts for all tokens of that frame (it pads a prefix to
 whole frames, so its cost is a staircase). walt's totals are of whole videos. Both have random weights, the same width,
 depth, heads, vocabulary and words of text. Times of decoding are CPU seconds on a CPU, so that other load on the
-machine does not count; the operator's are wall seconds, interleaved, the best of several.
+machine does not count; the operator's likewise on one thread, interleaved, the best of several.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from measure import Goal, finish, interleaved, peak_memory, synchronize
+from measure import Goal, finish, interleaved, own_clock, peak_memory, synchronize
 
 from walt.models.transformer_nuwa import NuwaTransformer3DModel
 from walt.nearby import EVERYTHING, nearby_attention
@@ -163,7 +163,7 @@ def operator(heads: int, device: str, repeats: int) -> tuple[list[Goal], list[di
         small = [t[:, :2, :5, :5].detach().requires_grad_() for t in x]
         runs = {name: functools.partial(attention_call, name == "3DNA", backward, *x) for name in ("3DNA", "full")}
         code = {name: functools.partial(attention_call, name == "3DNA", backward, *small) for name in runs}
-        seconds = interleaved(runs, repeats=repeats)
+        seconds = interleaved(runs, repeats=repeats, clock=own_clock())
         for run in code.values():
             run()
         memory = {name: peak_memory(run, warm=code[name]) for name, run in runs.items()}
