@@ -39,7 +39,7 @@ from walt.training.job import (
     load_job,
     recipes,
 )
-from walt.training.loop import Loss, Objective, Part, train
+from walt.training.loop import Loss, Objective, Part, _same_recipe, train
 from walt.training.objectives import interpolated_positions
 from walt.training.optimizers import warm
 
@@ -321,6 +321,16 @@ def test_given_frames_are_drawn_from_their_choices() -> None:
     assert set(drawn) == {0, 2} and 0.85 < sum(n == 2 for n in drawn) / 300 < 0.95
     drawn = draw_given_frames([5] * 300, [0] * 300, 1.0, 0.0, generator)
     assert set(drawn) == {1, 2} and 110 < sum(n == 1 for n in drawn) < 190
+
+
+def test_a_checkpoint_older_than_a_field_is_still_of_its_recipe(tmp_path: Path) -> None:
+    job = small_job(tmp_path / "vae", tmp_path / "run")
+    before = job.model_dump()
+    del before["data"]["clip_subjects"]
+    _same_recipe(tmp_path, {"job": before, "packs": 1}, job, 1)
+    before["data"]["seed"] = 5
+    with pytest.raises(WaltError, match=r"another recipe \(data differ\)"):
+        _same_recipe(tmp_path, {"job": before, "packs": 1}, job, 1)
 
 
 def test_tensorboard_shows_figures_and_sheets(tmp_path: Path) -> None:

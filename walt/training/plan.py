@@ -13,8 +13,9 @@ import resource
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,10 +25,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from walt.data.packing import fill_budget
 from walt.errors import WaltError
-from walt.training.job import DenoiserJob, TokenizerJob
+from walt.training.job import DenoiserJob, OptimizerJob, TokenizerJob
 from walt.training.loop import Objective
 from walt.training.optimizers import Average, make_optimizer
 
+Result = TypeVar("Result")
 TEXT_LENGTH = 16  # text states per sample in a count: their share is small
 
 # Dense peak FLOP/s in bfloat16 and float32 (without TF32's shorter mantissa), from the vendors' datasheets.
@@ -343,18 +345,21 @@ class _Measured:
     process: float  # bytes that this process holds beside the model: libraries, tokenizer, words, scenes
 
 
-def _timed(run: Callable[[], Any], device: torch.device) -> float:
+def _timed(run: Callable[[], Result], device: torch.device) -> tuple[float, Result]:
+    """Seconds that `run` takes, and what it gives."""
     start = time.perf_counter()
-    run()
+    result = run()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, result
 
 
-def _update(parameters: dict[str, nn.Parameter], job: Any, device: torch.device) -> Callable[[], float]:
+def _update(
+    parameters: dict[str, nn.Parameter], job: OptimizerJob, ema_decay: float, device: torch.device
+) -> Callable[[], float]:
     """What times an update as the loop does it: norm, scale, step, average."""
-    optimizer = make_optimizer(job.optimizer, list(parameters.values()))
-    average = Average(job.run.ema_decay, parameters)
+    optimizer = make_optimizer(job, list(parameters.values()))
+    average = Average(ema_decay, parameters)
 
     def step() -> None:
         grads = [p.grad for p in parameters.values() if p.grad is not None]
@@ -364,7 +369,7 @@ def _update(parameters: dict[str, nn.Parameter], job: Any, device: torch.device)
         average.step()
         optimizer.zero_grad()
 
-    return lambda: _timed(step, device)
+    return lambda: _timed(step, device)[0]
 
 
 def _rehearse(objective: Objective, job: Any, device: torch.device) -> _Measured:
@@ -376,36 +381,37 @@ def _rehearse(objective: Objective, job: Any, device: torch.device) -> _Measured
     objective.to(device)
     held = sum(p.numel() * p.element_size() for p in model.parameters())
     process = _resident() - held if device.type == "cpu" else 0.0
-    update = _update({name: p for name, p in model.named_parameters() if p.requires_grad}, job, device)
-    for part in parts.values():
+    timed_updates = []
+    for name, part in parts.items():
         part.module.to(device).train()
+        learnt = {key: p for key, p in part.module.named_parameters() if p.requires_grad}
+        timed_updates.append(_update(learnt, part.optimizer, job.run.ema_decay if name == "model" else 0.0, device))
     data = compute = operations = 0.0
     updates = []
     for number in range(1 + REHEARSED):
-        packs: list[Any] = []
-        begun = time.perf_counter()
-        packs.append(objective.batch(number, 0))
-        made = time.perf_counter() - begun
-        figures: dict[str, Any] = {}
-
-        def step(number: int = number, packs: list[Any] = packs, figures: dict[str, Any] = figures) -> None:
-            generator, shared = torch.Generator().manual_seed(number), torch.Generator().manual_seed(-1 - number)
-            losses = objective.losses(packs[0], generator, shared, job.run.steps - 1)
-            for part in parts.values():
-                with torch.autocast(device.type, torch.bfloat16, enabled=job.run.precision == "bf16"):
-                    loss = next(losses)
-                if loss is not None:
-                    loss.total.backward(inputs=[p for p in part.module.parameters() if p.requires_grad])
-                    figures.update({k: float(v) for k, v in loss.figures.items() if k == "forwards"})
-
-        took = _timed(step, device)
-        updates.append(update())
+        made, pack = _timed(partial(objective.batch, number, 0), device)
+        took, forwards = _timed(partial(_pass, objective, job, pack, number, device), device)
+        updates.append(sum(update() for update in timed_updates))
         if number:
             data, compute = data + made, compute + took
             again = float(job.run.gradient_checkpointing)
-            operations += (objective.flops(packs[0]) or 0.0) * (2.0 + again + figures.get("forwards", 1.0))
+            operations += (objective.flops(pack) or 0.0) * (2.0 + again + forwards)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return _Measured(operations / compute, min(updates[1:]) / trained, data / REHEARSED, process)
+
+
+def _pass(objective: Objective, job: Any, pack: Any, number: int, device: torch.device) -> float:
+    """Forward and backward of all parts on a pack, as at the end of the recipe; how often the model was run forward."""
+    generator, shared = (torch.Generator().manual_seed(2 * number + i) for i in range(2))
+    losses, forwards = objective.losses(pack, generator, shared, job.run.steps - 1), 1.0
+    for name, part in objective.parts().items():
+        with torch.autocast(device.type, torch.bfloat16, enabled=job.run.precision == "bf16"):
+            loss = next(losses)
+        if loss is not None:
+            loss.total.backward(inputs=[p for p in part.module.parameters() if p.requires_grad])
+            if name == "model":
+                forwards = float(loss.figures.get("forwards", 1.0))
+    return forwards
 
 
 def _measure(
@@ -429,7 +435,7 @@ def _measure(
         chosen.append(index)
         left -= 3 * counter(sizes[index])
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    timed_update = _update(parameters, job, device)
+    timed_update = _update(parameters, job.optimizer, job.run.ema_decay, device)
     call = _sample_call(model, [sizes[i] for i in chosen], device)
 
     def forward_backward() -> None:
@@ -442,7 +448,7 @@ def _measure(
     for attempt in range(3):
         if attempt and time.perf_counter() - begun > MEASURED_SECONDS:
             break
-        compute = min(compute, _timed(forward_backward, device))
+        compute = min(compute, _timed(forward_backward, device)[0])
         update = min(update, timed_update())
     operations = 3 * sum(counter(sizes[i]) for i in chosen)
     return _Measured(operations / compute, update / sum(p.numel() for p in parameters.values()), None, process)
