@@ -264,8 +264,8 @@ def plot(path: Path, growth: dict[str, Any]) -> None:
     left.plot(frames, [1e3 * s for s in per_frame], marker="o", label="walt, token by token")
     waves = growth["walt, waves"]
     left.axhline(1e3 * waves[-1][1] / waves[-1][0], color="C2", label="walt, waves (mean)")
-    right.plot(*zip(*growth["walt, token by token"], strict=True), label="walt, token by token")
-    right.plot(*zip(*waves, strict=True), color="C2", label="walt, waves")
+    right.plot(*zip(*growth["walt, token by token"][1:], strict=True), label="walt, token by token")
+    right.plot(*zip(*waves[1:], strict=True), color="C2", label="walt, waves")
     peer = growth.get("nuwa-pytorch, (prefix, seconds a token)")
     if peer:
         left.plot(frames, [1e3 * s for _, s in peer], marker="s", color="C1", label="nuwa-pytorch")

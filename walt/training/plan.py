@@ -197,7 +197,7 @@ def make_plan(
         matmul = peak_rate(device, torch.bfloat16 if half else torch.float32)
         small = flops / packs <= REHEARSED_SECONDS * (matmul or 0.0)
         objective = build() if build is not None and small else None
-        if objective is not None:
+        if objective is not None and getattr(objective, "quantizer", None) is None:  # of codes no operations are counted
             measured = _rehearse(objective, job, device)
         else:
             measured = _measure(cls, job, sizes, drawn[0], device, half)
