@@ -52,6 +52,7 @@ class Source(Protocol):
     """A place that holds captioned media."""
 
     name: str
+    where: Where
 
     def units(self) -> Sequence[str]:
         """Names of the units, in a fixed order."""

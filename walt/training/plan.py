@@ -120,9 +120,8 @@ class Plan:
     flops: float  # per step, all ranks
     matmul_rate: float | None  # of one rank, measured; None: a rate was given
     rate: float  # of one rank, as used
-    seconds: dict[
-        str, float
-    ]  # compute, optimizer; data where the recipe's own was seen: compute is then a whole step's
+    # compute and optimizer; and data, where the recipe's own was seen: compute is then all that a step does with it
+    seconds: dict[str, float]
     shards: list[tuple[str, int, int]]  # module, parameters, parameters on each rank
 
     @property
@@ -190,14 +189,17 @@ def make_plan(
     flops = forward * passes * packs
     kept = [_activations(twin, size, job) for size in sizes]
     activations = max(sum(kept[i] for i in pack) for pack in drawn)
-    matmul, process, seconds = None, 0.0, {}
+    matmul: float | None = None
+    process, seconds = 0.0, dict[str, float]()
     if rate is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         half = job.run.precision == "bf16" and _has_bfloat16(device)
         matmul = peak_rate(device, torch.bfloat16 if half else torch.float32)
         small = flops / packs <= REHEARSED_SECONDS * (matmul or 0.0)
         objective = build() if build is not None and small else None
-        if objective is not None and getattr(objective, "quantizer", None) is None:  # of codes no operations are counted
+        if (
+            objective is not None and getattr(objective, "quantizer", None) is None
+        ):  # of codes no operations are counted
             measured = _rehearse(objective, job, device)
         else:
             measured = _measure(cls, job, sizes, drawn[0], device, half)
