@@ -4,7 +4,8 @@ walt is class-conditional, as the paper's UCF-101 model; the peers, which cannot
 states; "walt text" is walt with cross-attention to the same states, which the goals do not look at: the paper's
 cross-attention reads the window's tokens beside the text, and so costs more than the peers' does. Equal width, depth and
 MLP ratio, not equal parameters: AdaLN-LoRA saves many that cost no time. Weights are random. Windows are the paper's for
-the grid (Tables 6 and 8): a frame of up to 16x28 tokens is one spatial window.
+the grid (Tables 6 and 8): a frame of up to 16x28 tokens is one spatial window. On one thread of a CPU seconds are CPU
+seconds, so that other load on the machine does not count.
 
     python benchmarks/denoiser.py --quick                    a minute: 5x16x16, forward
     python benchmarks/denoiser.py --latents 5x64x112:2 --layers 2 --repeats 2
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import Goal, finish, interleaved, matmul_rate, peak_memory
+from measure import Goal, finish, interleaved, matmul_rate, own_clock, peak_memory
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from walt.models.transformer_walt import WaltTransformer3DModel
@@ -190,7 +191,7 @@ def compare(
 ) -> list[Goal]:
     setting = Setting(latents, args.layers, args.width, dtype, args.device)
     steps = {name: setting.step(name, backward) for name in names}
-    times = interleaved({name: run for name, (run, _, _) in steps.items()}, args.repeats, warmup=0)
+    times = interleaved({name: run for name, (run, _, _) in steps.items()}, args.repeats, warmup=0, clock=own_clock())
     kind, number = ("forward + backward" if backward else "forward"), str(dtype).removeprefix("torch.")
     print(f"\nlatents {latents} ({setting.tokens} tokens), {args.layers} layers of {args.width}, {kind}, {number}")
     print(f"{'':16}{'params':>9}{'ms':>10}{'tokens/s':>10}{'GFLOP':>9}{'of matmul':>11}{'peak MiB':>10}")
@@ -226,7 +227,7 @@ def plot(path: Path, args: argparse.Namespace) -> None:
     for size in args.plot_sizes.split(","):
         setting = Setting(f"{size}:1", args.layers, args.width, torch.float32, args.device)
         runs = {name: setting.step(name, True)[0] for name in curves}
-        for name, seconds in interleaved(runs, args.repeats, warmup=0).items():
+        for name, seconds in interleaved(runs, args.repeats, warmup=0, clock=own_clock()).items():
             curves[name].append((setting.tokens, seconds))
         print(size, setting.tokens, {name: round(points[-1][1], 3) for name, points in curves.items()}, flush=True)
     figure, axes = plt.subplots(figsize=(6.4, 4))

@@ -21,24 +21,37 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def interleaved(runs: dict[str, Callable[[], object]], repeats: int = 5, warmup: int = 1) -> dict[str, float]:
+def own_clock() -> Callable[[], float]:
+    """The CPU seconds of this process where it computes on one thread of a CPU, so that other load on the machine does not
+    count; else the wall clock. Not for runs that have worker processes."""
+    alone = torch.get_num_threads() == 1 and not torch.cuda.is_available()
+    return time.process_time if alone else time.perf_counter
+
+
+def interleaved(
+    runs: dict[str, Callable[[], object]],
+    repeats: int = 5,
+    warmup: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:
     """Best seconds of each run; the repeats of all are interleaved, so that a slow spell of the machine hits all."""
     best = dict.fromkeys(runs, float("inf"))
     for repeat in range(-warmup, repeats):
         for name, run in runs.items():
             synchronize()
-            start = time.perf_counter()
+            start = clock()
             run()
             synchronize()
             if repeat >= 0:
-                best[name] = min(best[name], time.perf_counter() - start)
+                best[name] = min(best[name], clock() - start)
     return best
 
 
-def peak_memory(run: Callable[[], object]) -> int:
+def peak_memory(run: Callable[[], object], warm: Callable[[], object] | None = None) -> int:
     """Most bytes that `run` holds above what there is before it: in a forked child on CPU, of the allocator on CUDA.
 
-    The child computes on one thread, as a fork does not take the threads of OpenMP along.
+    The child computes on one thread, as a fork does not take the threads of OpenMP along. It maps code anew when it
+    first runs it: `warm`, the same call on next to nothing, is run first and does not count.
     """
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -49,7 +62,7 @@ def peak_memory(run: Callable[[], object]) -> int:
         return int(torch.cuda.max_memory_allocated() - before)
     context = multiprocessing.get_context("fork")
     receive, send = context.Pipe(duplex=False)
-    child = context.Process(target=_peak, args=(run, send))
+    child = context.Process(target=_peak, args=(run, warm, send))
     child.start()
     send.close()
     try:
@@ -62,9 +75,11 @@ def peak_memory(run: Callable[[], object]) -> int:
     return int(value)
 
 
-def _peak(run: Callable[[], object], send: Any) -> None:
+def _peak(run: Callable[[], object], warm: Callable[[], object] | None, send: Any) -> None:
     try:
         torch.set_num_threads(1)
+        if warm is not None:
+            warm()
         # Give back what the parent had freed: memory that is reused would not count.
         ctypes.CDLL(None).malloc_trim(0)
         pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -82,7 +97,7 @@ def matmul_rate(dtype: torch.dtype, device: str = "cpu") -> float:
     """This machine's FLOP/s in a large matrix product of that type (best of five)."""
     size = 8192 if device != "cpu" else 1536
     a = torch.randn(size, size, dtype=torch.float32).to(device, dtype)
-    seconds = interleaved({"matmul": lambda: a @ a}, repeats=5, warmup=1)["matmul"]
+    seconds = interleaved({"matmul": lambda: a @ a}, repeats=5, warmup=1, clock=own_clock())["matmul"]
     return 2.0 * size**3 / seconds
 
 

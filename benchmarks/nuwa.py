@@ -1,13 +1,13 @@
 """NUWA's decoding and its operator, timed beside nuwa-pytorch and full attention.
 
-    python benchmarks/nuwa.py [--json goals.json] [--growth growth.json]
+    python benchmarks/nuwa.py [--json goals.json] [--growth growth.json] [--plot docs/nuwa_growth.png]
 
 The peer (pip install nuwa-pytorch; nothing of walt needs it) recomputes the whole prefix for every token, twice with
 guidance, so its total is extrapolated: one step of its `generate` (both passes of the decoder and the logits) is timed
 at a random prefix that ends in the middle of every frame, and counts for all tokens of that frame (it pads a prefix to
 whole frames, so its cost is a staircase). walt's totals are of whole videos. Both have random weights, the same width,
 depth, heads, vocabulary and words of text. Times of decoding are CPU seconds on a CPU, so that other load on the
-machine does not count; the operator's are wall seconds, interleaved, the best of several.
+machine does not count; the operator's likewise on one thread, interleaved, the best of several.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from measure import Goal, finish, interleaved, peak_memory, synchronize
+from measure import Goal, finish, interleaved, own_clock, peak_memory, synchronize
 
 from walt.models.transformer_nuwa import NuwaTransformer3DModel
 from walt.nearby import EVERYTHING, nearby_attention
@@ -162,12 +162,11 @@ def operator(heads: int, device: str, repeats: int) -> tuple[list[Goal], list[di
         x = [torch.randn(shape, device=device).to(dtype).requires_grad_() for _ in range(4)]
         small = [t[:, :2, :5, :5].detach().requires_grad_() for t in x]
         runs = {name: functools.partial(attention_call, name == "3DNA", backward, *x) for name in ("3DNA", "full")}
-        # A forked child maps code anew when it first runs it: what the same call takes on next to nothing.
         code = {name: functools.partial(attention_call, name == "3DNA", backward, *small) for name in runs}
-        seconds = interleaved(runs, repeats=repeats)
+        seconds = interleaved(runs, repeats=repeats, clock=own_clock())
         for run in code.values():
             run()
-        memory = {name: peak_memory(run) - peak_memory(code[name]) for name, run in runs.items()}
+        memory = {name: peak_memory(run, warm=code[name]) for name, run in runs.items()}
         kind = f"forward{' and backward' if backward else ''}, {str(dtype).removeprefix('torch.')}"
         goals.append(Goal(f"3DNA faster than full attention, {kind}", seconds["full"] / seconds["3DNA"], 3.0))
         goals.append(Goal(f"3DNA memory over full attention's, {kind}", memory["3DNA"] / memory["full"], 1.0, False))
@@ -251,6 +250,39 @@ def decoding(args: argparse.Namespace, device: str) -> tuple[list[Goal], dict[st
     return goals, growth
 
 
+def plot(path: Path, growth: dict[str, Any]) -> None:
+    """Time per token along the video, and seconds of the whole so far; of the peer what its prefixes foretell."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    size = SIDE * SIDE
+    per_frame = growth["walt, seconds a token by frame"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8))
+    frames = range(1, len(per_frame) + 1)
+    left.plot(frames, [1e3 * s for s in per_frame], marker="o", label="walt, token by token")
+    waves = growth["walt, waves"]
+    left.axhline(1e3 * waves[-1][1] / waves[-1][0], color="C2", label="walt, waves (mean)")
+    right.plot(*zip(*growth["walt, token by token"][1:], strict=True), label="walt, token by token")
+    right.plot(*zip(*waves[1:], strict=True), color="C2", label="walt, waves")
+    peer = growth.get("nuwa-pytorch, (prefix, seconds a token)")
+    if peer:
+        left.plot(frames, [1e3 * s for _, s in peer], marker="s", color="C1", label="nuwa-pytorch")
+        total = list(itertools.accumulate(s * size for _, s in peer))
+        right.plot([size * n for n in frames], total, marker="s", color="C1", label="nuwa-pytorch (extrapolated)")
+    left.set(xlabel=f"frame of {SIDE}x{SIDE} tokens", ylabel="ms a token", yscale="log")
+    right.set(xlabel="tokens made", ylabel="seconds", yscale="log")
+    for axes in (left, right):
+        axes.grid(alpha=0.3, which="both")
+        axes.legend(fontsize=8)
+    figure.suptitle("Decoding a video with guidance", fontsize=11)
+    figure.tight_layout()
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, dpi=110, format="png")
+    temporary.replace(path)
+
+
 def main() -> int:
     """Measures, prints, and returns 1 where a goal is missed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -264,6 +296,7 @@ def main() -> int:
     parser.add_argument("--only", choices=("decoding", "operator"), help="one of the two parts")
     parser.add_argument("--json", help="goals")
     parser.add_argument("--growth", help="what the growth plot shows: seconds against tokens")
+    parser.add_argument("--plot", type=Path, help="the growth plot, a PNG")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -276,6 +309,10 @@ def main() -> int:
         print(f"operator alone, 10x21x21, {args.heads} heads of 64:")
         more, growth["operator"] = operator(args.heads, device, args.repeats)
         goals += more
+    if args.plot is not None:
+        if args.only == "operator":
+            parser.error("--plot needs the decoding part")
+        plot(args.plot, growth)
     if args.growth:
         Path(args.growth).write_text(json.dumps(growth, indent=1) + "\n")
     return finish(goals, args.json)

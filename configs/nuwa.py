@@ -26,8 +26,7 @@ def nuwa_870m() -> NuwaJob:
     """The 870M model: 10 frames of 336x336, F16 tokens (21x21); Adam, lr 1e-3, batch 128 over all ranks, 5 % warm-up."""
     return NuwaJob(
         model=PUBLISHED,
-        tokenizer="runs/nuwa-vq/final",
-        sketch_tokenizer="runs/nuwa-vq-seg/final",
+        tokenizer="runs/nuwa-vq/final",  # tokenizers.nuwa_vq; pre-training has no sketch task
         text_encoder="cache/text_encoder",
         text_tokenizer="cache/tokenizer",
         data=DataJob(world="full", seed=10),
@@ -59,6 +58,53 @@ def nuwa_256() -> NuwaJob:
             "run": large.run.model_copy(update={"output": "runs/nuwa-256"}),
         }
     )
+
+
+# layers of the encoder and of the decoder, heads of 64: our sizes below the paper's one; every other field is its own
+SIZES = {"small": (2, 6, 6), "base": (4, 12, 12), "large": (8, 20, 16)}
+
+
+def _sized(size: str) -> NuwaJob:
+    """A smaller NUWA of the published shape, on the tokens of the embedded tokenizer: 10 frames of 128x128."""
+    encoder, decoder, heads = SIZES[size]
+    large = nuwa_870m()
+    model = {
+        **PUBLISHED,
+        "vocab_size": 1024,
+        "sketch_vocab_size": 256,
+        "num_layers_encoder": encoder,
+        "num_layers_decoder": decoder,
+        "num_attention_heads": heads,
+        "sample_size": (10, 16, 16),
+    }
+    return large.model_copy(
+        update={
+            "model": model,
+            "tokenizer": "runs/emoji-vq/final",
+            "sketch_tokenizer": "runs/emoji-vq-seg/final",
+            "data": DataJob(seed=10),
+            "clip": large.clip.model_copy(update={"height": 128, "width": 128}),
+            "optimizer": large.optimizer.model_copy(update={"lr": 5e-4, "warmup_steps": 2000, "weight_decay": 0.01}),
+            "run": large.run.model_copy(
+                update={"output": f"runs/nuwa-{size}", "steps": 200_000, "gradient_checkpointing": False}
+            ),
+        }
+    )
+
+
+def small() -> NuwaJob:
+    """A NUWA of 19M parameters: width 384, 2 + 6 layers, 10 frames of 128x128 of the emoji theatre."""
+    return _sized("small")
+
+
+def base() -> NuwaJob:
+    """A NUWA of 143M parameters: width 768, 4 + 12 layers."""
+    return _sized("base")
+
+
+def large() -> NuwaJob:
+    """A NUWA of 439M parameters: width 1024, 8 + 20 layers."""
+    return _sized("large")
 
 
 EMOJI: dict[str, Any] = {
@@ -116,4 +162,12 @@ def emoji_told() -> NuwaJob:
     )
 
 
-RECIPES = {"nuwa_870m": nuwa_870m, "nuwa_256": nuwa_256, "emoji": emoji, "emoji_told": emoji_told}
+RECIPES = {
+    "nuwa_870m": nuwa_870m,
+    "nuwa_256": nuwa_256,
+    "small": small,
+    "base": base,
+    "large": large,
+    "emoji": emoji,
+    "emoji_told": emoji_told,
+}

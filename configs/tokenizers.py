@@ -198,10 +198,55 @@ def emoji_vq_seg() -> TokenizerJob:
     )
 
 
+def nuwa_vq() -> TokenizerJob:
+    """VQ-GAN of the published NUWA: F16, 12,288 codes of 256, on 336x336 (21x21 codes); 256x256 takes the same weights.
+
+    NUWA gives the sizes; the losses and the discriminator's start are VQ-GAN's (arXiv 2012.09841), the batch is ours.
+    """
+    return TokenizerJob(
+        architecture="frames",
+        model={"num_vq_embeddings": 12288, "vq_embed_dim": 256},
+        data=DataJob(world="full", seed=10),
+        shapes=tuple(Shape(frames=1, height=336, width=336, start=start) for start in (0, 14, 28)),
+        batch_pixels=4 * 336 * 336,
+        loss=TokenizerLoss(
+            perceptual=1.0,
+            perceptual_weights="cache/lpips_vgg.safetensors",
+            commitment=0.25,
+            adversarial=AdversarialJob(
+                loss="hinge",
+                weight=1.0,
+                adaptive=True,
+                start=50_000,
+                lecam=0.0,
+                r1=0.0,
+                optimizer=OptimizerJob(lr=4.5e-6 * 32, betas=(0.5, 0.9), schedule="constant"),
+            ),
+        ),
+        optimizer=OptimizerJob(lr=4.5e-6 * 32, betas=(0.5, 0.9), schedule="constant"),
+        run=RunJob(output="runs/nuwa-vq", steps=500_000, packs=8, ema_decay=0.0, checkpoint_every=2000, workers=8),
+    )
+
+
+def nuwa_vq_seg() -> TokenizerJob:
+    """VQ-GAN-Seg of the published NUWA, F16 and 1024 codes: class maps of 336x336, here of the embedded world's subjects."""
+    first = nuwa_vq()
+    return first.model_copy(
+        update={
+            "data": DataJob(seed=10),
+            "model": {"in_channels": 9, "segmentation": True, "num_vq_embeddings": 1024, "vq_embed_dim": 256},
+            "loss": TokenizerLoss(perceptual=0.0),
+            "run": first.run.model_copy(update={"output": "runs/nuwa-vq-seg"}),
+        }
+    )
+
+
 RECIPES = {
     "magvit2_video": magvit2_video,
     "magvit2_image": magvit2_image,
     "lfq_small": lfq_small,
+    "nuwa_vq": nuwa_vq,
+    "nuwa_vq_seg": nuwa_vq_seg,
     "emoji_vq": emoji_vq,
     "emoji_vq_decoder": emoji_vq_decoder,
     "emoji_vq_seg": emoji_vq_seg,

@@ -13,7 +13,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from walt.training.job import DenoiserJob, DiffusionJob, MediaJob, OptimizerJob, RunJob, Shape
+from walt.configs.tokenizers import MAGVIT2, magvit2_video
+from walt.training.job import DenoiserJob, DiffusionJob, MediaJob, OptimizerJob, RunJob, Shape, TokenizerJob
 
 T5_XL_WIDTH = 2048
 
@@ -141,6 +142,7 @@ PACK_SAMPLES = 4  # clips' worth of tokens in one pack; the packs of a step make
 
 IMAGENET_IMAGES = 1_281_167
 K600_VIDEOS = 392_622  # Kinetics-600's training split
+UCF101_VIDEOS = 9_537  # the training part of UCF-101's first split
 
 
 def _job(
@@ -199,6 +201,67 @@ def _clip(height: int, width: int, weight: float = 1.0) -> Shape:
 def _joint(height: int, width: int) -> tuple[Shape, ...]:
     """Clips and stills in one pack."""
     return (_clip(height, width), Shape(frames=1, height=height, width=width, weight=STILLS_PER_CLIP))
+
+
+def _tokenizer(name: str, steps: int, shapes: tuple[Shape, ...], samples: int, images: bool = False) -> TokenizerJob:
+    """Table 8's first stage: MAGVIT-v2's networks and losses without a quantizer, 8 channels, batches of 256, cosine.
+
+    `samples` of the first shape are a pack, 256 a step.
+    """
+    widths = (128, 128, 256, 512) if images else MAGVIT2["encoder_widths"]
+    first = magvit2_video()
+    model = {
+        **{key: value for key, value in MAGVIT2.items() if not key.startswith("quantizer")},
+        "encoder_widths": widths,
+        "decoder_widths": widths,
+        "latent_channels": 8,
+        **({"temporal_downsample": (False, False, False)} if images else {}),
+    }
+    shape = shapes[0]
+    run = first.run.model_copy(
+        update={"output": f"runs/{name}-tokenizer", "steps": steps, "packs": 256 // samples, "workers": 4}
+    )
+    return first.model_copy(
+        update={
+            "model": model,
+            "data": MediaJob(aspect="shape", captions="optional", variants=64),
+            "shapes": shapes,
+            "batch_pixels": samples * shape.frames * (shape.cut or shape.height) * (shape.cut or shape.width),
+            "loss": first.loss.model_copy(update={"latent_penalty": 0.0, "perceptual_frames": 4}),
+            "run": run,
+        }
+    )
+
+
+def imagenet_tokenizer() -> TokenizerJob:
+    """First stage on ImageNet 256x256: 270 epochs in batches of 256."""
+    shapes = (Shape(frames=1, height=256, width=256),)
+    return _tokenizer("imagenet", 270 * IMAGENET_IMAGES // 256, shapes, samples=32, images=True)
+
+
+def ucf101_tokenizer() -> TokenizerJob:
+    """First stage on UCF-101, 17 frames of 128x128: 2000 epochs in batches of 256."""
+    return _tokenizer("ucf101", 2000 * UCF101_VIDEOS // 256, (_clip(128, 128),), samples=8)
+
+
+def k600_tokenizer() -> TokenizerJob:
+    """First stage on Kinetics-600, 17 frames of 128x128: 270,000 steps."""
+    return _tokenizer("k600", 270_000, (_clip(128, 128),), samples=8)
+
+
+def t2v_tokenizer() -> TokenizerJob:
+    """First stage of text to video, images and clips: 1,000,000 steps.
+
+    One for the three stages, on cuts of all three sizes, where Table 8 gives each its own: a super-resolution stage here
+    reads its low resolution through the same tokenizer.
+    """
+    sizes = ((128, 224), (256, 448), (512, 896))
+    shapes = tuple(
+        Shape(frames=frames, height=height, width=width, cut=128, weight=weight)
+        for frames, weight in ((17, 4.0), (1, 4.0))
+        for height, width in sizes
+    )
+    return _tokenizer("t2v", 1_000_000, shapes, samples=8)
 
 
 def imagenet() -> DenoiserJob:
@@ -299,6 +362,10 @@ def t2v_sr2() -> DenoiserJob:
 
 
 RECIPES = {
+    "imagenet_tokenizer": imagenet_tokenizer,
+    "ucf101_tokenizer": ucf101_tokenizer,
+    "k600_tokenizer": k600_tokenizer,
+    "t2v_tokenizer": t2v_tokenizer,
     "imagenet": imagenet,
     "ucf101": ucf101,
     "k600": k600,

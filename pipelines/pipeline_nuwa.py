@@ -170,7 +170,8 @@ class NuwaPipeline(SamplingPipeline):
             output_type: "pil", "np", "pt", or "latent" for the tokens `(B, T, h, w[, S])`.
             return_dict: whether to return a NuwaPipelineOutput or a tuple.
             callback_on_step_end: called as (pipe, step, positions made, {}) after every wave of tokens, of
-                `pipe.num_timesteps` positions in all.
+                `pipe.num_timesteps` positions in all. One that sets `pipe._interrupt` ends the decoding: what has been
+                made is returned, of several candidates the first, and positions that have not are code 0.
             callback_on_step_end_tensor_inputs: []: tokens are made where they lie, and not handed out.
             max_sequence_length: longer prompts are cut.
 
@@ -233,7 +234,10 @@ class NuwaPipeline(SamplingPipeline):
         )
         frames = None if output_type == "latent" and (num_candidates == 1 or ranker is None) else self.decode(tokens)
         scores = None
-        if num_candidates > 1:
+        if num_candidates > 1 and self.interrupt:
+            tokens = tokens[::num_candidates]
+            frames = None if frames is None else frames[::num_candidates]
+        elif num_candidates > 1:
             if ranker is not None:
                 assert frames is not None
                 texts = self._texts(prompt, count)
@@ -345,11 +349,12 @@ class NuwaPipeline(SamplingPipeline):
         self._num_timesteps = shape[0] * shape[1] * shape[2]
         with self.progress_bar(total=self._num_timesteps) as bar:
 
-            def step(done: int, total: int) -> None:
+            def step(done: int, total: int) -> bool:
                 bar.update(done - bar.n)
                 if self._callback is not None:
                     self._callback(self, self._step_index, done, {})
                 self._step_index += 1
+                return self.interrupt
 
             tokens: Tensor = self.transformer.generate(
                 shape,

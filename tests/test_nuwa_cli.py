@@ -51,6 +51,17 @@ def inputs(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_info_of_a_nuwa(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("info", model) == 0
+    text = capsys.readouterr().out
+    for words in ("NuwaTransformer3DModel", "tokens: 3x4x4 = 48", "sketch classes (4): ", "s of decoding", "32x32"):
+        assert words in text, words
+    assert run("info", model, "--frames", 2) == 0
+    assert "tokens: 2x4x4 = 32" in capsys.readouterr().out
+    assert run("info", model, "--frames", 9) == 1
+    assert "--frames must be from 1 to 4" in error_of(capsys)
+
+
 def test_all_eight_tasks_write_their_file(model: Path, inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tasks = {
         "text-to-image": ("a cat",),

@@ -406,7 +406,9 @@ def window_attention(
         if name in _ONE_CALL:
             windows.append((k.flatten(0, 1), v.flatten(0, 1)))
             continue
-        mask = bias(group.shape, plan.offsets[i]).to(q.dtype) if bias is not None and plan.offsets else None
+        mask = None
+        if bias is not None and plan.offsets:
+            mask = bias(group.shape, plan.offsets[i], group.length).to(q.dtype)
         y = dispatch_attention_fn(q, k, v, attn_mask=mask, backend=name)
         out.append(y.flatten(0, 1))
     if name in _ONE_CALL:
@@ -788,10 +790,11 @@ class RelativeBias(nn.Module):
         self.resize = resize
         self.table = nn.Parameter(torch.zeros(heads, *(2 * n - 1 for n in window)))
 
-    def forward(self, shape: Grid, offsets: Tensor | None = None) -> Tensor:
+    def forward(self, shape: Grid, offsets: Tensor | None = None, length: int | None = None) -> Tensor:
         """Bias `(1, N, n, n)` of queries against keys, both in the raster order of a window of `shape`.
 
-        `offsets` are the plan's for that shape; None for a single token.
+        `offsets` are the plan's for that shape; None for a single token. `length` is n, fewer than the window's tokens
+        where some were dropped; None: found from `offsets`, which a compiler cannot.
         """
         table: Tensor = self.table
         target = []
@@ -806,7 +809,7 @@ class RelativeBias(nn.Module):
         entries = table.flatten(1)
         if offsets is not None:
             entries = entries.index_select(1, offsets)
-        n = math.isqrt(entries.shape[1])  # fewer than the window's tokens where some were dropped
+        n = math.isqrt(entries.shape[1]) if length is None else length
         return entries.view(1, -1, n, n)
 
 

@@ -368,14 +368,19 @@ class _Progress:
 
 def _info_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", metavar="MODEL", help="a model folder (default: the embedded model)")
-    parser.add_argument("--frames", type=int, default=29, metavar="N", help="of the video to estimate (default: 29)")
+    parser.add_argument(
+        "--frames", type=int, metavar="N", help="of the video to estimate (default: 29, of a NUWA its own)"
+    )
 
 
 def _info_prepare(args: argparse.Namespace) -> None:
     from walt.chunking import chunk_starts
 
-    chunk_starts(args.frames)
     args.model = model_folder(args.model)
+    args.nuwa = nuwa_commands.is_nuwa(args.model)
+    if not args.nuwa:
+        args.frames = args.frames or 29
+        chunk_starts(args.frames)
 
 
 def _info_run(args: argparse.Namespace) -> None:
@@ -386,6 +391,9 @@ def _info_run(args: argparse.Namespace) -> None:
 
     device = choose_device("auto")
     dtype = choose_dtype("auto", device)
+    if args.nuwa:
+        nuwa_commands.info(args.model, args.frames, dtype, device)
+        return
     pipe = load_cascade(args.model, dtype, device)
     facts = describe(pipe, args.frames, device, dtype)
     console = Console()

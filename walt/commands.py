@@ -81,7 +81,22 @@ def plan_job(job: Any, ranks: int = 1, rate: float | None = None) -> Any:
     if not isinstance(job, DenoiserJob) and getattr(job, "architecture", "") != "causal":
         raise WaltError("--dry-run: plans denoisers and causal tokenizers, not NUWA or its frame-wise tokenizers")
     cls = AutoencoderKLWalt if isinstance(job, TokenizerJob) else backbone(job.backbone)
-    return make_plan(job, cls, AutoencoderKLWalt, ranks, rate)
+    return make_plan(job, cls, AutoencoderKLWalt, ranks, rate, lambda: _rehearsal(job))
+
+
+def _rehearsal(job: Any) -> Any:
+    """The objective of a recipe for a dry run; None where a file is missing, and for a user's media, as these would
+    all be probed first."""
+    from walt.training.job import MediaJob
+
+    if isinstance(job.data, MediaJob):
+        return None
+    # Fits of the start say nothing about a step.
+    short = {name: 1 for name in ("low_res_batches", "shortcut_batches") if hasattr(job, name)}
+    try:
+        return build_objective(job.model_copy(update=short))
+    except WaltError:
+        return None
 
 
 def _print_plan(job: Any, args: argparse.Namespace, console: Console) -> None:
@@ -111,7 +126,8 @@ def _print_plan(job: Any, args: argparse.Namespace, console: Console) -> None:
         f"operations per step: {plan.flops / 1e12:.4g} TFLOP; a rank sustains {plan.rate / 1e9:.4g} GFLOP/s ({measured})"
     )
     parts = ", ".join(f"{name} {value:.3g} s" for name, value in plan.seconds.items())
-    say(f"seconds per step: {plan.total_seconds:.3g} ({parts}; reading data is not counted)")
+    missing = "" if "data" in plan.seconds else "; of the model alone: data, tokenizer, words are not counted"
+    say(f"seconds per step: {plan.total_seconds:.3g} ({parts}{missing})")
     say(f"{job.run.steps} steps: {plan.total_seconds * job.run.steps / 86400:.3g} days")
 
 
@@ -223,11 +239,10 @@ def _nuwa_samples(objective: Any, model: Any) -> list[Tensor]:
     """For a sample of every task: what the model makes, above the real thing as its tokens show it."""
     import torch
 
-    from walt.data.sketches import classes
     from walt.pipelines.pipeline_nuwa import NuwaPipeline
     from walt.training.nuwa import TASKS
 
-    names = classes(objective.scenes.theatre.subjects)
+    names = objective.scenes.classes
     words = objective.words
     pipe = NuwaPipeline(objective.vq, objective.vq_seg, model, words.encoder, words.tokenizer, names)
     pipe.set_progress_bar_config(disable=True)
@@ -382,8 +397,12 @@ def encode(args: argparse.Namespace) -> None:
             return vae.encode(video.to(device)).latent_dist.mode()
 
     with _progress() as progress:
-        task = progress.add_task("clips", total=sum(counts))
-        write_latents(job, Path(args.output), counts, encoder, lambda done, _: progress.update(task, completed=done))
+        task = progress.add_task("clips", total=None)
+
+        def told(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        write_latents(job, Path(args.output), counts, encoder, told)
 
 
 def _encode_media(job: Any, output: Path) -> None:

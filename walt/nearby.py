@@ -328,12 +328,15 @@ class _Blocked(torch.autograd.Function):
                     c.take(x, i).requires_grad_() for x, i in ((q, c.query_index), (k, c.key_index), (v, c.key_index))
                 ]
                 y = c.give(c.attend(*taken, key_mask))
-            tiles = torch.autograd.grad(y, taken, grads[0].index_select(1, c.places()))
+            tiles = list(torch.autograd.grad(y, taken, grads[0].index_select(1, c.places())))
+            del y, taken
             dq.index_copy_(1, c.places(), c.give(tiles[0]))
-            for total, part in zip((dk, dv), tiles[1:], strict=True):
-                parts = part.transpose(1, 2).reshape(len(k), c.tiles * c.keys, -1)
+            for total in (dv, dk):
+                parts = tiles.pop().transpose(1, 2).reshape(len(k), c.tiles * c.keys, -1)
                 sums = torch.stack([F.embedding_bag(c.bag, x, c.offsets, mode="sum") for x in parts])
-                total.index_copy_(1, c.rows, total.index_select(1, c.rows) + sums.view(len(k), -1, *k.shape[2:]))
+                del parts
+                sums = sums.view(len(k), -1, *k.shape[2:]).add_(total.index_select(1, c.rows))
+                total.index_copy_(1, c.rows, sums)
         return dq, dk, dv, None, None
 
 

@@ -418,6 +418,79 @@ def load_nuwa(folder: Path, dtype: Any, device: Any) -> Any:
     return pipe.to(device)
 
 
+def is_nuwa(folder: Path) -> bool:
+    """Whether the model in a folder is a NUWA."""
+    from walt.pipelines.loading import read_json
+
+    index = folder / "model_index.json"
+    return index.is_file() and read_json(index).get("_class_name") == "NuwaPipeline"
+
+
+def info(folder: Path, frames: int | None, dtype: Any, device: Any) -> None:
+    """`walt info FOLDER` of a NUWA: parts, tokens and waves, what it knows, and the time of a video.
+
+    The time is that of a second or so of decoding, by the share of positions that it made.
+    """
+    import time
+
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from walt.evaluation.cost import components
+    from walt.nearby import Rule, radii, waves
+
+    pipe = load_nuwa(folder, dtype, device)
+    config, ratio = pipe.transformer.config, pipe.vae_scale_factor_spatial
+    frames = frames or int(pipe.config.num_frames)
+    if not 1 <= frames <= config.sample_size[0]:
+        raise WaltError(f"--frames must be from 1 to {config.sample_size[0]} for this model, got {frames}")
+    console = Console()
+
+    def say(line: str) -> None:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    say(f"{folder}")
+    parts = Table("component", "class", "parameters", "size", title="components")
+    for part in components(pipe):
+        parts.add_row(part.name, part.kind, f"{part.parameters:,}", f"{part.megabytes:.1f} MB")
+    console.print(parts)
+    shape = (frames, config.sample_size[1], config.sample_size[2])
+    rule = Rule(shape, shape, radii(tuple(config.extent), shape), causal=True, axial=config.attention == "axial")
+    order = waves(rule)
+    made = math.prod(shape)
+    height, width = shape[1] * ratio, shape[2] * ratio
+    fps = float(pipe.config.frame_rate)
+    say(f"makes: {frames} frames of {height}x{width} at {fps:g} a second, an image as a video of one frame")
+    codes = "" if config.num_subcodes == 1 else f" of {config.num_subcodes} codes each"
+    say(f"tokens: {'x'.join(map(str, shape))} = {made}{codes}, among {config.vocab_size}, in {len(order)} waves")
+    width = config.num_attention_heads * config.attention_head_dim
+    say(
+        f"layers: {config.num_layers_encoder} of the encoder, {config.num_layers_decoder} of the decoder, width {width}; "
+        f"each token sees {'x'.join(map(str, config.extent))} around it"
+    )
+    classes = list(pipe.config.classes)
+    say(f"sketch classes ({len(classes)}): {', '.join(classes)}" if classes else "takes no sketches")
+    guidance = float(pipe.config.default_guidance_scale)
+    say(f"guidance {guidance:g}, top-p {pipe.config.default_top_p:g} unless told otherwise")
+
+    begun = time.perf_counter()
+    seen = {"done": 0}
+
+    def watch(done: int, total: int) -> bool:
+        seen["done"] = done
+        return time.perf_counter() - begun > 1.0
+
+    with torch.no_grad():
+        condition = pipe.transformer.encode_condition()
+        pipe.transformer.generate(
+            shape, condition, null_condition=condition, guidance_scale=2.0 if guidance != 1 else 1.0, callback=watch
+        )
+    seconds = (time.perf_counter() - begun) * made / seen["done"]
+    name = str(dtype).removeprefix("torch.")
+    say(f"estimate for {frames} frames on this machine ({device}, {name}): {seconds:.1f} s of decoding")
+
+
 def model_size(pipe: Any) -> tuple[int, int]:
     """(height, width) in pixels that the model makes by default."""
     size, ratio = pipe.transformer.config.sample_size, pipe.vae_scale_factor_spatial

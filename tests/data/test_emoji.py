@@ -35,7 +35,9 @@ from walt.data.emoji import (
     read_index,
 )
 from walt.data.fetch import PINS
+from walt.data.scenes import Scenes
 from walt.errors import WaltError
+from walt.training.job import DataJob, Shape
 
 SPRITES = Path(__file__).parents[1] / "sprites"
 SMALL = ("rocket", "frog", "sun")
@@ -514,3 +516,13 @@ def test_build_says_what_is_wrong(tmp_path: Path, packages: Path) -> None:
     with pytest.raises(WaltError, match=r"anim-3-1\.0\.0\.tgz is not in"):
         build_cache(tmp_path / "e", packages)
     assert not list((tmp_path / "e").glob("*.webp"))
+
+
+def test_clips_may_show_fewer_subjects_than_stills() -> None:
+    scenes = Scenes(DataJob(source=str(SPRITES), subjects=("rocket", "frog", "sun"), clip_subjects=("frog",)))
+    clip, still = Shape(frames=5, height=32, width=32), Shape(frames=1, height=32, width=32)
+    assert all("frog" in scenes.clip(number, clip).caption for number in range(12))
+    shown = {
+        word for number in range(40) for word in ("rocket", "frog", "sun") if word in scenes.clip(number, still).caption
+    }
+    assert shown == {"rocket", "frog", "sun"}

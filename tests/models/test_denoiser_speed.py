@@ -335,3 +335,38 @@ def test_new_packs_do_not_recompile_and_equal_eager() -> None:
     # after that no pack compiles anything.
     assert graphs[2] == graphs[-1] <= 8
     torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fields", "backend"),
+    [
+        ({"relative_positions": "bias"}, "aot_eager"),
+        ({"relative_positions": "rope", "local_mixing": True}, "aot_eager"),
+        ({"relative_positions": "bias", "local_mixing": True}, "aot_eager"),
+        ({"relative_positions": "rope", "local_mixing": True}, "inductor"),
+    ],
+)
+def test_a_training_step_compiles_whole_whatever_the_layers_hold(fields: dict[str, Any], backend: str) -> None:
+    """Bias and local mixing are traced: no graph breaks, and the gradients of the eager step, packs of images too."""
+    from torch._dynamo.utils import counters
+
+    fields = {"absolute_positions": False, "num_layers": 2, **fields}
+    plain, model = make(**fields), make(**fields)
+    model.load_state_dict(plain.state_dict())
+    torch._dynamo.reset()
+    counters.clear()
+    model.compile_repeated_blocks(fullgraph=True, backend=backend)
+    for seed, sizes in enumerate((((3, 4, 6), (1, 4, 4)), ((1, 4, 6), (1, 4, 4)))[: 1 if backend == "inductor" else 2]):
+        steps = []
+        for one in (plain, model):
+            one.zero_grad()
+            out = one(**inputs(sizes, seed)).sample
+            torch.stack([v.square().mean() for v in out]).sum().backward()
+            steps.append((list(out), {n: p.grad.clone() for n, p in one.named_parameters() if p.grad is not None}))
+        (expected, theirs), (found, ours) = steps
+        assert same(expected, found, 1e-4)
+        assert theirs.keys() == ours.keys()
+        assert all(torch.allclose(theirs[n], ours[n], atol=1e-3, rtol=1e-3) for n in theirs)
+    assert not counters["graph_break"]
+    torch._dynamo.reset()

@@ -196,6 +196,25 @@ def test_sketches_in_colours_are_the_same(pipe: NuwaPipeline) -> None:
     assert torch.equal(tokens_of(pipe, sketch=torch.from_numpy(sketch)), tokens_of(pipe, sketch=sketch))
 
 
+def test_a_callback_interrupts(pipe: NuwaPipeline) -> None:
+    """What had been made stands as in an uninterrupted call; what had not is code 0; the next call is whole again."""
+    whole = tokens_of(pipe, prompt="a cat").flatten()
+    seen: list[int] = []
+
+    def stop(p: Any, step: int, done: int, tensors: dict[str, Any]) -> dict[str, Any]:
+        seen.append(done)
+        p._interrupt = done >= 20
+        return tensors
+
+    part = tokens_of(pipe, prompt="a cat", callback_on_step_end=stop).flatten()
+    assert 20 <= seen[-1] < len(whole) and len(seen) == len(set(seen))
+    made = part != 0
+    assert torch.equal(part[made], whole[made]) and int(made.sum()) <= seen[-1]
+    best = pipe("a cat", num_candidates=3, generator=tiny.seeded(0), callback_on_step_end=stop)
+    assert len(best.frames) == 1 and best.scores is None
+    assert torch.equal(tokens_of(pipe, prompt="a cat").flatten(), whole)
+
+
 def test_conventions(pipe: NuwaPipeline, tmp_path: Path) -> None:
     steps: list[tuple[int, int]] = []
 

@@ -9,22 +9,38 @@ import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from accelerate import init_empty_weights
 from safetensors.torch import load_file
 
+from tests.data import media
 from tests.training.jobs import losses, save_tokenizer, saved, small_job, tokenizer_job
 from walt.commands import build_objective, draw_sheet, plan_job
 from walt.conditioning import MASK_KINDS, draw_given_frames, random_mask
 from walt.errors import Terminated, WaltError
 from walt.models.transformer_walt import WaltTransformer3DModel
 from walt.pipelines.pipeline_walt import WaltPipeline
+from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt
 from walt.training import checkpoint
 from walt.training.adafactor import Adafactor
-from walt.training.job import DenoiserJob, DiffusionJob, Job, LoraJob, OptimizerJob, load_job
-from walt.training.loop import Loss, Objective, Part, train
+from walt.training.job import (
+    DenoiserJob,
+    DiffusionJob,
+    Job,
+    LoraJob,
+    MediaJob,
+    OptimizerJob,
+    SourceJob,
+    TokenizerJob,
+    load_job,
+    recipes,
+)
+from walt.training.loop import Loss, Objective, Part, _same_recipe, train
 from walt.training.muon import Muon
 from walt.training.objectives import interpolated_positions
 from walt.training.optimizers import warm
@@ -369,6 +385,71 @@ def test_given_frames_are_drawn_from_their_choices() -> None:
     assert set(drawn) == {1, 2} and 110 < sum(n == 1 for n in drawn) < 190
 
 
+def test_a_checkpoint_older_than_a_field_is_still_of_its_recipe(tmp_path: Path) -> None:
+    job = small_job(tmp_path / "vae", tmp_path / "run")
+    before = job.model_dump()
+    del before["data"]["clip_subjects"]
+    _same_recipe(tmp_path, {"job": before, "packs": 1}, job, 1)
+    before["data"]["seed"] = 5
+    with pytest.raises(WaltError, match=r"another recipe \(data differ\)"):
+        _same_recipe(tmp_path, {"job": before, "packs": 1}, job, 1)
+
+
+def test_tensorboard_shows_figures_and_sheets(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(small_job(save_tokenizer(tmp_path / "vae"), tmp_path / "run", 3, tensorboard=True), sheet=draw_sheet)
+    board = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    curve = losses(tmp_path / "run")
+    shown = {event.step: event.value for event in board.Scalars("loss")}
+    assert shown == pytest.approx(curve, rel=1e-5)
+    assert [event.step for event in board.Images("sheet/0" if "sheet/0" in board.Tags()["images"] else "sheet")] == [3]
+
+
+def test_tensorboard_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("accelerate.utils.is_tensorboard_available", lambda: False)
+    with pytest.raises(WaltError, match=r"run.tensorboard: needs the package tensorboard \(pip install"):
+        run(small_job(save_tokenizer(tmp_path / "vae"), tmp_path / "run", 1, tensorboard=True))
+
+
+def test_folders_name_the_classes(tmp_path: Path) -> None:
+    """A tree of folders, end to end: labels by name, shards alike, the exported model says which number is which."""
+    rng = np.random.default_rng(0)
+    members = []
+    for name, low in (("dark", 0), ("bright", 200)):
+        (tmp_path / "tree" / name).mkdir(parents=True)
+        for number in range(4):
+            picture = media.image_bytes(rng.integers(low, low + 50, (32, 32, 3), dtype=np.uint8))
+            (tmp_path / "tree" / name / f"{number}.png").write_bytes(picture)
+            members.append((f"{name}/{number}.png", picture))
+    (tmp_path / "shards").mkdir()
+    media.write_shard(tmp_path / "shards" / "x-0.tar", members)
+    base = small_job(save_tokenizer(tmp_path / "vae"), tmp_path / "run", 2, model={"num_classes": 2}, tensorboard=False)
+
+    def job(*paths: str, **fields: Any) -> DenoiserJob:
+        sources = tuple(SourceJob(path=str(tmp_path / path), caption_from="folder", **fields) for path in paths)
+        data = MediaJob(sources=sources, index=str(tmp_path / "index"), min_size=16)
+        return base.model_copy(update={"data": data, "shapes": base.shapes[2:]})
+
+    both = job("tree", "shards")
+    objective = build_objective(both)
+    assert objective.classes == {"bright": 0, "dark": 1}
+    for sample in (sample for step in range(3) for sample in objective.batch(step, 0)):
+        assert sample.video is not None
+        assert objective._label(sample) == (0 if float(sample.video.mean()) > 0 else 1)
+    final = train(both, objective)
+    assert (final / "classes.txt").read_text() == "bright\ndark\n"
+    again = both.model_copy(update={"classes": str(final / "classes.txt")})
+    assert build_objective(again).classes == objective.classes
+    wrong = both.model_copy(update={"model": {**both.model, "num_classes": 3}})
+    with pytest.raises(WaltError, match="the sources have 2 folders of media, got 3"):
+        build_objective(wrong)
+    (tmp_path / "tree" / "stray.png").write_bytes(members[0][1])  # in no folder: it has no class and is left out
+    left_out = build_objective(job("tree"))
+    assert "no caption" in " ".join(left_out.clips.account.lines())
+
+
 def test_classes_are_told_and_dropped(tmp_path: Path) -> None:
     """The label comes from the sample, or by its caption from the file; a tenth sees the null label."""
     import dataclasses
@@ -600,6 +681,77 @@ def test_recipes_of_table_8(recipe: str) -> None:
     assert job.optimizer.schedule == ("constant" if recipe == "t2v_base_wide" else "cosine")
     steps = {"imagenet": 437_898, "ucf101": 60_000, "k600": 276_062, "t2v_base": 550_000, "t2v_base_wide": 250_000}
     assert job.run.steps == {**steps, "t2v_sr1": 675_000, "t2v_sr2": 275_000}[recipe]
+
+
+@pytest.mark.parametrize("kind", ["denoiser", "tokenizer"])
+def test_a_small_recipe_is_rehearsed_on_its_own_data(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a clock that counts operations instead of seconds, the plan's seconds are those of the run.
+
+    The clock goes by the model's own operations alone, so nothing here depends on the machine.
+    """
+    vae = save_tokenizer(tmp_path / "vae")
+    job = small_job(vae, tmp_path / "run", 12) if kind == "denoiser" else tokenizer_job(tmp_path / "run", 12)
+    objective = build_objective(job)
+    clock = {"now": 0.0}
+    monkeypatch.setattr("walt.training.plan.time", SimpleNamespace(perf_counter=lambda: clock["now"]))
+    losses, batch = type(objective).losses, type(objective).batch
+
+    def counted(self: Any, pack: Any, *arguments: Any) -> Any:
+        for loss in losses(self, pack, *arguments):
+            clock["now"] += self.flops(pack) * (2 + loss.figures.get("forwards", 1.0)) / 1e9
+            yield loss
+
+    def slow(self: Any, step: int, rank: int) -> Any:
+        clock["now"] += 5.0
+        return batch(self, step, rank)
+
+    monkeypatch.setattr(type(objective), "losses", counted)
+    monkeypatch.setattr(type(objective), "batch", slow)
+    plan = plan_job(job)
+    assert plan.seconds["data"] == pytest.approx(5.0)
+    assert plan.rate == pytest.approx(1e9)
+    assert plan.seconds["compute"] == pytest.approx(plan.flops / 1e9)
+    assert plan.memory["process"] > 50e6  # Python and torch at least
+    workers = job.model_copy(update={"run": job.run.model_copy(update={"workers": 1})})
+    late = plan_job(workers)
+    assert late.seconds["data"] == pytest.approx(5.0 - late.seconds["compute"], rel=0.05)
+    far = plan_job(job, rate=2e9)
+    assert "data" not in far.seconds and far.seconds["compute"] == pytest.approx(plan.flops / 2e9)
+    monkeypatch.undo()
+    gone = job.model_copy(update={"data": job.data.model_copy(update={"source": str(tmp_path / "nothing")})})
+    assert "data" not in plan_job(gone).seconds  # the model alone
+
+
+def test_recipes_lead_to_each_other() -> None:
+    """A recipe's tokenizer, and what it goes on from, is a folder of the package or where another recipe puts its own."""
+    table = {name: recipe() for name, recipe in recipes().items()}
+    made = {f"{job.run.output}/final": job for job in table.values()}
+    for name, job in table.items():
+        for field in ("tokenizer", "sketch_tokenizer", "init"):
+            folder = getattr(job, field, None)
+            if folder is None or (Path(folder) / "config.json").is_file():
+                continue
+            assert folder in made, f"{name}: {field}={folder}"
+            if field != "init":
+                assert isinstance(made[folder], TokenizerJob)
+
+
+@pytest.mark.parametrize("recipe", ["imagenet", "ucf101", "k600", "t2v"])
+def test_first_stages_of_table_8(recipe: str) -> None:
+    """Batches of 256 clips or images, 8 channels, 8 times smaller; the denoisers take the latents as they come."""
+    job = load_job(f"walt.{recipe}_tokenizer")
+    assert isinstance(job, TokenizerJob) and job.run.packs is not None
+    shape = job.shapes[0]
+    pixels = shape.frames * (shape.cut or shape.height) * (shape.cut or shape.width)
+    assert job.run.packs * job.batch_pixels == 256 * pixels
+    plan = plan_job(job, rate=1e12)
+    assert 50e6 < plan.parameters < 400e6
+    with init_empty_weights():
+        vae = AutoencoderKLWalt(**job.model)
+    assert (vae.spatial_compression_ratio, vae.config.latent_channels) == (8, 8)
+    assert vae.temporal_compression_ratio == (1 if recipe == "imagenet" else 4)
 
 
 def test_a_few_kills_change_nothing(tmp_path: Path) -> None:

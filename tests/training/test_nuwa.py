@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from tests.data import media
 from tests.training.jobs import nuwa_job, save_nuwa_parts
-from walt.commands import build_objective
+from walt.commands import build_objective, draw_sheet
 from walt.errors import WaltError
-from walt.training.job import NuwaClip, NuwaJob, NuwaTask, NuwaTasks, load_job
+from walt.training.job import MediaJob, NuwaClip, NuwaJob, NuwaTask, NuwaTasks, SourceJob, load_job
 from walt.training.loop import train
 from walt.training.nuwa import TASKS, NuwaObjective, Sample
 
@@ -112,6 +113,40 @@ def test_a_tiny_model_learns_and_is_exported(parts: Path, tmp_path: Path) -> Non
     assert isinstance(NuwaTransformer3DModel.from_pretrained(final), NuwaTransformer3DModel)
 
 
+def test_it_trains_on_a_folder_and_on_shards(parts: Path, tmp_path: Path) -> None:
+    """Clips for the clips, stills of images and of videos for the stills; a broken item is named and passed over."""
+    (tmp_path / "folder").mkdir()
+    for name, content in media.good_members(4):
+        (tmp_path / "folder" / name).write_bytes(content)
+    suffix, content = media.broken("zero bytes")
+    (tmp_path / "folder" / f"bad{suffix}").write_bytes(content)
+    (tmp_path / "folder" / "bad.txt").write_text("broken")
+    (tmp_path / "shards").mkdir()
+    media.write_shard(tmp_path / "shards" / "x-0.tar", media.good_members(4, first=4))
+    sources = tuple(SourceJob(path=str(tmp_path / name)) for name in ("folder", "shards"))
+    data = MediaJob(sources=sources, index=str(tmp_path / "index"), min_size=16, fps=4.0)
+    tasks = NuwaTasks(
+        video_to_video=NuwaTask(batch=0.5), text_to_video=NuwaTask(batch=2), text_to_image=NuwaTask(batch=2)
+    )
+    job = nuwa_job(parts, tmp_path / "run", steps=3, data=data, tasks=tasks, sketch_tokenizer=None)
+    made = build_objective(job)
+    first, again = made.batch(1, 0), build_objective(job).batch(1, 0)
+    assert [s.data.caption for s in first] == [s.data.caption for s in again]
+    assert all(torch.equal(a.data.video, b.data.video) for a, b in zip(first, again, strict=True))
+    assert {tuple(s.data.video.shape) for s in first} == {(2, 3, 32, 32), (1, 3, 32, 32)}
+    seen = {s.data.caption for step in range(12) for s in made.batch(step, 0)}
+    assert "broken" not in seen and {caption.split()[0] for caption in seen} == {"clip", "image"}
+    assert any(int(c.split()[1]) < 4 for c in seen) and any(int(c.split()[1]) >= 4 for c in seen)  # both sources
+    final = train(job, build_objective(job), sheet=draw_sheet)
+    assert (final / "config.json").exists() and (tmp_path / "run" / "sheet-00000003.png").exists()
+    sketched = job.model_copy(update={"tasks": NuwaTasks(sketch_to_image=NuwaTask(batch=1))})
+    with pytest.raises(WaltError, match=r"tasks.sketch_to_image: the theatre alone draws sketches"):
+        build_objective(sketched)
+    long = job.model_copy(update={"clip": NuwaClip(frames=40, height=32, width=32)})
+    with pytest.raises(WaltError, match=r"a task needs videos of 40 frames at 4 a second, and there are none"):
+        build_objective(long)
+
+
 def test_faults(parts: Path) -> None:
     none = NuwaTasks(**{name: NuwaTask() for name in NuwaTasks.model_fields})
     for changes, message in (
@@ -124,7 +159,9 @@ def test_faults(parts: Path) -> None:
             objective(parts, **changes)
 
 
-@pytest.mark.parametrize("name", ["nuwa.nuwa_870m", "nuwa.nuwa_256", "nuwa.emoji", "nuwa.emoji_told"])
+@pytest.mark.parametrize(
+    "name", ["nuwa.nuwa_870m", "nuwa.nuwa_256", "nuwa.small", "nuwa.large", "nuwa.emoji", "nuwa.emoji_told"]
+)
 def test_recipes_are_complete(name: str) -> None:
     job = load_job(name, ["tasks.text_to_video.batch=3", "run.steps=7"])
     assert isinstance(job, NuwaJob) and job.tasks.text_to_video.batch == 3 and job.run.steps == 7

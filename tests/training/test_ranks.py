@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
-from tests.training.jobs import finish, losses, save_tokenizer, small_job, start, tokenizer_job
+from tests.data import media
+from tests.training.jobs import ROOT, SPRITES, finish, losses, save_tokenizer, small_job, start, tokenizer_job
 from walt.commands import build_objective
 from walt.training.job import DenoiserJob, TokenizerJob
 from walt.training.loop import train
@@ -85,3 +89,64 @@ def test_two_ranks_follow_one_and_checkpoints_go_from_any_number_to_any(tmp_path
     for resumed in [*onward, *alone_again]:
         same_curve(Path(resumed.run.output), tmp_path / f"one-{resumed.optimizer.kind}")
         same_model(Path(resumed.run.output), tmp_path / f"one-{resumed.optimizer.kind}")
+
+
+@pytest.mark.slow
+def test_a_rank_of_images_alone_does_not_stop_sharded_training(tmp_path: Path) -> None:
+    """What only clips use (mixing over time, the bias of windows over time) has a gradient on every rank, of zeros."""
+    vae = save_tokenizer(tmp_path / "vae")
+    fields = {"local_mixing": True, "relative_positions": "bias"}
+
+    def job(name: str, **run: Any) -> DenoiserJob:
+        made = small_job(vae, tmp_path / name, 6, fields, packs=2, **run)
+        # A pack is one clip or four stills: some steps have stills alone on one of the ranks, or on both.
+        shapes = (made.shapes[0].model_copy(update={"weight": 0.2}), made.shapes[2])
+        return made.model_copy(update={"shapes": shapes, "batch_tokens": 32})
+
+    alone, sharded = job("one"), job("two", parallel="fsdp")
+    objective = build_objective(alone)
+    lengths = [
+        [{sample.video.shape[1] for sample in objective.batch(step, lane)} for lane in (0, 1)] for step in range(6)
+    ]
+    assert any(({1} in pair) and ({1} != pair[0] or {1} != pair[1]) for pair in lengths), "a clip beside stills alone"
+    train(alone, objective)
+    finish(start(sharded, ranks=2))
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["emoji", "media"])
+def test_two_ranks_encode_what_one_does_and_make_only_what_is_missing(tmp_path: Path, kind: str) -> None:
+    vae = save_tokenizer(tmp_path / "vae")
+    shapes = "shapes=[{frames: 9, height: 32, width: 64}, {frames: 1, height: 32, width: 64}]"
+    fields = ["emoji.super_resolution_1", f"tokenizer={vae}", shapes]
+    if kind == "emoji":
+        fields += [f"data.source={SPRITES}", "data.subjects=[rocket, frog, sun]", "-n", "40,5"]
+    else:
+        folder = tmp_path / "media"
+        folder.mkdir()
+        for number in range(3):
+            media.write_shard(folder / f"part-{number}.tar", media.good_members(4, first=4 * number))
+        sources = (f"data.sources=[{{path: {folder}}}]", f"data.index={tmp_path / 'index'}")
+        fields += ["data.kind=media", *sources, "data.min_size=16"]
+
+    def encode(output: str, ranks: int) -> str:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+        command = [sys.executable, *launcher, "-m", "walt.cli", "encode", *fields, "-o", str(tmp_path / output)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def contents(output: str) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in (tmp_path / output).iterdir() if path.name != "skipped.jsonl"}
+
+    encode("one", 1)
+    encode("two", 2)
+    assert contents("one") == contents("two")
+    parts = sorted((tmp_path / "two").glob("*.safetensors"))
+    assert len(parts) >= 3
+    kept = parts[0].stat().st_mtime_ns
+    parts[-1].unlink()
+    encode("two", 2)
+    assert contents("one") == contents("two") and parts[0].stat().st_mtime_ns == kept

@@ -208,7 +208,7 @@ class Clips:
         self.account = Account(report, data.max_broken)
         self.tables: list[_Table] = []
         for source in data.sources:
-            where = Where(source.path, source.kind, source.caption, source.media, source.split)
+            where = Where(source.path, source.kind, source.caption, source.media, source.split, source.caption_from)
             index = build_index(where, Path(data.index), workers, (self.rank, self.world), _Teller(source.path))
             table = _Table(index, data, self.shapes, captions)
             broken = [*index.broken, *table.refused]
@@ -356,6 +356,25 @@ class Clips:
             f"got {self.data.heldout_share:g}"
         )
 
+    def sample(self, position: int, shape: int) -> MediaClip:
+        """A sample of one shape, at or after a position of the stream: for trainers that need no packs.
+
+        Items that cannot fill the shape are passed over, broken ones accounted for.
+
+        Raises:
+            WaltError: nothing that fits was found, or a mostly broken source.
+        """
+        for attempt in range(BLOCK):
+            # Far apart, so that the stand-in of one position is not the sample of the next.
+            draw = self.draw(position + attempt * 7919)
+            if shape in self.tables[draw.source].allowed(draw.item, self.shapes):
+                clip: MediaClip | None = self._try(draw._replace(shape=shape), self.load)
+                if clip is not None:
+                    return clip
+        wanted = self.shapes[shape]
+        kind = f"a clip of {wanted.frames} frames" if wanted.frames > 1 else "a still"
+        raise WaltError(f"sources: {kind} cannot be had from them; see {self.account.path}")
+
     def pack(self, step: int, rank: int, load: Callable[[Draw], Any] | None = None) -> list[Any]:
         """The samples of one step and lane; one that turns out to be broken is accounted for and replaced.
 
@@ -392,6 +411,13 @@ class Clips:
             return None
         self.account.used(source)
         return clip
+
+    def classes(self) -> dict[str, int]:
+        """The classes of sources whose folders name them, in alphabetical order; {} where one names its items otherwise."""
+        if any(source.caption_from != "folder" for source in self.data.sources):
+            return {}
+        names = sorted({name for table in self.tables for name in table.index.labels})
+        return {name: label for label, name in enumerate(names)}
 
     def identity(self) -> str:
         """Changes with all that the order of samples depends on."""

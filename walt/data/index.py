@@ -65,6 +65,7 @@ class Index:
     Attributes:
         items: one row of FIELDS per good item, units and items in the source's order.
         broken: the others.
+        labels: the captions there are, of a source whose folders name its items.
     """
 
     def __init__(self, source: Source, folder: Path, units: Sequence[str] | None = None) -> None:
@@ -73,6 +74,8 @@ class Index:
         self.files = [_file(folder, source.name, unit) for unit in self.units]
         rows: list[tuple[Any, ...]] = []
         self.broken: list[Broken] = []
+        self.labels: set[str] = set()
+        labelled = source.where.caption_from == "folder"
         for number, path in enumerate(self.files):
             with open(path, "rb") as file:
                 place = len(file.readline())
@@ -81,6 +84,8 @@ class Index:
                     if "reason" in row:
                         self.broken.append(Broken(row["key"], row["reason"], row["detail"]))
                     else:
+                        if labelled:
+                            self.labels.update(row["captions"])
                         size = (row["height"], row["width"], row["seconds"], len(row["captions"]))
                         rows.append((number, place, row["kind"] == "video", *size))
                     place += len(line)

@@ -23,7 +23,7 @@ from torch import Tensor
 from walt.data.emoji import FPS
 from walt.data.scenes import Scenes, world
 from walt.errors import WaltError
-from walt.training.job import DataJob, DenoiserJob
+from walt.training.job import DataJob, DenoiserJob, Shape
 
 SHARD = 32
 
@@ -53,7 +53,9 @@ def write_latents(
         output: target folder; files appear under their name only when whole.
         counts: clips per shape.
         encode: raw latents `(B, 8, t, h, w)` of video `(B, 3, T, H, W)`.
-        progress: called with (done, total) clips.
+        progress: called with (done, total) clips of this rank.
+
+    Under torchrun the ranks share the shards out; whoever finds all of them there writes the index.
     """
     if len(counts) != len(job.shapes):
         raise WaltError(f"count: {len(job.shapes)} numbers needed, one per shape of the recipe, got {len(counts)}")
@@ -65,6 +67,8 @@ def write_latents(
     recipe = data.model_dump(mode="json", exclude={"kind", "latents", "source"})
     if data.fps == FPS:
         del recipe["fps"]  # folders that are older than the field hold this rate
+    if not data.clip_subjects:
+        del recipe["clip_subjects"]  # so that folders made before there was such a field are still known
     known = {"tokenizer": fingerprint(Path(job.tokenizer)), "data": recipe, "world": _world(data)}
     if index.exists():
         old = _read_index(index)
@@ -73,30 +77,35 @@ def write_latents(
     else:
         # Before the first shard: what an interrupted run leaves behind must be known by what it was made of.
         _write_index(index, {**known, "shards": []})
-    done, total = 0, sum(counts)
-    shards: list[dict[str, Any]] = []
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rows: list[dict[str, Any]] = []
+    parts: list[tuple[int, Shape, range, Path]] = []
     for place, (shape, count) in enumerate(zip(job.shapes, counts, strict=True)):
         name = shape.model_dump(exclude={"weight"})
         for start in range(0, count, SHARD):
             numbers = range(start, min(start + SHARD, count))
             path = output / f"{_key(name)}-{start:06d}-{len(numbers)}.safetensors"
-            clips = None
-            if not path.exists():
-                # Each shape has scenes of its own, so that stills and clips together show more of the world.
-                clips = [scenes.clip(number + 1_000_003 * place, shape, twins) for number in numbers]
-                tensors = {"latents": torch.cat([encode(clip.video[None]).half().cpu() for clip in clips])}
-                if twins:
-                    low = [clip.low_res for clip in clips]
-                    tensors["low_res"] = torch.cat([encode(x[None]).half().cpu() for x in low if x is not None])
-                captions = [clip.caption for clip in clips]
-                temporary = path.with_suffix(".tmp")
-                save_file(tensors, temporary, metadata={"captions": json.dumps(captions)})
-                os.replace(temporary, path)
-            shards.append({"file": path.name, "shape": name})
-            done += len(numbers)
-            if progress is not None:
-                progress(done, total)
-    _write_index(index, {**known, "shards": shards})
+            rows.append({"file": path.name, "shape": name})
+            parts.append((place, shape, numbers, path))
+    mine = parts[rank::world]
+    done, total = 0, sum(len(numbers) for *_, numbers, _ in mine)
+    for place, shape, numbers, path in mine:
+        if not path.exists():
+            # Each shape has scenes of its own, so that stills and clips together show more of the world.
+            clips = [scenes.clip(number + 1_000_003 * place, shape, twins) for number in numbers]
+            tensors = {"latents": torch.cat([encode(clip.video[None]).half().cpu() for clip in clips])}
+            if twins:
+                low = [clip.low_res for clip in clips]
+                tensors["low_res"] = torch.cat([encode(x[None]).half().cpu() for x in low if x is not None])
+            captions = [clip.caption for clip in clips]
+            temporary = path.with_suffix(".tmp")
+            save_file(tensors, temporary, metadata={"captions": json.dumps(captions)})
+            os.replace(temporary, path)
+        done += len(numbers)
+        if progress is not None:
+            progress(done, total)
+    if all(path.exists() for *_, path in parts):
+        _write_index(index, {**known, "shards": rows})
 
 
 class LatentShards:
@@ -158,7 +167,7 @@ def _world(data: DataJob) -> dict[str, Any]:
 
 
 def _write_index(path: Path, index: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")  # several ranks may write it at once
     temporary.write_text(json.dumps(index, indent=1))
     os.replace(temporary, path)
 

@@ -42,6 +42,9 @@ class Scenes:
         self.job = job
         self.rate = job.fps // FPS
         self.theatre = EmojiTheatre(job.source, subjects=job.subjects or None, world=world(job))
+        self.clips = self.theatre
+        if job.clip_subjects:
+            self.clips = EmojiTheatre(job.source, subjects=job.clip_subjects, world=world(job))
 
     def clip(self, number: int, shape: Shape, low_res: bool = False, align: int = 16) -> Clip:
         """The `number`-th clip of a shape; with `low_res` its half-size twin too.
@@ -63,7 +66,8 @@ class Scenes:
         number = number % self.job.scenes
         # A lone frame from the start is a picture; a later one is a frame of a clip.
         frames = SCENE_FRAMES if shape.frames > 1 or shape.start else 1
-        scene = self.theatre.scene(self.job.seed * 1_000_003 + number, frames)
+        theatre = self.theatre if frames == 1 else self.clips
+        scene = theatre.scene(self.job.seed * 1_000_003 + number, frames)
         return scene, self._cut(scene, number, shape, align) if shape.cut else None
 
     def _render(self, scene: Scene, shape: Shape, shrink: int, crop: tuple[int, int, int, int] | None) -> Tensor:

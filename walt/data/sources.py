@@ -52,6 +52,7 @@ class Source(Protocol):
     """A place that holds captioned media."""
 
     name: str
+    where: Where
 
     def units(self) -> Sequence[str]:
         """Names of the units, in a fixed order."""
@@ -75,12 +76,22 @@ class Where:
     caption: str | None = None
     media: str | None = None
     split: str = "train"
+    caption_from: str = "files"
+
+    @property
+    def caption_key(self) -> str | None:
+        """What the captions follow from: part of a unit's stamp."""
+        return self.caption if self.caption_from == "files" else "/folder"
 
 
 def open_source(where: Where) -> Source:
     """The source at `where.path`; a WaltError says what is missing there."""
     kind = where.kind if where.kind != "auto" else _guess(where.path)
     if kind == "datasets":
+        if where.caption_from == "folder":
+            raise WaltError(
+                f'sources: "{where.path}" is a dataset and has no folders to name captions; caption=COLUMN reads a column'
+            )
         return DatasetSource(where)
     if kind == "shards":
         return ShardSource(where)
@@ -118,6 +129,12 @@ def pick_captions(record: Any, named: str | None) -> tuple[str, ...]:
         found = ()
     listed = [found] if isinstance(found, str) else found if isinstance(found, list | tuple) else []
     return tuple(" ".join(text.split()) for text in listed if isinstance(text, str) and text.strip())
+
+
+def folder_caption(path: str) -> tuple[str, ...]:
+    """The name of the folder that an item lies in, of its path inside the source; none at the top."""
+    parent = Path(path).parent.name
+    return (parent,) if parent else ()
 
 
 def _from_text(text: str) -> tuple[str, ...]:
@@ -185,7 +202,7 @@ class FolderSource:
                 except OSError:
                     continue
                 rows.append(f"{name} {found.st_size} {found.st_mtime_ns}")
-        return _digest("\n".join(rows), self.where.caption)
+        return _digest("\n".join(rows), self.where.caption_key)
 
     def entries(self, unit: str) -> Iterator[Entry]:
         for path in self.files[unit]:
@@ -195,6 +212,8 @@ class FolderSource:
         return self.root / where
 
     def _captions(self, path: str) -> tuple[str, ...]:
+        if self.where.caption_from == "folder":
+            return folder_caption(path)
         stem = path[: -len(Path(path).suffix)]
         for name in (f"{stem}.txt", f"{stem}.json"):
             try:
@@ -255,7 +274,7 @@ class ShardSource:
 
     def stamp(self, unit: str) -> str:
         found = os.stat(unit)
-        return _digest(f"{found.st_size} {found.st_mtime_ns}", self.where.caption)
+        return _digest(f"{found.st_size} {found.st_mtime_ns}", self.where.caption_key)
 
     def entries(self, unit: str) -> Iterator[Entry]:
         size, shard = os.stat(unit).st_size, Path(unit).name
@@ -287,7 +306,8 @@ class ShardSource:
             fault = None
             if start + length > size:
                 fault, broken = ("cut off", f"the shard ends {start + length - size} bytes before it does"), ""
-            yield Entry(f"{shard}/{name}", suffix, (start, length), captions.get(key, ()), fault)
+            told = folder_caption(name) if self.where.caption_from == "folder" else captions.get(key, ())
+            yield Entry(f"{shard}/{name}", suffix, (start, length), told, fault)
         if broken:
             # What is lost behind the break cannot be counted: it stands as one item.
             reason = "empty" if not size else "cut off" if media or captions else "unreadable"
@@ -368,6 +388,10 @@ class DatasetSource:
         self.column: str = column
         self.table: Any = table.cast_column(column, kinds[kind](decode=False))
         self.texts: Any = table.remove_columns(media)
+        # Columns of class numbers read as their names.
+        self.classes: dict[str, list[str]] = {
+            name: list(feature.names) for name, feature in table.features.items() if hasattr(feature, "int2str")
+        }
 
     def units(self) -> Sequence[str]:
         return [f"{start:09d}" for start in range(0, len(self.table), ROWS_UNIT)]
@@ -379,7 +403,11 @@ class DatasetSource:
         start = int(unit)
         for row in range(start, min(start + ROWS_UNIT, len(self.table))):
             content = self._content(row)
-            captions = pick_captions(dict(self.texts[row]), self.where.caption)
+            record = dict(self.texts[row])
+            for name, names in self.classes.items():
+                if isinstance(record.get(name), int) and 0 <= record[name] < len(names):
+                    record[name] = names[record[name]]
+            captions = pick_captions(record, self.where.caption)
             head = b""
             if isinstance(content, Path):
                 try:

@@ -1,4 +1,5 @@
-"""Clips and stills of the emoji theatre as NUWA is trained on them: pixels and sketches, or their tokens made once.
+"""Clips and stills as NUWA is trained on them: of the emoji theatre with sketches, or their tokens made once; of a
+user's media.
 
 A token folder holds `index.json` (which recipe and tokenizers made it) and one safetensors file per block of 32
 scenes: `tokens` `(N, T, h, w)` int32, `sketch` likewise where there is a sketch tokenizer, captions in the metadata.
@@ -19,11 +20,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from walt.data.clips import Clips
 from walt.data.latents import fingerprint
 from walt.data.scenes import SCENE_FRAMES, Scenes, to_video, world
-from walt.data.sketches import sample_frames
+from walt.data.sketches import classes, sample_frames
 from walt.errors import WaltError
-from walt.training.job import NuwaJob
+from walt.training.job import DataJob, MediaJob, NuwaJob, Shape
 
 BLOCK = 32
 Kind = Literal["still", "clip"]
@@ -34,7 +36,7 @@ class Pictures:
     """One clip or still: `video` `(T, 3, H, W)` in [-1, 1], `sketch` long `(T, H, W)`, and what it shows."""
 
     video: Tensor
-    sketch: Tensor
+    sketch: Tensor | None  # None: a user's media have none
     caption: str
 
 
@@ -51,7 +53,9 @@ class NuwaScenes:
     """Clips and stills by number: a pure function of the recipe and the number. Stills are scenes of their own."""
 
     def __init__(self, job: NuwaJob) -> None:
-        self.job, self.theatre = job, Scenes(job.data).theatre
+        assert isinstance(job.data, DataJob)
+        self.data, self.job, self.theatre = job.data, job, Scenes(job.data).theatre
+        self.classes = classes(self.theatre.subjects)
         clip = job.clip
         last = clip.start + (clip.frames - 1) * clip.frame_step
         if last >= SCENE_FRAMES:
@@ -63,10 +67,51 @@ class NuwaScenes:
     def get(self, kind: Kind, number: int) -> Pictures:
         """The `number`-th still or clip."""
         clip, frames = self.job.clip, 1 if kind == "still" else SCENE_FRAMES
-        scene = self.theatre.scene(self.job.data.seed * 1_000_003 + number, frames)
+        scene = self.theatre.scene(self.data.seed * 1_000_003 + number, frames)
         chosen = (0, 1, 1) if kind == "still" else (clip.start, clip.frames, clip.frame_step)
         pixels, sketch = sample_frames(self.theatre, scene, clip.height, clip.width, *chosen)
         return Pictures(to_video(pixels).transpose(0, 1), torch.from_numpy(sketch.astype("int64")), scene.caption)
+
+
+class NuwaMedia:
+    """Clips and stills of a user's media by number: the stream of `walt.data.clips`, of which every epoch is an order
+    of its own.
+
+    Raises:
+        WaltError: no source, or none that can fill the kinds wanted.
+    """
+
+    classes: tuple[str, ...] = ()
+
+    def __init__(self, job: NuwaJob, kinds: tuple[Kind, ...], multiple: int) -> None:
+        assert isinstance(job.data, MediaJob)
+        clip = job.clip
+        self.places: dict[Kind, int] = {kind: place for place, kind in enumerate(kinds)}
+        shapes = [
+            Shape(frames=clip.frames if kind == "clip" else 1, height=clip.height, width=clip.width) for kind in kinds
+        ]
+        self.clips = Clips(
+            # All samples of a kind are one batch, so they have one size.
+            job.data.model_copy(update={"aspect": "shape"}),
+            shapes,
+            multiple=multiple,
+            cost=lambda *_: 1,
+            budget=1,
+            captions=True,
+            report=Path(job.run.output) / "skipped.jsonl",
+            packs=job.run.packs,
+            workers=job.run.workers,
+        )
+        for kind, place in self.places.items():
+            tables = self.clips.tables
+            if not any(place in t.allowed(int(item), shapes) for t in tables for item in t.clip_items[t.trained]):
+                need = f"videos of {clip.frames} frames at {job.data.fps:g} a second" if kind == "clip" else "images"
+                raise WaltError(f"data.sources: a task needs {need}, and there are none")
+
+    def get(self, kind: Kind, number: int) -> Pictures:
+        """The `number`-th still or clip."""
+        found = self.clips.sample(number, self.places[kind])
+        return Pictures(found.video.transpose(0, 1), None, found.caption)
 
 
 Encode = Callable[[Tensor], Tensor]
@@ -75,7 +120,8 @@ Encode = Callable[[Tensor], Tensor]
 def encode(pictures: Pictures, encode_video: Encode, encode_sketch: Encode | None) -> Tokens:
     """The tokens of one clip or still; the encoders map frames `(T, 3, H, W)` and maps `(T, H, W)` to `(T, h, w)`."""
     with torch.no_grad():
-        sketch = None if encode_sketch is None else encode_sketch(pictures.sketch).cpu()
+        drawn = pictures.sketch
+        sketch = None if encode_sketch is None or drawn is None else encode_sketch(drawn).cpu()
         return Tokens(encode_video(pictures.video).cpu(), sketch, pictures.caption)
 
 
@@ -85,12 +131,15 @@ class TokenFolder:
     def __init__(self, job: NuwaJob, kinds: tuple[Kind, ...]) -> None:
         if job.tokens is None:
             raise WaltError("tokens: the recipe names no token folder")
+        if not isinstance(job.data, DataJob):
+            raise WaltError("tokens: a token folder keeps the theatre's scenes; a user's media are encoded on the fly")
+        self.data = job.data
         self.job, self.kinds, self.folder = job, kinds, Path(job.tokens)
         self.rows: dict[Kind, list[Tokens]] = {}
         known = {
             "tokenizer": fingerprint(Path(job.tokenizer)),
             "sketch_tokenizer": job.sketch_tokenizer and fingerprint(Path(job.sketch_tokenizer)),
-            "data": job.data.model_dump(mode="json", exclude={"latents", "source", "scenes"}),
+            "data": job.data.model_dump(mode="json", exclude={"latents", "source", "scenes", "clip_subjects"}),
             "world": json.loads(json.dumps(asdict(world(job.data)))),
             "clip": job.clip.model_dump(mode="json"),
         }
@@ -114,7 +163,7 @@ class TokenFolder:
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         """Reads every block, making those that are not there; `progress` is called with (done, total) scenes."""
-        scenes, count = NuwaScenes(self.job), self.job.data.scenes
+        scenes, count = NuwaScenes(self.job), self.data.scenes
         done, total = 0, count * len(self.kinds)
         for kind in self.kinds:
             rows = self.rows[kind] = []

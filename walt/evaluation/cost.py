@@ -73,9 +73,9 @@ class _Largest(TorchDispatchMode):
         return out
 
 
-def describe(pipe: Any, frames: int, device: torch.device, dtype: torch.dtype) -> Facts:
-    """Describes a WaltCascadePipeline making a video of `frames` at its default size, steps and guidance."""
-    components = [
+def components(pipe: Any) -> list[Component]:
+    """The parts of a pipeline that have weights."""
+    return [
         Component(
             name,
             type(part).__name__,
@@ -86,7 +86,11 @@ def describe(pipe: Any, frames: int, device: torch.device, dtype: torch.dtype) -
         for name, part in pipe.components.items()
         if isinstance(part, torch.nn.Module)
     ]
-    count = len(pipe.transformers)
+
+
+def describe(pipe: Any, frames: int, device: torch.device, dtype: torch.dtype) -> Facts:
+    """Describes a WaltCascadePipeline making a video of `frames` at its default size, steps and guidance."""
+    parts, count = components(pipe), len(pipe.transformers)
     stages, largest, chunks = [], 0, len(chunk_starts(frames, pipe.vae_scale_factor_temporal))
     for i, model in enumerate(pipe.transformers):
         height, width = pipe.default_size(i + 1)
@@ -114,11 +118,11 @@ def describe(pipe: Any, frames: int, device: torch.device, dtype: torch.dtype) -
         )
         largest = max(largest, need, need_decode)
     speed = measure_speed(device, dtype)
-    weights = sum(part.megabytes for part in components) * 1e6
+    weights = sum(part.megabytes for part in parts) * 1e6
     height, width = pipe.default_size(count)
     video = 3 * frames * height * width * 4 * 3  # the joined video, its chunks, and the pixels being written
     seconds = sum(stage.flops for stage in stages) / (EFFICIENCY * speed)
-    return Facts(components, stages, speed, seconds, RUNTIME_BYTES + weights + largest + video)
+    return Facts(parts, stages, speed, seconds, RUNTIME_BYTES + weights + largest + video)
 
 
 def measure_speed(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:

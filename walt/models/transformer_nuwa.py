@@ -554,7 +554,7 @@ class NuwaTransformer3DModel(HubCardMixin, ModelMixin, ConfigMixin, PeftAdapterM
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         samples_per_condition: int = 1,
         wavefront: bool = True,
-        callback: Callable[[int, int], None] | None = None,
+        callback: Callable[[int, int], bool | None] | None = None,
     ) -> Tensor:
         """Decodes videos of tokens.
 
@@ -578,7 +578,8 @@ class NuwaTransformer3DModel(HubCardMixin, ModelMixin, ConfigMixin, PeftAdapterM
             generator: one, or one per video, whose noise then is that of the video decoded alone.
             samples_per_condition: videos per condition; they share its encoding.
             wavefront: decode all positions of a wave at once (`walt.nearby.waves`) instead of one after the other.
-            callback: called with the number of positions done, and of all, after every step.
+            callback: called with the number of positions done, and of all, after every step; True ends the decoding, and
+                positions that have not been made are 0.
 
         Returns:
             `(B * samples_per_condition, s, h, w)` int64, with S as last axis if there is more than one sub-code; videos
@@ -631,8 +632,8 @@ class NuwaTransformer3DModel(HubCardMixin, ModelMixin, ConfigMixin, PeftAdapterM
                 tokens[:, :, i].index_copy_(1, step.query, chosen)
                 if i + 1 < subcodes:
                     hidden = self.head.told(hidden, i, chosen.repeat(2, 1) if guided else chosen)
-            if callback is not None:
-                callback(step.done, length)
+            if callback is not None and callback(step.done, length):
+                break
         out = tokens.unflatten(1, shape)
         return out[..., 0] if subcodes == 1 else out
 

@@ -209,7 +209,8 @@ class LocalMixing(nn.Module):
     def _mix(self, y: Tensor) -> Tensor:
         """`(B, t, h, w, D)`."""
         mixed = self.space(y.flatten(0, 1).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).unflatten(0, y.shape[:2])
-        return add_frames(mixed, y, self.time) if y.shape[1] > 1 else y + mixed
+        # A lone frame has no neighbour in time, but `time` must have its gradient, of zeros: FSDP reduces it on all ranks.
+        return add_frames(mixed, y, self.time)
 
 
 class _GELU(GELU):

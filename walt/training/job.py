@@ -41,6 +41,9 @@ class DataJob(Frozen):
     source: str = "cache/emoji"
     world: Literal["embedded", "full"] = "embedded"
     subjects: tuple[str, ...] = Field(default=(), description="only these; (): the world's")
+    clip_subjects: tuple[str, ...] = Field(
+        default=(), description="clips show only these, stills all; (): all (benchmarks/joint.py)"
+    )
     seed: int = 0
     scenes: int = Field(default=1_000_000, gt=0, description="distinct scene seeds, cycled")
     fps: Literal[8, 16] = Field(default=8, description="frame rate; shapes count their frames in it")
@@ -57,6 +60,9 @@ class SourceJob(Frozen):
     weight: float = Field(default=1.0, gt=0, description="share of the samples, relative to the other sources")
     caption: str | None = Field(
         default=None, description="field of the captions; None: caption, captions, text, prompt"
+    )
+    caption_from: Literal["files", "folder"] = Field(
+        default="files", description="folder: an item's caption is the name of its folder, as in a tree of classes"
     )
     media: str | None = Field(default=None, description="datasets: column of the media; None: the first")
     split: str = Field(default="train", description="datasets: the split")
@@ -275,7 +281,9 @@ class DenoiserJob(Frozen):
     )
     lora: LoraJob | None = None
     classes: str | None = Field(
-        default=None, description="file with a class per line, of a model with num_classes: captions name classes"
+        default=None,
+        description="file with a class per line, of a model with num_classes: captions name classes; None: the "
+        "folders of sources with caption_from=folder, in alphabetical order",
     )
     tokenizer: str = Field(description="folder of the trained tokenizer")
     text_encoder: str | None = None
@@ -299,7 +307,10 @@ class DenoiserJob(Frozen):
 
 
 class NuwaClip(Frozen):
-    """What NUWA sees of a scene of 29 frames: every `frame_step`-th frame from `start` on, and stills of that size."""
+    """What NUWA sees of a scene of 29 frames: every `frame_step`-th frame from `start` on, and stills of that size.
+
+    Of a user's media `frames` frames at `data.fps`, cut to height x width; `start` and `frame_step` are the theatre's.
+    """
 
     frames: int = Field(default=5, gt=0)
     height: int = Field(default=128, gt=0)
@@ -335,7 +346,7 @@ class NuwaJob(Frozen):
     sketch_tokenizer: str | None = Field(default=None, description="folder of the trained VQ-Seg; sketch tasks need it")
     text_encoder: str
     text_tokenizer: str
-    data: DataJob
+    data: AnyData
     clip: NuwaClip = NuwaClip()
     tasks: NuwaTasks = NuwaTasks()
     condition_dropout: float = Field(default=0.1, ge=0, le=1, description='share of conditions made "None"')
@@ -343,7 +354,7 @@ class NuwaJob(Frozen):
         default=0.0, ge=0, le=1, description="share of samples that see a random part of their tokens as random codes"
     )
     tokens: str | None = Field(
-        default=None, description="folder where tokens of the data's scenes are kept, made once; None: on the fly"
+        default=None, description="folder where tokens of the theatre's scenes are kept, made once; None: on the fly"
     )
     optimizer: OptimizerJob
     run: RunJob

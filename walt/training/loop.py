@@ -457,7 +457,10 @@ def _same_recipe(folder: Path, state: dict[str, Any], job: Job, packs: int) -> N
         plain["run"] = {key: value for key, value in plain["run"].items() if key not in free}
         return plain
 
-    old, new = fixed(state["job"]), fixed(job.model_dump())
+    before = state["job"]
+    with contextlib.suppress(ValueError):  # fields that are newer than the checkpoint have their defaults
+        before = type(job).model_validate(before).model_dump()
+    old, new = fixed(before), fixed(job.model_dump())
     changed = [name for name in new if old.get(name) != new[name]]
     if changed:
         raise WaltError(

@@ -6,6 +6,7 @@ model, and every step holds samples of each. Letters: B samples, T frames, h w t
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from walt.conditioning import drop
-from walt.data.tokens import Kind, NuwaScenes, Pictures, TokenFolder, Tokens, encode
+from walt.data.clips import Clips
+from walt.data.tokens import Kind, NuwaMedia, NuwaScenes, Pictures, TokenFolder, Tokens, encode
 from walt.errors import WaltError
-from walt.training.job import NuwaJob, NuwaTask
+from walt.training.job import DataJob, MediaJob, NuwaJob, NuwaTask
 from walt.training.loop import Objective
 from walt.training.objectives import TextStates, build_model, start_from
 
@@ -63,7 +65,7 @@ class NuwaObjective(Objective):
     """
 
     model: Any
-    clips = None  # of a user's media, which NUWA is not trained on
+    clips: Clips | None = None  # of a user's media
 
     def __init__(self, job: NuwaJob, transformer: type[Any], vq: Any, vq_seg: Any, words: TextStates) -> None:
         self.job = job
@@ -72,6 +74,10 @@ class NuwaObjective(Objective):
         if not self.tasks:
             raise WaltError("tasks: no task has a batch, so there is nothing to train")
         sketched = [name for name in self.tasks if TASKS[name].condition == "sketch"]
+        if sketched and isinstance(job.data, MediaJob):
+            raise WaltError(
+                f"tasks.{sketched[0]}: the theatre alone draws sketches, a user's media have none; set its batch to 0"
+            )
         if sketched and vq_seg is None:
             raise WaltError(f"sketch_tokenizer: {sketched[0]} needs the folder of a trained VQ-Seg")
         self.vq, self.vq_seg = vq.eval().requires_grad_(False), vq_seg
@@ -87,7 +93,12 @@ class NuwaObjective(Objective):
         self.words, self.device = words, torch.device("cpu")
         self.last_seen: dict[str, Tensor] = {}
         self.kinds: tuple[Kind, ...] = tuple(sorted({TASKS[name].target for name in self.tasks}))
-        self.scenes = NuwaScenes(job)
+        self.scenes: NuwaScenes | NuwaMedia
+        if isinstance(job.data, MediaJob):
+            self.scenes = NuwaMedia(job, self.kinds, int(vq.spatial_compression_ratio))
+            self.clips = self.scenes.clips
+        else:
+            self.scenes = NuwaScenes(job)
         self.folder = TokenFolder(job, self.kinds) if job.tokens is not None else None
 
     def to(self, device: torch.device) -> None:
@@ -108,7 +119,15 @@ class NuwaObjective(Objective):
         while not names:
             for name, task in self.tasks.items():
                 names += [name] * (int(task.batch) + int(rng.random() < task.batch % 1))
-        return [Sample(name, source.get(TASKS[name].target, int(rng.integers(self.job.data.scenes)))) for name in names]
+        if self.clips is not None:
+            # Places of their own in the stream for every step and lane, so that an epoch shows each clip about once.
+            most = sum(math.ceil(task.batch) for task in self.tasks.values())
+            first = (step * self.clips.packs + rank) * most
+            numbers = list(range(first, first + len(names)))
+        else:
+            assert isinstance(self.job.data, DataJob)
+            numbers = [int(rng.integers(self.job.data.scenes)) for _ in names]
+        return [Sample(name, source.get(TASKS[name].target, n)) for name, n in zip(names, numbers, strict=True)]
 
     def loss(
         self, model: nn.Module, batch: list[Sample], generator: torch.Generator, shared: Any = None
@@ -163,7 +182,8 @@ class NuwaObjective(Objective):
 
     def _texts(self, samples: list[tuple[Sample, bool]]) -> list[Tensor | None]:
         """The states of each sample's caption, None (the word "None") where there is to be no condition."""
-        said = [None if lost or TASKS[s.task].condition != "text" else s.data.caption for s, lost in samples]
+        # A caption that is not there is no condition.
+        said = [None if lost or TASKS[s.task].condition != "text" else s.data.caption or None for s, lost in samples]
         states = iter(self.words([caption for caption in said if caption is not None]))
         return [None if caption is None else next(states) for caption in said]
 

@@ -403,7 +403,7 @@ def open_clips(job: DenoiserJob, vae: Any, captions: bool, report: Path) -> Clip
         multiple=math.lcm(space, 2 * vae.spatial_compression_ratio) if twins else space,
         cost=lambda frames, height, width: (1 + (frames - 1) // time) * (height // space) * (width // space),
         budget=job.batch_tokens,
-        captions=captions,
+        captions=captions or job.model.get("num_classes") is not None,
         low_res=twins,
         report=report,
         packs=job.run.packs,
@@ -466,6 +466,12 @@ class DenoiserObjective(Objective):
         self.space = space
         self.tokens = [t * h * w for t, h, w in map(self._grid, job.shapes)]
         self.clips = open_clips(job, self.vae, words is not None, Path(job.run.output) / "skipped.jsonl")
+        if self.clips is not None and config.num_classes is not None and job.classes is None:
+            self.classes = self.clips.classes()
+            if self.classes and len(self.classes) != config.num_classes:
+                raise WaltError(
+                    f"model.num_classes: the sources have {len(self.classes)} folders of media, got {config.num_classes}"
+                )
         self.media_latents = (
             MediaLatents(Path(job.data.latents), job, self.clips) if self.clips and job.data.latents else None
         )
@@ -666,7 +672,12 @@ class DenoiserObjective(Objective):
         if sample.label is not None:
             return sample.label
         if not self.classes:
-            raise WaltError("classes: a model with num_classes needs the file that lists them, one a line")
+            raise WaltError(
+                "classes: a model with num_classes needs the file that lists them, one a line, or sources with "
+                "caption_from=folder"
+            )
+        if not sample.caption:
+            return int(self.model.config.num_classes)  # an item without a class is seen as if it had been dropped
         if sample.caption not in self.classes:
             known = suggest(sample.caption, self.classes)
             raise WaltError(f"classes: {self.job.classes} has no {sample.caption!r}{known}, the caption of a sample")
@@ -783,6 +794,9 @@ class DenoiserObjective(Objective):
             model.fuse_lora()
             model.unload_lora()
         model.save_pretrained(folder)
+        if self.classes:
+            names = sorted(self.classes, key=lambda name: self.classes[name])
+            (folder / "classes.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
 
 
 def _pixels(kept: Tensor | None, like: Tensor) -> Tensor | float:

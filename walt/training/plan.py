@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,12 +23,13 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from walt.conditioning import low_res_kind
 from walt.data.packing import fill_budget
 from walt.errors import WaltError
-from walt.training.job import DenoiserJob, TokenizerJob
+from walt.training.job import DenoiserJob, OptimizerJob, TokenizerJob
+from walt.training.loop import Objective
 from walt.training.optimizers import Average, make_optimizer
 
+Result = TypeVar("Result")
 TEXT_LENGTH = 16  # text states per sample in a count: their share is small
 
 # Dense peak FLOP/s in bfloat16 and float32 (without TF32's shorter mantissa), from the vendors' datasheets.
@@ -117,7 +120,8 @@ class Plan:
     flops: float  # per step, all ranks
     matmul_rate: float | None  # of one rank, measured; None: a rate was given
     rate: float  # of one rank, as used
-    seconds: dict[str, float]  # compute, optimizer; encode where latents are made on the fly and the tokenizer is there
+    # compute and optimizer; and data, where the recipe's own was seen: compute is then all that a step does with it
+    seconds: dict[str, float]
     shards: list[tuple[str, int, int]]  # module, parameters, parameters on each rank
 
     @property
@@ -132,10 +136,17 @@ class Plan:
 MEASURED_FLOPS = 1e11  # about as many operations are timed: a second or a few on a CPU core
 MEASURED_SECONDS = 10.0  # after which a measurement is not repeated
 PACKS = 16  # packs that a mean is taken over
+REHEARSED = 3  # steps of a small recipe that are timed
+REHEARSED_SECONDS = 10.0  # at the rate of a matrix product: what counts as small
 
 
 def make_plan(
-    job: DenoiserJob | TokenizerJob, cls: type[Any], autoencoder: type[Any], ranks: int = 1, rate: float | None = None
+    job: DenoiserJob | TokenizerJob,
+    cls: type[Any],
+    autoencoder: type[Any],
+    ranks: int = 1,
+    rate: float | None = None,
+    build: Callable[[], Objective | None] | None = None,
 ) -> Plan:
     """Plans a recipe.
 
@@ -145,6 +156,8 @@ def make_plan(
         autoencoder: the class of its tokenizer.
         ranks: how many processes will train.
         rate: FLOP/s that a rank sustains on another machine; None: measured here.
+        build: makes the recipe's objective where its files are there: a small one is then timed on its own data, with
+            all that a step does beside the model. None: the model alone is.
 
     Raises:
         WaltError: packs that do not divide among the ranks.
@@ -176,20 +189,30 @@ def make_plan(
     flops = forward * passes * packs
     kept = [_activations(twin, size, job) for size in sizes]
     activations = max(sum(kept[i] for i in pack) for pack in drawn)
-    matmul, seconds = None, {}
+    matmul: float | None = None
+    process, seconds = 0.0, dict[str, float]()
     if rate is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         half = job.run.precision == "bf16" and _has_bfloat16(device)
         matmul = peak_rate(device, torch.bfloat16 if half else torch.float32)
-        rate, update = _measure(cls, job, sizes, drawn[0], device, half)
+        small = flops / packs <= REHEARSED_SECONDS * (matmul or 0.0)
+        objective = build() if build is not None and small else None
+        if (
+            objective is not None and getattr(objective, "quantizer", None) is None
+        ):  # of codes no operations are counted
+            measured = _rehearse(objective, job, device)
+        else:
+            measured = _measure(cls, job, sizes, drawn[0], device, half)
+        rate, process = measured.rate, measured.process
         share = ranks if job.run.parallel == "fsdp" else 1
-        seconds["optimizer"] = update * sum(counts[name] for name in trained) / share
-        encode = _encode_seconds(job, autoencoder, device)
-        if encode is not None:
-            seconds["encode"] = (
-                encode * sum(math.prod(_pixels(job, i)) for p in drawn for i in p) / PACKS * packs / ranks
-            )
+        seconds["optimizer"] = measured.update * sum(counts[name] for name in trained) / share
+        if measured.data is not None:
+            seconds["data"] = measured.data * packs / ranks
     seconds = {"compute": flops / ranks / rate, **seconds}
+    if job.run.workers and "data" in seconds:
+        # Workers make the next packs while a rank computes: only what they are late by is waited for.
+        busy = seconds["compute"] + seconds["optimizer"]
+        seconds["data"] = max(0.0, seconds["data"] / job.run.workers - busy)
     per_pack = sum(cost[i] for pack in drawn for i in pack) / PACKS
     return Plan(
         parameters=sum(counts.values()),
@@ -198,7 +221,7 @@ def make_plan(
         packs=packs,
         samples=samples * packs,
         tokens=per_pack * packs if isinstance(job, DenoiserJob) else 0.0,
-        memory=_memory(job, twin, trained, ranks, activations),
+        memory=_memory(job, twin, trained, ranks, activations) | ({"process": process} if process else {}),
         flops=flops,
         matmul_rate=matmul,
         rate=rate,
@@ -242,13 +265,6 @@ def _trained(model: nn.Module, job: Any) -> list[str]:
 
 def _side(shape: Any, space: int) -> tuple[int, int]:
     return (shape.cut or shape.height) // space, (shape.cut or shape.width) // space
-
-
-def _pixels(job: Any, index: int) -> tuple[int, int, int]:
-    shape = job.shapes[index]
-    height, width = _side(shape, 1)
-    twin = {None: 1.0, "space": 1.25, "time": 2.0}[low_res_kind(job.model)]
-    return int(shape.frames * twin), height, width
 
 
 def _memory(job: Any, model: nn.Module, trained: list[str], ranks: int, activations: float) -> dict[str, float]:
@@ -326,15 +342,95 @@ def _activations(model: Any, size: tuple[int, ...], job: Any) -> float:
     return total
 
 
+@dataclass(frozen=True)
+class _Measured:
+    rate: float  # FLOP/s of forward and backward, and all that goes with it
+    update: float  # seconds of an update per trained parameter
+    data: float | None  # seconds to make a pack; None: not seen
+    process: float  # bytes that this process holds beside the model: libraries, tokenizer, words, scenes
+
+
+def _timed(run: Callable[[], Result], device: torch.device) -> tuple[float, Result]:
+    """Seconds that `run` takes, and what it gives."""
+    start = time.perf_counter()
+    result = run()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, result
+
+
+def _update(
+    parameters: dict[str, nn.Parameter], job: OptimizerJob, ema_decay: float, device: torch.device
+) -> Callable[[], float]:
+    """What times an update as the loop does it: norm, scale, step, average."""
+    optimizer = make_optimizer(job, list(parameters.values()))
+    average = Average(ema_decay, parameters)
+
+    def step() -> None:
+        grads = [p.grad for p in parameters.values() if p.grad is not None]
+        torch._foreach_mul_(grads, 0.5)
+        float(torch.nn.utils.get_total_norm(grads))
+        optimizer.step()
+        average.step()
+        optimizer.zero_grad()
+
+    return lambda: _timed(step, device)[0]
+
+
+def _rehearse(objective: Objective, job: Any, device: torch.device) -> _Measured:
+    """Some steps of the recipe itself, on its data; the first one warms up and does not count."""
+    model = objective.model.to(device).train()
+    parts = objective.parts()
+    if job.run.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    objective.to(device)
+    held = sum(p.numel() * p.element_size() for p in model.parameters())
+    process = _resident() - held if device.type == "cpu" else 0.0
+    timed_updates = []
+    for name, part in parts.items():
+        part.module.to(device).train()
+        learnt = {key: p for key, p in part.module.named_parameters() if p.requires_grad}
+        timed_updates.append(_update(learnt, part.optimizer, job.run.ema_decay if name == "model" else 0.0, device))
+    data = compute = operations = 0.0
+    updates = []
+    for number in range(1 + REHEARSED):
+        made, pack = _timed(partial(objective.batch, number, 0), device)
+        took, forwards = _timed(partial(_pass, objective, job, pack, number, device), device)
+        updates.append(sum(update() for update in timed_updates))
+        if number:
+            data, compute = data + made, compute + took
+            again = float(job.run.gradient_checkpointing)
+            operations += (objective.flops(pack) or 0.0) * (2.0 + again + forwards)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return _Measured(operations / compute, min(updates[1:]) / trained, data / REHEARSED, process)
+
+
+def _pass(objective: Objective, job: Any, pack: Any, number: int, device: torch.device) -> float:
+    """Forward and backward of all parts on a pack, as at the end of the recipe; how often the model was run forward."""
+    generator, shared = (torch.Generator().manual_seed(2 * number + i) for i in range(2))
+    losses, forwards = objective.losses(pack, generator, shared, job.run.steps - 1), 1.0
+    for name, part in objective.parts().items():
+        with torch.autocast(device.type, torch.bfloat16, enabled=job.run.precision == "bf16"):
+            loss = next(losses)
+        if loss is not None:
+            loss.total.backward(inputs=[p for p in part.module.parameters() if p.requires_grad])
+            if name == "model":
+                forwards = float(loss.figures.get("forwards", 1.0))
+    return forwards
+
+
 def _measure(
     cls: type[Any], job: Any, sizes: Sequence[tuple[int, ...]], pack: list[int], device: torch.device, half: bool
-) -> tuple[float, float]:
-    """(FLOP/s of forward and backward, seconds of an update per parameter) of two layers of the model on a pack."""
+) -> _Measured:
+    """Two layers of the model on a pack of random samples, or as many of them as are worth their time."""
     from walt.training.objectives import build_model
 
     few = {"num_layers": 2} if isinstance(job, DenoiserJob) else {}
     torch.manual_seed(0)
-    model = build_model(cls, {**job.model, **few}).to(device)
+    process = _resident() if device.type == "cpu" else 0.0
+    model = build_model(cls, {**job.model, **few}).to(device).train()
+    if getattr(job, "freeze_encoder", False):
+        model.encoder.requires_grad_(False)
     counter = ForwardCounter(cls, dict(model.config))
     left = MEASURED_FLOPS
     chosen: list[int] = []
@@ -343,42 +439,32 @@ def _measure(
             break
         chosen.append(index)
         left -= 3 * counter(sizes[index])
-    parameters = dict(model.named_parameters())
-    optimizer = make_optimizer(job.optimizer, list(parameters.values()))
-    average = Average(job.run.ema_decay, parameters)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    timed_update = _update(parameters, job.optimizer, job.run.ema_decay, device)
     call = _sample_call(model, [sizes[i] for i in chosen], device)
+
+    def forward_backward() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            loss = call()
+        loss.backward()
+
     compute, update = math.inf, math.inf
-
-    def timed(run: Callable[[], Any]) -> float:
-        start = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
     begun = time.perf_counter()
     for attempt in range(3):
         if attempt and time.perf_counter() - begun > MEASURED_SECONDS:
             break
-
-        def forward_backward() -> None:
-            with torch.autocast(device.type, torch.bfloat16, enabled=half):
-                loss = call()
-            loss.backward()
-
-        def step() -> None:
-            # As the loop does: norm, scale, update, average.
-            grads = [p.grad for p in parameters.values() if p.grad is not None]
-            torch._foreach_mul_(grads, 0.5)
-            float(torch.nn.utils.get_total_norm(grads))
-            optimizer.step()
-            average.step()
-            optimizer.zero_grad()
-
-        compute = min(compute, timed(forward_backward))
-        update = min(update, timed(step))
+        compute = min(compute, _timed(forward_backward, device)[0])
+        update = min(update, timed_update())
     operations = 3 * sum(counter(sizes[i]) for i in chosen)
-    return operations / compute, update / sum(p.numel() for p in parameters.values())
+    return _Measured(operations / compute, update / sum(p.numel() for p in parameters.values()), None, process)
+
+
+def _resident() -> float:
+    """Bytes that this process holds now: Python and its libraries."""
+    try:
+        return float(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize())
+    except (OSError, ValueError, IndexError):
+        return 0.0
 
 
 def _has_bfloat16(device: torch.device) -> bool:
@@ -396,7 +482,7 @@ def _sample_call(model: Any, sizes: list[tuple[int, ...]], device: torch.device)
         groups: dict[tuple[int, ...], int] = {}
         for size in sizes:
             groups[size] = groups.get(size, 0) + 1
-        videos = [torch.randn(count, 3, *size, device=device) for size, count in groups.items()]
+        videos = [torch.rand(count, 3, *size, device=device) * 2 - 1 for size, count in groups.items()]
         return lambda: torch.stack([model(video, return_dict=False)[0].float().abs().mean() for video in videos]).sum()
     noisy = [torch.randn(config.in_channels, *size, device=device) for size in sizes]
     given: dict[str, Any] = {}
@@ -419,23 +505,3 @@ def _sample_call(model: Any, sizes: list[tuple[int, ...]], device: torch.device)
         return torch.stack([z.float().square().mean() for z in out]).sum()
 
     return call
-
-
-def _encode_seconds(job: Any, autoencoder: type[Any], device: torch.device) -> float | None:
-    """Seconds per pixel that the recipe's tokenizer needs to encode; None: latents are precomputed, or it is not there."""
-    if not isinstance(job, DenoiserJob) or job.data.latents or not (Path(job.tokenizer) / "config.json").is_file():
-        return None
-    from walt.training.objectives import load_folder
-
-    vae = load_folder(autoencoder, job.tokenizer, "tokenizer").eval().to(device)
-    frames, height, width = min(
-        (_pixels(job, i) for i in range(len(job.shapes))), key=lambda s: abs(math.prod(s) - 2e5)
-    )
-    video = torch.randn(1, 3, frames - (frames - 1) % 4, height, width, device=device)
-    best = math.inf
-    with torch.no_grad():
-        for _ in range(3):
-            start = time.perf_counter()
-            vae.encode(video).latent_dist.mode()[0, 0, 0, 0, 0].item()
-            best = min(best, time.perf_counter() - start)
-    return best / video[0, 0].numel()

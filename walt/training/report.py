@@ -71,11 +71,13 @@ class Report:
                 settings=wandb.Settings(silent=True),
             )
         if job.run.tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise WaltError("run.tensorboard: needs the package tensorboard (pip install tensorboard)") from error
-            self.board = SummaryWriter(str(output / "tensorboard"))
+            from accelerate.tracking import TensorBoardTracker
+            from accelerate.utils import is_tensorboard_available
+
+            if not is_tensorboard_available():
+                raise WaltError('run.tensorboard: needs the package tensorboard (pip install "walt[tensorboard]")')
+            self.board = TensorBoardTracker("tensorboard", output)
+            self.board.start()
         if start:
             self.say(f"resuming after step {start}")
 
@@ -180,7 +182,8 @@ class Report:
             import numpy as np
             from PIL import Image
 
-            self.board.add_image("sheet", np.asarray(Image.open(path).convert("RGB")), step, dataformats="HWC")
+            picture = np.asarray(Image.open(path).convert("RGB"))
+            self.board.log_images({"sheet": picture[None]}, step, dataformats="NHWC")
 
     def say(self, line: str) -> None:
         """A line on the terminal."""
@@ -197,8 +200,7 @@ class Report:
         if self.wandb is not None:
             self.wandb.log(dict(row), step=step)
         if self.board is not None:
-            for name, value in row.items():
-                self.board.add_scalar(name, value, step)
+            self.board.log(dict(row), step)
 
     def _write(self, row: Mapping[str, Any]) -> None:
         try:
@@ -215,7 +217,7 @@ class Report:
             except OSError as error:
                 self.say(f"cannot write log.jsonl: {error.strerror or error}")
         if self.board is not None:
-            self.board.close()
+            self.board.finish()
         if self.wandb is not None:
             self.wandb.finish()
 
