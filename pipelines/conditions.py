@@ -1,4 +1,4 @@
-"""What a user gives of a video (frames, regions, clips) as latents that the denoiser is told (papers.md 1.5, 5.3).
+"""What a user gives of a video (frames, regions, clips) as latents that the denoiser is told (W.A.L.T. section 3.4).
 
 A latent stands for 8 x 8 pixels of one frame (the first) or of four; it is given where every pixel of it is. Frames of a
 long video lie on one grid of latents, whichever chunk they are in: frame 0, then 1-4, 5-8, and so on.

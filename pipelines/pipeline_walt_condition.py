@@ -1,7 +1,7 @@
 """WaltConditionPipeline: every task that a base denoiser does with given frames, clips and regions.
 
 Animating a picture, keyframes, continuing, rewinding, looping, joining, filling, outpainting and editing are one call
-with other arguments (papers.md 1.5, 5.1, 5.3, 6.2); the methods with a verb's name are short forms of it.
+with other arguments (W.A.L.T. section 3.4; SDEdit, arXiv 2108.01073); the methods with a verb's name are short forms of it.
 """
 
 from __future__ import annotations
@@ -289,7 +289,7 @@ class WaltConditionPipeline(WaltPipeline):
         """A video through pictures at given frames, of any length: distant ones are filled recursively.
 
         Between two pictures further apart than 13 frames a few frames in even steps are made first, which are then
-        pictures themselves (papers.md 6.2).
+        pictures themselves (Video LDM, arXiv 2304.08818).
 
         Args:
             keyframes: pictures by frame, such as `{0: a, 40: b}`; a sequence puts them 13 frames apart.

@@ -1,4 +1,4 @@
-"""WaltSuperResolutionPipeline: a video (or image) becomes twice as high and wide (papers.md 1.6)."""
+"""WaltSuperResolutionPipeline: a video (or image) becomes twice as high and wide (W.A.L.T. section 3.5)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a long video is cut into overlapping chunks (papers.md 1.5): every stage and the trainer use these numbers.
+"""How a long video is cut into overlapping chunks (W.A.L.T. section 3.4): every stage and the trainer use these numbers.
 
 The first chunk has up to 17 frames. Every later chunk is a clip of 17 frames that starts 12 frames after the one
 before: its first 5 frames are the last 5 of that chunk, re-encoded on their own into 2 latent frames that the denoiser

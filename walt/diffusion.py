@@ -1,6 +1,6 @@
 """The diffusion process as pure functions over diffusers' schedulers: schedule, noising, velocity targets, guidance.
 
-W.A.L.T. (papers.md 1.4; arXiv 2312.06662 section 4.1): x_t = signal x0 + sigma eps with signal^2 + sigma^2 = 1, 1000
+W.A.L.T. (arXiv 2312.06662 section 4.1): x_t = signal x0 + sigma eps with signal^2 + sigma^2 = 1, 1000
 steps of a linear beta schedule rescaled to zero terminal SNR (Lin et al., arXiv 2305.08891), velocity prediction
 (Salimans and Ho, arXiv 2202.00512): v = signal eps - sigma x0, hence x0 = signal x_t - sigma v and
 eps = sigma x_t + signal v.

@@ -1,4 +1,4 @@
-"""Makes walt known to diffusers. The only file that touches diffusers' private surfaces (diffusers.md 1.12, section 6).
+"""Makes walt known to diffusers. The only file that touches diffusers' private surfaces.
 
 After `import walt`, `DiffusionPipeline.from_pretrained(folder)` finds walt's classes without `trust_remote_code`, saved
 folders name them `["walt", Class]`, and the step caches and guiders know walt's blocks. Importing diffusers takes

@@ -247,7 +247,7 @@ class TokenDropJob(Frozen):
 
     The paper's warning: dropping made recognition cheaper to train, but using fewer tokens at inference by dropping is
     much worse than by resizing, and follow-up work advises against it for video generation, where it hurts fine detail
-    and consistency (papers.md 4.3, 4.5). Train the last steps without it.
+    and consistency (NaViT, section 3.3). Train the last steps without it.
     """
 
     schedule: Literal["constant", "beta", "resolution", "sigmoid"] = "constant"
