@@ -388,7 +388,8 @@ class Page:
             if value := true():
                 return value
             time.sleep(0.1)
-        raise AssertionError(f"never true: {what or true}; the status is {self.text('#status')!r}")
+        said = [toast.text for toast in self.browser.find_elements("css selector", ".toast-body")]
+        raise AssertionError(f"never true: {what or true}; the status is {self.text('#status')!r}, errors: {said}")
 
     def find(self, selector: str) -> Any:
         return self.browser.find_element("css selector", selector)
@@ -470,6 +471,6 @@ def test_an_uploaded_video_is_enlarged(browser: Any, served: str, tmp_path: Path
     page.choose("Upscale")
     assert page.wait("return !document.querySelector('#prompt') || !document.querySelector('#prompt').offsetParent")
     page.find("#upscale-video input[type=file]").send_keys(str(tmp_path / "mine.mp4"))
-    page.wait("return document.querySelector('#upscale-video video')")
+    page.wait("const v = document.querySelector('#upscale-video video'); return v && v.src.includes('/file=')")
     page.click("#make")
     page.wait("return document.querySelector('#status').innerText.includes('6 frames, 0.8 s, of 96 x 64')")
