@@ -59,7 +59,7 @@ def ask(studio: demo.Studio, task: str = "text", given: dict[str, Any] | None = 
         "guidance": 3.0,
     }
     given = {"fps": 8} if task == "text" and given is None else given or {}
-    return studio.check(task, **{**values, **changes}, given=given)
+    return studio.check(task, given, **{**values, **changes})
 
 
 def silent(done: int, total: int, text: str) -> None:

@@ -466,6 +466,7 @@ class Studio:
     def check(
         self,
         task: str,
+        given: dict[str, Any],
         prompt: str,
         negative_prompt: str,
         size: str,
@@ -474,9 +475,11 @@ class Studio:
         steps: float,
         later_steps: float,
         guidance: float,
-        given: dict[str, Any],
     ) -> Request:
-        """A Request from the page's values. They may come from any program: a WaltError for what is not allowed."""
+        """A Request from the page's values, `given` those of the task's own fields.
+
+        They may come from any program: a WaltError for what is not allowed.
+        """
         limits = self.limits
         if task not in TASKS:
             raise WaltError(f'there is no task "{task}"')

@@ -154,9 +154,7 @@ def test_a_model_without_the_stage_says_so(tmp_path: Path, capsys: pytest.Captur
     with pytest.raises(WaltError, match="has no temporal super-resolution stage: it makes 8 frames per second"):
         tiny.cascade()("a rocket", double_frame_rate=True)
     with pytest.raises(WaltError, match="needs a transformer with low_res_channels and low_res_scale=1"):
-        tiny.cascade().__class__(
-            None, None, None, None, None, None, make_scheduler(), temporal_super_resolution=tiny.transformer()
-        )
+        tiny.cascade(temporal_super_resolution=tiny.transformer())
     tiny.cascade_folder(tmp_path / "without")
     cascade().save_pretrained(tmp_path / "with")
     common = ["sample", "a rocket", "--frames", "5", "--steps", "1", "--stages", "1"]
