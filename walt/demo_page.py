@@ -184,16 +184,21 @@ def build_page(studio: Studio, words: dict[str, Any]) -> Any:
         page.unload(leave)
         for key, tab in tabs:
             tab.select(
-                partial(_show, key), None, [name, prompt, size, frames], queue=False, show_progress="hidden", **private
+                partial(_show, key, pipe),
+                None,
+                [name, prompt, size, frames],
+                queue=False,
+                show_progress="hidden",
+                **private,
             )
     page.queue(default_concurrency_limit=1, max_size=16, api_open=False)
     return page
 
 
-def _show(key: str) -> list[Any]:
+def _show(key: str, pipe: Any) -> list[Any]:
     """What changes when the tab of a task is chosen: of the shared fields those that it uses are shown."""
     task = TASKS[key]
-    return [key, gr.Textbox(visible=task.prompt), gr.Dropdown(visible=task.size), gr.Dropdown(visible=task.length)]
+    return [key, gr.Textbox(visible=task.told(pipe)), gr.Dropdown(visible=task.size), gr.Dropdown(visible=task.length)]
 
 
 def _component(elem_id: str, field_: Field, visible: bool) -> Any:

@@ -271,7 +271,7 @@ def dots(count: int, generator: torch.Generator) -> Tensor:
 def test_it_learns_where_a_dot_is_between_two_frames(tmp_path: Path) -> None:
     """Better than showing frames twice, and than blending neighbours, on the frames that were not given."""
     target = objective(tmp_path)
-    model, generator, steps = target.model.train(), torch.Generator().manual_seed(0), 500
+    model, generator, steps = target.model.train(), torch.Generator().manual_seed(0), 250
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps, pct_start=0.1)
     for _ in range(steps):
