@@ -392,7 +392,8 @@ def denoise_stream(
             )
         past = None if last is None else last[:, :, -overlap:]
         known = None if given.known is None else given.known.window(window.start, window.length)
-        if first is not None and context.anchor_every and k % context.anchor_every == 0:
+        anchored = context.anchor_every > 0 and k % context.anchor_every == 0
+        if first is not None and anchored and (known is None or not bool(known.mask.any())):
             known = Known.ending(first, window.length, ratio)
         if known is not None and past is not None:
             known = known.after(past)
@@ -407,11 +408,11 @@ def denoise_stream(
             conditions = replace(conditions, frame_latents=source, frame_mask=mask)
         if k and context.noise_level and conditions.frame_latents is not None:
             noise = seeded_noise(seeds, k, CONTEXT_NOISE, shape, device)
-            clean, mask = conditions.frame_latents, conditions.frame_mask
+            told = conditions.frame_latents
             if conditions.kept_mask is None:
-                conditions = replace(conditions, kept_latents=clean, kept_mask=mask)
-            noisy = add_noise(pipe.scheduler, clean, noise, context.noise_level)
-            conditions = replace(conditions, frame_latents=noisy)
+                conditions = replace(conditions, kept_latents=told, kept_mask=conditions.frame_mask)
+            told = add_noise(pipe.scheduler, told, noise, context.noise_level)
+            conditions = replace(conditions, frame_latents=told)
         if latents is None:
             noise = seeded_noise(seeds, k, START_NOISE, shape, device)
         else:
