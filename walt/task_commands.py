@@ -7,12 +7,15 @@ Like cli.py this file may import anything.
 from __future__ import annotations
 
 import argparse
+import signal
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from walt.errors import WaltError
+from walt.errors import Terminated, WaltError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -221,7 +224,7 @@ def run(args: argparse.Namespace) -> None:
             raise UsageError(f"--{name} {side} does not fit {stages} stages: it must be a multiple of {scale}")
         if side is not None:
             call[name] = side // scale
-    with _Bar(args.command) as bar:
+    with stoppable(), _Bar(args.command) as bar:
         call["callback_on_step_end"] = bar.step
         frames: Tensor = TASKS[args.command].make(args, pipe, call).frames.float().cpu()
         if is_image_path(args.output) and frames.shape[1] > 1:
@@ -257,7 +260,7 @@ def run_upscale(args: argparse.Namespace) -> None:
     else:
         pieces, facts = stream_video(args.video), probe(Path(args.video), Path(args.video).suffix.lower())
         fps = facts.frames / facts.seconds
-    with _Bar("upscale") as bar:
+    with stoppable(), _Bar("upscale") as bar:
         made = cascade.upscale_stream(
             (_tensor(piece) for piece in pieces),
             args.prompt,
@@ -286,6 +289,23 @@ def write(pieces: Iterator[Tensor], path: Path, fps: float) -> tuple[int, tuple[
             size = frames.shape[1:3]
             writer.add(frames)
     return writer.count, size
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """SIGTERM raises Terminated inside, as Ctrl-C raises KeyboardInterrupt, so that what is half written is removed."""
+
+    def stop(*_: object) -> None:
+        raise Terminated("stopped by SIGTERM: nothing was written")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _pixels(piece: Tensor) -> Pixels:
