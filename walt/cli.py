@@ -240,6 +240,7 @@ def _sample_prepare(args: argparse.Namespace) -> None:
     args.model = model_folder(args.model)
 
 
+@task_commands.stoppable()
 def _sample_run(args: argparse.Namespace) -> None:
     import torch
 
@@ -273,7 +274,7 @@ def _sample_run(args: argparse.Namespace) -> None:
             "context_noise_level": args.context_noise,
             "anchor_every": args.anchor_every,
         }
-        with task_commands.stoppable(), _Progress(prompt, pipe, steps, args.frames) as progress:
+        with _Progress(prompt, pipe, steps, args.frames) as progress:
             pieces = pipe.stream(prompt, callback_on_step_end=progress.step, **call, **long)
             count, _ = task_commands.write(pieces, path, args.fps)
         print(f"{path}: {count} frame{'s' * (count != 1)} of {width}x{height}, seed {args.seed}")

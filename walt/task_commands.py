@@ -191,6 +191,24 @@ def _read(path: str) -> Input:
     return Input(read_image(path)[None], None) if is_image_path(path) else Input(*read_video(path))
 
 
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """SIGTERM raises Terminated inside, as Ctrl-C raises KeyboardInterrupt, so that what is half written is removed."""
+
+    def stop(*_: object) -> None:
+        raise Terminated("stopped by SIGTERM: nothing was written")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@stoppable()
 def run(args: argparse.Namespace) -> None:
     """Makes the frames with the base stage, enlarges them, and writes them as they come."""
     import torch
@@ -224,7 +242,7 @@ def run(args: argparse.Namespace) -> None:
             raise UsageError(f"--{name} {side} does not fit {stages} stages: it must be a multiple of {scale}")
         if side is not None:
             call[name] = side // scale
-    with stoppable(), _Bar(args.command) as bar:
+    with _Bar(args.command) as bar:
         call["callback_on_step_end"] = bar.step
         frames: Tensor = TASKS[args.command].make(args, pipe, call).frames.float().cpu()
         if is_image_path(args.output) and frames.shape[1] > 1:
@@ -246,6 +264,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"{args.output}: {count} frame{'s' * (count != 1)} of {size[1]}x{size[0]}, seed {args.seed}")
 
 
+@stoppable()
 def run_upscale(args: argparse.Namespace) -> None:
     """Enlarges a file chunk by chunk: neither the video nor the result is ever held as a whole."""
     import torch
@@ -260,7 +279,7 @@ def run_upscale(args: argparse.Namespace) -> None:
     else:
         pieces, facts = stream_video(args.video), probe(Path(args.video), Path(args.video).suffix.lower())
         fps = facts.frames / facts.seconds
-    with stoppable(), _Bar("upscale") as bar:
+    with _Bar("upscale") as bar:
         made = cascade.upscale_stream(
             (_tensor(piece) for piece in pieces),
             args.prompt,
@@ -289,23 +308,6 @@ def write(pieces: Iterator[Tensor], path: Path, fps: float) -> tuple[int, tuple[
             size = frames.shape[1:3]
             writer.add(frames)
     return writer.count, size
-
-
-@contextmanager
-def stoppable() -> Iterator[None]:
-    """SIGTERM raises Terminated inside, as Ctrl-C raises KeyboardInterrupt, so that what is half written is removed."""
-
-    def stop(*_: object) -> None:
-        raise Terminated("stopped by SIGTERM: nothing was written")
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _pixels(piece: Tensor) -> Pixels:
