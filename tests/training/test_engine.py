@@ -355,7 +355,7 @@ def test_the_recipe_of_all_tasks_trains_on_all_masks(tmp_path: Path) -> None:
         assert all(m is n for m, n in zip(masks, told["frame_mask"], strict=True))
         return errors, sizes
 
-    objective._errors = watch  # type: ignore[method-assign]
+    objective._errors = watch
     for step in range(8):
         loss, _ = objective.loss(objective.model, objective.batch(step, 0), torch.Generator().manual_seed(step))
         assert bool(loss.isfinite())
