@@ -90,6 +90,7 @@ def main() -> int:
     parser.add_argument("--json")
     args = parser.parse_args()
     cascade = load_cascade(model_folder(args.model), torch.float32, torch.device("cpu"))
+    torch.set_grad_enabled(False)
     parts = [getattr(cascade, name) for name in ("tokenizer", "text_encoder", "vae", "transformer", "scheduler")]
     pipe = WaltConditionPipeline(*parts)
     pipe.set_progress_bar_config(disable=True)
