@@ -185,6 +185,29 @@ def base() -> DenoiserJob:
     )
 
 
+def base_tasks() -> DenoiserJob:
+    """`base` goes on with every mask that walt's tasks need: the same network, told more kinds of given latents.
+
+    Half of the clips get such a mask; of the others a third is continued as before, so that nothing is unlearnt. Reads
+    the same latents as `base`.
+    """
+    first = base()
+    return first.model_copy(
+        update={
+            "init": "runs/emoji-base/final",
+            "diffusion": first.diffusion.model_copy(
+                update={
+                    "frame_prediction_probability": 0.35,
+                    "mask_probability": 0.5,
+                    "mask_kinds": ("frames", "first", "last", "both", "box", "moment", "inside"),
+                }
+            ),
+            "optimizer": first.optimizer.model_copy(update={"lr": 2e-4}),
+            "run": first.run.model_copy(update={"output": "runs/emoji-base-tasks", "steps": 800, "seed": 2}),
+        }
+    )
+
+
 def _super_resolution(output: str, patch: int, height: int, cut: int, steps: int) -> DenoiserJob:
     width = height * 7 // 4
     return DenoiserJob(
@@ -219,12 +242,37 @@ def super_resolution_2() -> DenoiserJob:
     return _super_resolution("runs/emoji-sr2", patch=4, height=512, cut=192, steps=1500)
 
 
+def temporal_super_resolution() -> DenoiserJob:
+    """128x224 at 8 frames per second -> at 16, right after the base (Imagen Video's order, on the existing denoiser).
+
+    A super-resolution stage with `low_res_scale` 1: what it is told is every second frame, each shown twice. It starts
+    from the best linear map of that to the true latents, and learns what moved.
+    """
+    first = super_resolution_1()
+    shape = Shape(frames=17, height=128, width=224, cut=96, weight=2)
+    return first.model_copy(
+        update={
+            "model": {**first.model, "low_res_scale": 1, "sample_size": (5, 16, 28)},
+            "data": DataJob(seed=6, fps=16),
+            "shapes": (
+                shape,
+                # Later parts of a scene, with the frames before them given as in sampling.
+                *(shape.model_copy(update={"start": start}) for start in (12, 24, 36)),
+                Shape(frames=17, height=128, width=224, weight=1),
+            ),
+            "run": first.run.model_copy(update={"output": "runs/emoji-tsr", "steps": 1500}),
+        }
+    )
+
+
 RECIPES = {
     "tokenizer": tokenizer,
     "decoder": decoder,
     "decoder_finish": decoder_finish,
     "base_images": base_images,
     "base": base,
+    "base_tasks": base_tasks,
     "super_resolution_1": super_resolution_1,
     "super_resolution_2": super_resolution_2,
+    "temporal_super_resolution": temporal_super_resolution,
 }

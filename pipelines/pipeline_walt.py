@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,23 +11,41 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from walt.chunking import chunk_count
 from walt.errors import WaltError
 from walt.models.transformer_dit import DiTTransformer3DModel
 from walt.models.transformer_uvit import UViTTransformer3DModel
 from walt.models.transformer_walt import WaltTransformer3DModel
 from walt.pipelines.pipeline_output import WaltPipelineOutput
 from walt.pipelines.sampling import (
+    Context,
     Generators,
+    Given,
     Prompt,
     SamplingPipeline,
     StepCallback,
     check_frames,
+    check_range,
     check_size,
-    denoise_chunks,
+    denoise_stream,
     sample_seeds,
 )
 from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt
 from walt.tokenizers.text import CompactTextEncoder
+
+
+@dataclass(frozen=True)
+class Start:
+    """What every task of a base denoiser begins with."""
+
+    prompt: Prompt
+    seeds: list[int]
+    class_labels: Tensor | None
+    size: tuple[int, int]  # of the latents
+    num_frames: int
+    steps: int
+    given: Given
+    context: Context
 
 
 class WaltPipeline(SamplingPipeline):
@@ -81,6 +101,9 @@ class WaltPipeline(SamplingPipeline):
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 - diffusers' signature; never changed
         max_sequence_length: int = 128,
+        context_guidance_scale: float = 1.0,
+        context_noise_level: int = 0,
+        anchor_every: int = 0,
     ) -> WaltPipelineOutput | Any:
         """Generates videos.
 
@@ -105,6 +128,10 @@ class WaltPipeline(SamplingPipeline):
                 over.
             callback_on_step_end_tensor_inputs: which of latents, prompt_embeds, negative_prompt_embeds it gets.
             max_sequence_length: longer prompts are cut.
+            context_guidance_scale: of long videos: how hard later chunks follow the frames before them; 1 for plain
+                conditioning, more takes another forward per step.
+            context_noise_level: of long videos: the timestep to which those frames are noised before they are told.
+            anchor_every: of long videos: every so many chunks one ends on the first frame; 0 for never.
 
         Returns:
             WaltPipelineOutput, or `(frames,)`.
@@ -112,6 +139,112 @@ class WaltPipeline(SamplingPipeline):
         Raises:
             WaltError: an argument that does not fit.
         """
+        start = self._start(
+            prompt,
+            negative_prompt,
+            height,
+            width,
+            num_frames,
+            num_inference_steps,
+            guidance_scale,
+            guidance_rescale,
+            num_videos_per_prompt,
+            generator,
+            prompt_embeds,
+            negative_prompt_embeds,
+            prompt_embeds_mask,
+            negative_prompt_embeds_mask,
+            class_labels,
+            output_type,
+            attention_kwargs,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+            max_sequence_length,
+            context_guidance_scale,
+            context_noise_level,
+            anchor_every,
+        )
+        return self._finish(start, output_type, return_dict, latents=latents)
+
+    @torch.no_grad()
+    def stream(self, prompt: str | list[str] | None = None, num_frames: int = 485, **call: Any) -> Iterator[Tensor]:
+        """Generates a long video chunk by chunk, in memory that does not depend on its length.
+
+        Args:
+            prompt, num_frames: as of a call.
+            call: any other argument of a call but `latents`, `output_type` and `return_dict`.
+
+        Yields:
+            `(B, n, 3, H, W)` in [0, 1]: together the frames of a call with the same arguments.
+        """
+        start = self._start(prompt, num_frames=num_frames, **call)
+        with self.progress_bar(total=self._num_timesteps) as self._bar:
+            for frames in self._denoise(start, decode=True):
+                yield self._output(frames, "pt")
+        self.maybe_free_model_hooks()
+
+    def _finish(
+        self,
+        start: Start,
+        output_type: str,
+        return_dict: bool,
+        latents: Tensor | None = None,
+        frames: int | None = None,
+    ) -> WaltPipelineOutput | Any:
+        """All of a call after its checks; with `frames` no more than the first so many."""
+        with self.progress_bar(total=self._num_timesteps) as self._bar:
+            parts = list(self._denoise(start, output_type != "latent", latents))
+        result = torch.cat(parts, dim=2)
+        if frames is not None and output_type != "latent":
+            result = result[:, :, :frames]
+        made = self._output(result, output_type)
+        self.maybe_free_model_hooks()
+        return WaltPipelineOutput(frames=made) if return_dict else (made,)
+
+    def _denoise(self, start: Start, decode: bool, latents: Tensor | None = None) -> Iterator[Tensor]:
+        return denoise_stream(
+            self,
+            self.transformer,
+            start.prompt,
+            seeds=start.seeds,
+            num_frames=start.num_frames,
+            size=start.size,
+            steps=start.steps,
+            decode=decode,
+            latents=latents,
+            class_labels=start.class_labels,
+            given=start.given,
+            context=start.context,
+        )
+
+    def _start(
+        self,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int = 17,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 6.0,
+        guidance_rescale: float = 0.0,
+        num_videos_per_prompt: int = 1,
+        generator: Generators = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        prompt_embeds_mask: Tensor | None = None,
+        negative_prompt_embeds_mask: Tensor | None = None,
+        class_labels: int | list[int] | Tensor | None = None,
+        output_type: str = "pt",
+        attention_kwargs: dict[str, Any] | None = None,
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | tuple[str, ...] = ("latents",),
+        max_sequence_length: int = 128,
+        context_guidance_scale: float = 1.0,
+        context_noise_level: int = 0,
+        anchor_every: int = 0,
+        given: Given | None = None,
+    ) -> Start:
+        """Checks the arguments of a call, begins it and encodes its prompts."""
         sample = self.transformer.config.sample_size
         height = height if height is not None else sample[1] * self.vae_scale_factor_spatial
         width = width if width is not None else sample[2] * self.vae_scale_factor_spatial
@@ -131,6 +264,9 @@ class WaltPipeline(SamplingPipeline):
             class_labels,
             output_type,
         )
+        check_range("context_guidance_scale", context_guidance_scale, 0)
+        check_range("context_noise_level", context_noise_level, 0, 999, whole=True)
+        check_range("anchor_every", anchor_every, 0, whole=True)
         self._begin(
             guidance_scale,
             guidance_rescale,
@@ -153,23 +289,19 @@ class WaltPipeline(SamplingPipeline):
             device,
         )
         labels = self._labels(class_labels, count, device)
-        self._num_timesteps = self._count_steps(num_inference_steps, num_frames)
-        with self.progress_bar(total=self._num_timesteps) as self._bar:
-            result = denoise_chunks(
-                self,
-                self.transformer,
-                Prompt(embeds, mask, negative_embeds, negative_mask),
-                seeds=seeds,
-                num_frames=num_frames,
-                size=(height // self.vae_scale_factor_spatial, width // self.vae_scale_factor_spatial),
-                steps=num_inference_steps,
-                decode=output_type != "latent",
-                latents=latents,
-                class_labels=None if labels is None else labels.repeat_interleave(num_videos_per_prompt),
-            )
-        frames = self._output(result, output_type)
-        self.maybe_free_model_hooks()
-        return WaltPipelineOutput(frames=frames) if return_dict else (frames,)
+        given = given or Given()
+        chunks = chunk_count(num_frames, self.vae_scale_factor_temporal)
+        self._num_timesteps = self._count_steps(num_inference_steps, chunks, given.strength, given.resample)
+        return Start(
+            prompt=Prompt(embeds, mask, negative_embeds, negative_mask),
+            seeds=seeds,
+            class_labels=None if labels is None else labels.repeat_interleave(num_videos_per_prompt),
+            size=(height // self.vae_scale_factor_spatial, width // self.vae_scale_factor_spatial),
+            num_frames=num_frames,
+            steps=num_inference_steps,
+            given=given,
+            context=Context(context_guidance_scale, context_noise_level, anchor_every),
+        )
 
     def check_inputs(
         self,

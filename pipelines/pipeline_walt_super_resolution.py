@@ -1,15 +1,20 @@
-"""WaltSuperResolutionPipeline: a video (or image) becomes twice as high and wide (papers.md 1.6)."""
+"""WaltSuperResolutionPipeline: a video (or image) becomes twice as high and wide (W.A.L.T. section 3.5)."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Any
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from walt.chunking import chunk_count
+from walt.conditioning import frames_twice, low_res_kind, pieces_twice
 from walt.errors import WaltError
 from walt.models.transformer_walt import WaltTransformer3DModel
 from walt.pipelines.pipeline_output import WaltPipelineOutput
@@ -18,9 +23,8 @@ from walt.pipelines.sampling import (
     Prompt,
     SamplingPipeline,
     StepCallback,
-    check_frames,
     check_range,
-    denoise_chunks,
+    denoise_stream,
     sample_seeds,
 )
 from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt
@@ -29,6 +33,9 @@ from walt.tokenizers.text import CompactTextEncoder
 
 class WaltSuperResolutionPipeline(SamplingPipeline):
     """Doubles the height and width of a video with a denoiser that sees its noised low-resolution latents.
+
+    With a temporal stage (`low_res_scale` 1; Imagen Video, arXiv 2210.02303) it doubles the frame rate instead: n frames
+    become 2n - 1, of which every second one is new, and the denoiser sees every given frame twice.
 
     Args:
         vae, transformer, scheduler: as for WaltPipeline; the transformer has `low_res_channels`.
@@ -83,13 +90,13 @@ class WaltSuperResolutionPipeline(SamplingPipeline):
         Args:
             video: as diffusers' VideoProcessor takes it: a tensor `(B, T, 3, H, W)` or `(T, 3, H, W)` in [0, 1], an
                 array `(B, T, H, W, 3)` or `(T, H, W, 3)` (float in [0, 1] or uint8), a list of PIL images, or a list of
-                videos. T as `num_frames` of WaltPipeline; H and W multiples of 8. With one prompt per video.
+                videos. Of any length and size, with one prompt per video; `stream` takes a long one in pieces.
             noise_level: 0 to 999, the timestep to which the low-resolution latents are noised: more trusts them less.
             prompt, and all the rest: as for WaltPipeline; `num_videos_per_prompt` makes that many versions of each
                 video.
 
         Returns:
-            WaltPipelineOutput, or `(frames,)`; frames of twice the height and width.
+            WaltPipelineOutput, or `(frames,)`; frames of twice the height and width, or twice as many less one.
 
         Raises:
             WaltError: an argument that does not fit.
@@ -127,30 +134,128 @@ class WaltSuperResolutionPipeline(SamplingPipeline):
             max_sequence_length,
             device,
         )
-        scale = int(self.transformer.config.low_res_scale)
-        height, width = (side // self.vae_scale_factor_spatial * scale for side in small.shape[-2:])
+        low_res = small.repeat_interleave(num_videos_per_prompt, dim=0)
         num_frames = small.shape[2]
-        self._num_timesteps = self._count_steps(num_inference_steps, num_frames)
+        self._num_timesteps = self._count_steps(
+            num_inference_steps, chunk_count(num_frames, self.vae_scale_factor_temporal)
+        )
         with self.progress_bar(total=self._num_timesteps) as self._bar:
-            result = denoise_chunks(
-                self,
-                self.transformer,
-                Prompt(embeds, mask, negative_embeds, negative_mask),
-                seeds=seeds,
-                num_frames=num_frames,
-                size=(height, width),
-                steps=num_inference_steps,
-                decode=output_type != "latent",
-                latents=latents,
-                low_res_video=small.to(device).repeat_interleave(num_videos_per_prompt, dim=0),
-                noise_level=noise_level,
+            result = torch.cat(
+                list(
+                    self._enlarge(
+                        [low_res],
+                        Prompt(embeds, mask, negative_embeds, negative_mask),
+                        seeds,
+                        num_inference_steps,
+                        noise_level,
+                        decode=output_type != "latent",
+                        latents=latents,
+                        num_frames=num_frames if latents is not None else None,
+                    )
+                ),
+                dim=2,
             )
         frames = self._output(result, output_type)
         self.maybe_free_model_hooks()
         return WaltPipelineOutput(frames=frames) if return_dict else (frames,)
 
-    def check_inputs(self, video: Any, prompts: int | None) -> Tensor:
-        """The video as `(B, 3, T, H, W)` float32 in [-1, 1]; a WaltError when it or the prompts do not fit."""
+    @torch.no_grad()
+    def stream(
+        self,
+        pieces: Iterable[Tensor],
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        prompt_embeds_mask: Tensor | None = None,
+        negative_prompt_embeds_mask: Tensor | None = None,
+        noise_level: int | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 1.0,
+        guidance_rescale: float = 0.0,
+        generator: Generators = None,
+        attention_kwargs: dict[str, Any] | None = None,
+        callback_on_step_end: StepCallback | None = None,
+    ) -> Iterator[Tensor]:
+        """Enlarges a video that comes in pieces, chunk by chunk, in memory that does not depend on its length.
+
+        Args:
+            pieces: `(B, n, 3, H, W)` in [0, 1] one after another, of any number of frames and any size.
+            prompt_embeds, and all the rest: as of a call.
+
+        Yields:
+            `(B, n, 3, scale H, scale W)` in [0, 1]; together the frames of one call with the whole video, so 2n - 1 of a
+            temporal stage.
+        """
+        noise_level = noise_level if noise_level is not None else int(self.config.noise_level)
+        check_range("noise_level", noise_level, 0, 999, whole=True)
+        self._check_model()
+        guidance_scale = guidance_scale if self.transformer.config.text_dim is not None else 1.0
+        self._begin(guidance_scale, guidance_rescale, attention_kwargs, callback_on_step_end, ["latents"])
+        if self.transformer.config.text_dim is None:
+            prompt_embeds = negative_prompt_embeds = prompt_embeds_mask = negative_prompt_embeds_mask = None
+        elif prompt_embeds is None:
+            raise WaltError("give the prompt_embeds of the video")
+        source = iter(pieces)
+        first = next(source, None)
+        if first is None:
+            raise WaltError("a video needs at least one frame, got none")
+        seeds = sample_seeds(generator, len(first))
+        prompt = Prompt(prompt_embeds, prompt_embeds_mask, negative_prompt_embeds, negative_prompt_embeds_mask)
+        self._num_timesteps = 0  # not known beforehand
+        with self.progress_bar(total=math.inf) as self._bar:
+            inputs: Iterator[Tensor] = (piece.transpose(1, 2) * 2 - 1 for piece in chain([first], source))
+            if self.temporal:
+                inputs = pieces_twice(inputs)
+            for frames in self._enlarge(inputs, prompt, seeds, num_inference_steps, noise_level):
+                yield self._output(frames, "pt")
+        self.maybe_free_model_hooks()
+
+    def _enlarge(
+        self,
+        pieces: Iterable[Tensor],
+        prompt: Prompt,
+        seeds: list[int],
+        steps: int,
+        noise_level: int,
+        decode: bool = True,
+        latents: Tensor | None = None,
+        num_frames: int | None = None,
+    ) -> Iterator[Tensor]:
+        """`stream` after its checks. Sides that do not fit latents and patches are filled by their edges, and cut again."""
+        config = self.transformer.config
+        scale, spatial = int(config.low_res_scale), self.vae_scale_factor_spatial
+        multiple = spatial * int(config.patch_size) // math.gcd(scale, int(config.patch_size))
+        source = iter(pieces)
+        first = next(source)
+        height, width = first.shape[-2:]
+        border = [0, -width % multiple, 0, -height % multiple]
+
+        def bordered(piece: Tensor) -> Tensor:
+            if tuple(piece.shape[-2:]) != (height, width):
+                raise WaltError(
+                    f"the video changes its size from {height}x{width} to {piece.shape[-2]}x{piece.shape[-1]}"
+                )
+            if not any(border):
+                return piece
+            flat = piece.transpose(1, 2).flatten(0, 1)
+            return F.pad(flat, border, mode="replicate").unflatten(0, (len(piece), -1)).transpose(1, 2)
+
+        stream = denoise_stream(
+            self,
+            self.transformer,
+            prompt,
+            seeds=seeds,
+            num_frames=num_frames,
+            size=((height + border[3]) // spatial * scale, (width + border[1]) // spatial * scale),
+            steps=steps,
+            decode=decode,
+            latents=latents,
+            low_res_video=map(bordered, chain([first], source)),
+            noise_level=noise_level,
+        )
+        for frames in stream:
+            yield frames[..., : height * scale, : width * scale] if decode else frames
+
+    def _check_model(self) -> None:
         config = self.transformer.config
         if config.low_res_channels is None:
             raise WaltError(
@@ -158,25 +263,21 @@ class WaltSuperResolutionPipeline(SamplingPipeline):
             )
         if config.num_classes is not None:
             raise WaltError("WaltSuperResolutionPipeline does not take class-conditional transformers")
+
+    def check_inputs(self, video: Any, prompts: int | None) -> Tensor:
+        """The video as `(B, 3, T, H, W)` float32 in [-1, 1]; a WaltError when it or the prompts do not fit."""
+        config = self.transformer.config
+        self._check_model()
         if video is None:
             raise WaltError("give a video to enlarge")
-        if isinstance(video, np.ndarray) and video.dtype == np.uint8:
-            video = video.astype(np.float32) / 255
-        try:
-            small: Tensor = self.video_processor.preprocess_video(video).float()
-        except (ValueError, TypeError, IndexError, AttributeError, RuntimeError) as error:
+        small = self._video(video)
+        if self.temporal:
+            small = frames_twice(small)
+        if chunk_count(small.shape[2], self.vae_scale_factor_temporal) > 1 and not config.frame_conditioning:
             raise WaltError(
-                "video must be a tensor (B, T, 3, H, W) or (T, 3, H, W), an array (B, T, H, W, 3) or (T, H, W, 3), "
-                f"or a list of PIL images or of videos of one size: {error}"
-            ) from error
-        if small.ndim != 5 or small.shape[1] != 3:
-            raise WaltError(f"video must have 3 colour channels, got (B, C, T, H, W) = {tuple(small.shape)}")
-        check_frames(small.shape[2], self.transformer, self.vae_scale_factor_temporal)
-        multiple = self.vae_scale_factor_spatial
-        for name, side in (("height", small.shape[3]), ("width", small.shape[4])):
-            if side % multiple or side // multiple * config.low_res_scale % config.patch_size:
-                step = max(multiple, multiple * config.patch_size // config.low_res_scale)
-                raise WaltError(f"the video's {name} must be a multiple of {step}, got {side}")
+                f"a video of {small.shape[2]} frames needs a transformer with frame_conditioning; this one enlarges up to "
+                f"{1 + 4 * self.vae_scale_factor_temporal}"
+            )
         if config.text_dim is None and prompts is not None:
             raise WaltError("this transformer takes no text: leave the prompt out")
         if config.text_dim is not None and prompts is None:
@@ -184,3 +285,8 @@ class WaltSuperResolutionPipeline(SamplingPipeline):
         if prompts is not None and prompts != len(small):
             raise WaltError(f"{prompts} prompts for {len(small)} videos: give one per video")
         return small
+
+    @property
+    def temporal(self) -> bool:
+        """Whether the transformer doubles the frame rate, and not the size."""
+        return low_res_kind(self.transformer.config) == "time"

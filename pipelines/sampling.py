@@ -8,31 +8,37 @@ seed, so a sample never depends on the rest of its batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
+from diffusers.utils.torch_utils import get_module_execution_device
 from diffusers.video_processor import VideoProcessor
+from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from walt.card import HubCardMixin
 from walt.chunking import (
     OVERLAP_LATENTS,
     TEMPORAL_RATIO,
     chunk_length,
     chunk_starts,
-    join_chunks,
     latent_frames,
     overlap_frames,
+    windows,
 )
-from walt.diffusion import add_noise, guide, x0_from_velocity
-from walt.errors import WaltError
+from walt.diffusion import GuidanceOptions, add_noise, guide, x0_from_velocity
+from walt.errors import WaltError, suggest
 from walt.latents import denormalize, normalize
 from walt.models.transformer_walt import TextCache, WaltTransformer3DModel
+from walt.pipelines.conditions import Known, known_latents
+from walt.pipelines.lora import WaltLoraLoaderMixin
+from walt.register import refuse_cache
 from walt.tokenizers.adapter import adapt
 from walt.tokenizers.text import CompactTextEncoder
 
@@ -44,7 +50,7 @@ StepCallback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any] | None]
 MAX_PACK_TOKENS = 2**17  # a pack larger than this is split over several forwards (memory; the result is the same)
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 # What a number drawn from a sample's seed is for.
-START_NOISE, LOW_RES_NOISE = 0, 1
+START_NOISE, LOW_RES_NOISE, CONTEXT_NOISE, RESAMPLE_NOISE = 0, 1, 2, 3
 
 
 @dataclass(frozen=True)
@@ -71,10 +77,49 @@ class Conditions:
     """What else the denoiser is told about one chunk; every tensor starts with B."""
 
     class_labels: Tensor | None = None  # (B,) long
-    frame_latents: Tensor | None = None  # (B, C, t, h, w), given where frame_mask is 1
+    frame_latents: Tensor | None = None  # (B, C, t, h, w), told to the denoiser where frame_mask is 1
     frame_mask: Tensor | None = None  # (B, 1, t, h, w)
+    kept_latents: Tensor | None = None  # the same, put in place at every step; None: what is told
+    kept_mask: Tensor | None = None
     low_res: Tensor | None = None  # (B, C, t, h/2, w/2), noised
     noise_level: int = 0  # timestep of that noise
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a whole video starts from, beside its prompt.
+
+    Attributes:
+        known: pixels that stay.
+        start: a video `(B, 3, T, H, W)` in [-1, 1] to change (SDEdit), None for pure noise.
+        strength: the share of the steps that run from `start`, above 0 to 1.
+        conditioning: "model" tells the denoiser what is known, as it was trained with masks; "repaint" only puts it in
+            place at every step (RePaint, arXiv 2201.09865), and tells it no more than leading frames.
+        resample: how often every step runs in all, noised again in between (RePaint's jumps of one step).
+        composite: whether known pixels are shown as they were given, or as the tokenizer shows them.
+    """
+
+    known: Known | None = None
+    start: Tensor | None = None
+    strength: float = 1.0
+    conditioning: Literal["model", "repaint"] = "model"
+    resample: int = 1
+    composite: bool = False
+
+
+@dataclass(frozen=True)
+class Context:
+    """How later chunks of a long video see the one before.
+
+    Attributes:
+        guidance_scale: of the context, beside that of the text (Video LDM, arXiv 2304.08818, section 3.2); 1 for none.
+        noise_level: timestep to which the context is noised before it is told, 0 for clean.
+        anchor_every: every so many chunks one ends on the video's first frame, 0 for never.
+    """
+
+    guidance_scale: float = 1.0
+    noise_level: int = 0
+    anchor_every: int = 0
 
 
 # -- randomness --------------------------------------------------------------------------------------------------------
@@ -106,20 +151,36 @@ def seeded_noise(
     return torch.stack(rows).to(device)
 
 
+def encode_text(
+    tokenizer: PreTrainedTokenizerBase, encoder: Any, texts: list[str], max_length: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Text states `(P, S, D)` and their mask `(P, S)`; texts longer than `max_length` tokens are cut, with a warning."""
+    model = encoder.model if isinstance(encoder, CompactTextEncoder) else encoder
+    limit = getattr(model.config, "max_position_embeddings", None) or max_length  # none where relative (T5)
+    max_length = min(max_length, tokenizer.model_max_length, limit)
+    whole = tokenizer(texts, padding=False, truncation=False, verbose=False)["input_ids"]
+    for text, ids in zip(texts, whole, strict=True):
+        if len(ids) > max_length:
+            logger.warning(f'cut to {max_length} of {len(ids)} tokens: "{text[:60]}..."')
+    tokens = tokenizer(texts, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
+    ids, mask = tokens["input_ids"].to(device), tokens["attention_mask"].to(device)
+    return encoder(input_ids=ids, attention_mask=mask).last_hidden_state, mask
+
+
 # -- pixels and latents ------------------------------------------------------------------------------------------------
 
 
 def encode_video(vae: Any, video: Tensor) -> Tensor:
     """`(B, 3, 1+4k, H, W)` in [-1, 1] -> normalised float32 latents `(B, C, 1+k, H/8, W/8)`."""
     vae = adapt(vae)
-    latents = vae.encode(video.to(vae.device, vae.dtype)).latent_dist.mode().float()
+    latents = vae.encode(video.to(get_module_execution_device(vae), vae.dtype)).latent_dist.mode().float()
     return normalize(latents, *_statistics(vae, latents.shape[1]))
 
 
 def decode_latents(vae: Any, latents: Tensor) -> Tensor:
     """The inverse: normalised latents of one chunk -> float32 video in [-1, 1], clamped; one sample at a time."""
     vae = adapt(vae)
-    raw = denormalize(latents, *_statistics(vae, latents.shape[1])).to(vae.device, vae.dtype)
+    raw = denormalize(latents, *_statistics(vae, latents.shape[1])).to(get_module_execution_device(vae), vae.dtype)
     return torch.cat([vae.decode(z).sample.float().clamp(-1, 1) for z in raw.split(1)])
 
 
@@ -142,7 +203,8 @@ def predict(
     attention_kwargs: dict[str, Any] | None = None,
     texts: dict[Any, Any] | None = None,
     progress: dict[str, Any] | None = None,
-) -> tuple[Tensor, Tensor | None]:
+    without_frames: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """v of every sample, and without its text or class where `guided`: all of it in one packed forward if it fits.
 
     Args:
@@ -152,35 +214,37 @@ def predict(
         texts: one dictionary for all calls with this transformer and `attention_kwargs`: holds what the text becomes,
             so that it is projected once per prompt and not once per step.
         progress: where the loop stands, for diffusers' step caches (fields of their `cache_context`).
+        without_frames: whether to predict with the text but without the given frames too.
 
     Returns:
-        (conditional, unconditional or None), float32 `(B, C, t, h, w)`.
+        (conditional, unconditional or None, without frames or None), float32 `(B, C, t, h, w)`.
     """
     config, dtype, batch = transformer.config, transformer.dtype, len(x)
-    branches = (False, True) if guided else (False,)
-    rows = [(i, negative) for negative in branches for i in range(batch)]
-    text = {negative: prompt.rows(negative) for negative in branches}
+    branches = [(False, True)] + [(True, True)] * guided + [(False, False)] * without_frames
+    rows = [(i, negative, framed) for negative, framed in branches for i in range(batch)]
+    text = {negative: prompt.rows(negative) for negative, _ in branches}
     if texts is not None and texts.get("prompt") is not prompt:
         texts.clear()
         texts["prompt"] = prompt
 
-    def pick(values: Tensor | None, part: list[tuple[int, bool]]) -> list[Tensor] | None:
-        return None if values is None else [values[i].to(dtype) for i, _ in part]
+    def pick(values: Tensor | None, part: list[tuple[int, bool, bool]]) -> list[Tensor] | None:
+        return None if values is None else [values[i].to(dtype) for i, _, _ in part]
 
-    def forward(part: list[tuple[int, bool]]) -> list[Tensor]:
+    def forward(part: list[tuple[int, bool, bool]]) -> list[Tensor]:
         given: dict[str, Any] = {"self_conditioning": pick(x0, part)} if config.self_conditioning else {}
         if config.text_dim is not None:
-            states = [(text[negative] or [])[i].to(dtype) for i, negative in part]
+            states = [(text[negative] or [])[i].to(dtype) for i, negative, _ in part]
             given["encoder_hidden_states"] = states
             if texts is not None and isinstance(transformer, WaltTransformer3DModel):
                 given["text_cache"] = texts.setdefault(tuple(part), TextCache())
         if conditions.class_labels is not None:
             null = torch.full_like(conditions.class_labels[0], config.num_classes)
-            given["class_labels"] = torch.stack([null if neg else conditions.class_labels[i] for i, neg in part])
+            given["class_labels"] = torch.stack([null if neg else conditions.class_labels[i] for i, neg, _ in part])
         if conditions.frame_mask is not None:
             # Given frames stay in both branches: guidance is about the text.
             given["frame_latents"] = pick(conditions.frame_latents, part)
-            given["frame_mask"] = pick(conditions.frame_mask, part)
+            masks = [conditions.frame_mask[i].to(dtype) for i, _, _ in part]
+            given["frame_mask"] = [m if framed else m * 0 for m, (_, _, framed) in zip(masks, part, strict=True)]
         if conditions.low_res is not None:
             given["low_res_hidden_states"] = pick(conditions.low_res, part)
             given["low_res_noise_level"] = torch.full((len(part),), conditions.noise_level, device=x.device)
@@ -195,7 +259,8 @@ def predict(
         with transformer.cache_context(f"pack_{start}", **(progress or {})):
             out += forward(rows[start : start + size])
     v = torch.stack(out)[:, : x.shape[1]].float()  # a learned variance beside it is not used
-    return v[:batch], v[batch:] if guided else None
+    parts = list(v.split(batch))
+    return parts[0], parts[1] if guided else None, parts[-1] if without_frames else None
 
 
 def denoise(
@@ -206,6 +271,10 @@ def denoise(
     prompt: Prompt,
     conditions: Conditions,
     texts: dict[Any, Any] | None = None,
+    start: Tensor | None = None,
+    strength: float = 1.0,
+    again: Sequence[Tensor] | None = None,
+    context_scale: float = 1.0,
 ) -> tuple[Tensor, Prompt]:
     """One chunk from noise to clean latents with the pipeline's scheduler.
 
@@ -216,6 +285,9 @@ def denoise(
         noise: standard normal `(B, C, t, h, w)`.
         steps: inference steps.
         texts: as for `predict`, to share the text of one chunk with the next.
+        start: clean latents to begin from at the noise of `strength` (SDEdit, arXiv 2108.01073).
+        again: a list of noises, one for every further time that each step runs (RePaint).
+        context_scale: guidance towards the given frames.
 
     Returns:
         Clean normalised latents like `noise`, and the prompt (a callback may have changed it).
@@ -223,93 +295,226 @@ def denoise(
     scheduler = pipe.scheduler
     texts = {} if texts is None else texts
     # Anew for every chunk: multistep schedulers remember past predictions.
-    scheduler.set_timesteps(steps, device=noise.device)
-    if getattr(transformer, "is_cache_enabled", False):
+    timesteps = set_timesteps(scheduler, steps, strength, noise.device)
+    options, cached = pipe.guidance_options, bool(getattr(transformer, "is_cache_enabled", False))
+    if cached:
         transformer._reset_stateful_cache()  # what a step cache remembers is of another chunk or run
-    keep = None if conditions.frame_mask is None else conditions.frame_mask.bool()
-    x, x0 = noise * scheduler.init_noise_sigma, None
-    for i, t in enumerate(scheduler.timesteps):
-        if pipe.interrupt:
-            break
-        pipe._current_timestep = t
-        step = t.round().long()
-        x_t = scheduler.scale_model_input(x, t)
-        if keep is not None and conditions.frame_latents is not None:
-            x_t = torch.where(keep, add_noise(scheduler, conditions.frame_latents, noise, step), x_t)
-        guided = pipe.do_classifier_free_guidance
-        at = {"step_index": i, "num_inference_steps": len(scheduler.timesteps), "timestep": t}
-        cond, uncond = predict(transformer, x_t, t, prompt, conditions, x0, guided, pipe.attention_kwargs, texts, at)
-        v = cond if uncond is None else guide(cond, uncond, pipe.guidance_scale, pipe.guidance_rescale)
-        x0 = x0_from_velocity(scheduler, v, x_t, step)
-        x = scheduler.step(v, t, x, return_dict=False)[0]
-        x, prompt = pipe._end_step(t, x, prompt)
+    kept, mask = conditions.kept_latents, conditions.kept_mask
+    if mask is None:
+        kept, mask = conditions.frame_latents, conditions.frame_mask
+    keep = None if mask is None else mask.bool()
+    x = noise * scheduler.init_noise_sigma if start is None else scheduler.add_noise(start, noise, timesteps[:1])
+    x0: Tensor | None = None
+    contextual = context_scale != 1 and conditions.frame_mask is not None
+    for i, t in enumerate(timesteps):
+        for renewed in (None, *(again or ())):
+            if pipe.interrupt:
+                break
+            pipe._current_timestep = t
+            step = t.round().long()
+            if renewed is not None:
+                if i + 1 == len(timesteps):
+                    break
+                x = noise_again(scheduler, x, renewed, timesteps[i + 1], t)
+            x_t = scheduler.scale_model_input(x, t)
+            if keep is not None and kept is not None:
+                x_t = torch.where(keep, add_noise(scheduler, kept, noise, step), x_t)
+            scale = options.scale(pipe.guidance_scale, i, float(t), scheduler.config.num_train_timesteps - 1)
+            # Step caches remember by row, so under them every step has the same rows.
+            guided = pipe.do_classifier_free_guidance and (scale != 1 or cached)
+            at = {"step_index": i, "num_inference_steps": len(timesteps), "timestep": t}
+            cond, uncond, free = predict(
+                transformer, x_t, t, prompt, conditions, x0, guided, pipe.attention_kwargs, texts, at, contextual
+            )
+            v = cond if uncond is None else guide(cond, uncond, scale, pipe.guidance_rescale)
+            if free is not None:
+                v = v + (context_scale - 1) * (cond - free)
+            v = options.bound(scheduler, v, x_t, step)
+            x0 = x0_from_velocity(scheduler, v, x_t, step)
+            x = scheduler.step(v, t, x, return_dict=False)[0]
+            x, prompt = pipe._end_step(t, x, prompt)
     pipe._current_timestep = None
-    if keep is not None and conditions.frame_latents is not None:
-        x = torch.where(keep, conditions.frame_latents, x)
+    if keep is not None and kept is not None:
+        x = torch.where(keep, kept, x)
     return x, prompt
 
 
-def denoise_chunks(
+def set_timesteps(scheduler: Any, steps: int, strength: float = 1.0, device: Any = None) -> Tensor:
+    """The timesteps of a run: all of them, or from an edit's `strength` on the last ones."""
+    scheduler.set_timesteps(steps, device=device)
+    timesteps: Tensor = scheduler.timesteps
+    if strength == 1:
+        return timesteps
+    first = len(timesteps) - int(len(timesteps) * strength)
+    if first == len(timesteps):
+        raise WaltError(
+            f"strength={strength} leaves none of the {steps} steps: use at least {1 / steps:.3g}, or more steps"
+        )
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(first)
+    return timesteps[first:]
+
+
+def noise_again(scheduler: Any, x: Tensor, noise: Tensor, now: Tensor, then: Tensor) -> Tensor:
+    """Latents at timestep `now` noised up to the larger `then`: one step of the forward process."""
+    table = scheduler.alphas_cumprod
+    ratio = (table[then.round().long().cpu()] / table[now.round().long().cpu()]).to(x)
+    return ratio.sqrt() * x + (1 - ratio).sqrt() * noise
+
+
+def denoise_stream(
     pipe: SamplingPipeline,
     transformer: Any,
     prompt: Prompt,
     *,
     seeds: Sequence[int],
-    num_frames: int,
+    num_frames: int | None,
     size: tuple[int, int],
     steps: int,
     decode: bool,
     latents: Tensor | None = None,
     class_labels: Tensor | None = None,
-    low_res_video: Tensor | None = None,
+    low_res_video: Tensor | Iterable[Tensor] | None = None,
     noise_level: int | None = None,
-) -> Tensor:
-    """A whole video, chunk by chunk; each later chunk is given the last frames of the one before, re-encoded.
+    given: Given = Given(),
+    context: Context = Context(),
+) -> Iterator[Tensor]:
+    """A whole video, chunk by chunk, in memory that does not depend on its length.
+
+    Each later chunk is given the last frames of the one before, re-encoded.
 
     Args:
         seeds: one per sample.
-        num_frames: as `chunk_starts` allows.
+        num_frames: as `chunk_starts` allows; None for as many as `low_res_video` has, whatever that is.
         size: (h, w) of the latents.
-        decode: whether to return frames or latents.
+        decode: whether to give frames or latents.
         latents: start noise `(B, C, t, h, w)` in place of the seeds', t counting the latent frames of all chunks.
-        low_res_video: `(B, 3, T, H/2, W/2)` in [-1, 1] for super-resolution; cut into the same chunks.
+        low_res_video: for super-resolution, `(B, 3, T, H/2, W/2)` in [-1, 1], or pieces of it one after another; cut
+            into the same chunks.
         noise_level: timestep of the noise that the low-resolution latents get.
+        given: what stays of a video, or is changed.
+        context: how later chunks see the one before.
 
-    Returns:
-        `(B, 3, T, H, W)` in [-1, 1], or the normalised latents of all chunks `(B, C, t, h, w)`.
+    Yields:
+        For every chunk its new frames `(B, 3, n, H, W)` in [-1, 1], or all its normalised latents `(B, C, t, h, w)`.
+        An interrupt ends it with the chunk that runs.
     """
     vae, device, ratio = pipe.vae, pipe._execution_device, pipe.vae_scale_factor_temporal
-    starts, length = chunk_starts(num_frames, ratio), chunk_length(num_frames, ratio)
-    shape = (int(transformer.config.in_channels), latent_frames(length, ratio), *size)
-    if latents is not None:
-        expected = (len(seeds), shape[0], shape[1] * len(starts), *size)
-        if tuple(latents.shape) != expected:
-            raise WaltError(f"latents must have the shape {expected}, got {tuple(latents.shape)}")
+    overlap = overlap_frames(ratio)
+    channels = int(transformer.config.in_channels)
     texts: dict[Any, Any] = {}
-    videos: list[Tensor] = []
-    results: list[Tensor] = []
-    for k, start in enumerate(starts):
+    last: Tensor | None = None
+    first: Tensor | None = None
+    for k, window in enumerate(_windows(num_frames, low_res_video, latents, (len(seeds), channels, *size), ratio)):
+        shape = (channels, latent_frames(window.length, ratio), *size)
         conditions = Conditions(class_labels=class_labels)
-        if low_res_video is not None and noise_level is not None:
-            small = encode_video(vae, low_res_video[:, :, start : start + length]).to(device)
+        if window.low_res is not None and noise_level is not None:
+            small = encode_video(vae, window.low_res.to(device)).to(device)
             noise = seeded_noise(seeds, k, LOW_RES_NOISE, tuple(small.shape[1:]), device)
             conditions = replace(
                 conditions, low_res=add_noise(pipe.scheduler, small, noise, noise_level), noise_level=noise_level
             )
-        if k:
-            past = encode_video(vae, videos[-1][:, :, -overlap_frames(ratio) :]).to(device)
-            given, mask = past.new_zeros(len(seeds), *shape), past.new_zeros(len(seeds), 1, *shape[1:])
-            given[:, :, :OVERLAP_LATENTS], mask[:, :, :OVERLAP_LATENTS] = past, 1
-            conditions = replace(conditions, frame_latents=given, frame_mask=mask)
+        past = None if last is None else last[:, :, -overlap:]
+        known = None if given.known is None else given.known.window(window.start, window.length)
+        if first is not None and context.anchor_every and k % context.anchor_every == 0:
+            known = Known.ending(first, window.length, ratio)
+        if known is not None and past is not None:
+            known = known.after(past)
+        source: Tensor | None = None
+        if known is not None and bool(known.mask.any()):
+            source, mask = known_latents(known, lambda video: encode_video(vae, video).to(device), shape, ratio)
+            conditions = replace(conditions, **tell(transformer, source, mask, given.conditioning))
+        elif past is not None:
+            clean = encode_video(vae, past).to(device)
+            source, mask = clean.new_zeros(len(seeds), *shape), clean.new_zeros(len(seeds), 1, *shape[1:])
+            source[:, :, :OVERLAP_LATENTS], mask[:, :, :OVERLAP_LATENTS] = clean, 1
+            conditions = replace(conditions, frame_latents=source, frame_mask=mask)
+        if k and context.noise_level and conditions.frame_latents is not None:
+            noise = seeded_noise(seeds, k, CONTEXT_NOISE, shape, device)
+            clean = conditions.frame_latents
+            kept = (clean, conditions.frame_mask) if conditions.kept_mask is None else ()
+            conditions = replace(
+                conditions,
+                frame_latents=add_noise(pipe.scheduler, clean, noise, context.noise_level),
+                **dict(zip(("kept_latents", "kept_mask"), kept, strict=False)),
+            )
         if latents is None:
             noise = seeded_noise(seeds, k, START_NOISE, shape, device)
         else:
             noise = latents[:, :, k * shape[1] : (k + 1) * shape[1]].to(device, torch.float32)
-        x, prompt = denoise(pipe, transformer, noise, steps, prompt, conditions, texts)
-        results.append(x)
-        if decode or k + 1 < len(starts):
-            videos.append(decode_latents(vae, x))
-    return join_chunks(videos, ratio) if decode else torch.cat(results, dim=2)
+        again = [seeded_noise(seeds, k, RESAMPLE_NOISE + i, shape, device) for i in range(given.resample - 1)]
+        begin = None
+        if given.start is not None:
+            begin = encode_video(vae, given.start[:, :, window.start : window.start + window.length]).to(device)
+        scale = context.guidance_scale if k else 1.0
+        x, prompt = denoise(
+            pipe, transformer, noise, steps, prompt, conditions, texts, begin, given.strength, again, scale
+        )
+        video: Tensor | None = None
+        if decode or not window.last:
+            video = decode_latents(vae, x)
+            if known is not None and bool(known.shown.any()):
+                shown = known.video if given.composite or source is None else decode_latents(vae, source)
+                video = torch.where(known.shown.to(video.device), shown.to(video), video)
+            last = video
+            first = video[:, :, :1] if first is None else first
+        if not decode:
+            yield x
+        elif video is not None:
+            skip = overlap if k else 0
+            yield video[:, :, skip : window.valid]
+        if pipe.interrupt:
+            return
+
+
+@dataclass(frozen=True)
+class _Window:
+    start: int
+    length: int  # frames of the chunk
+    valid: int  # of them, those that are not padding
+    last: bool
+    low_res: Tensor | None = None
+
+
+def _windows(
+    num_frames: int | None,
+    low_res_video: Tensor | Iterable[Tensor] | None,
+    latents: Tensor | None,
+    expected: tuple[int, int, int, int],
+    ratio: int,
+) -> Iterator[_Window]:
+    """The chunks of a video, with their low resolution where there is one; a WaltError for start noise of another shape."""
+    batch, channels, h, w = expected
+    if num_frames is not None:
+        starts, length = chunk_starts(num_frames, ratio), chunk_length(num_frames, ratio)
+        shape = (batch, channels, latent_frames(length, ratio) * len(starts), h, w)
+        if latents is not None and tuple(latents.shape) != shape:
+            raise WaltError(f"latents must have the shape {shape}, got {tuple(latents.shape)}")
+        if low_res_video is None:
+            for start in starts:
+                yield _Window(start, length, length, start == starts[-1])
+            return
+    elif latents is not None:
+        raise WaltError("latents go with a video of as many frames as chunks take: leave them out for other lengths")
+    pieces = [low_res_video] if isinstance(low_res_video, Tensor) else low_res_video
+    for start, frames, valid, last in windows(pieces or (), ratio):
+        yield _Window(start, frames.shape[2], valid, last, frames)
+
+
+def tell(transformer: Any, latents: Tensor, mask: Tensor, conditioning: str) -> dict[str, Tensor]:
+    """Fields of Conditions for known `latents` (where `mask` is 1), told to the denoiser or put in place alone."""
+    if conditioning == "model":
+        return {"frame_latents": latents, "frame_mask": mask}
+    told: dict[str, Tensor] = {"kept_latents": latents, "kept_mask": mask}
+    if transformer.config.frame_conditioning:
+        # What every such denoiser has learnt: one or two whole frames at the beginning, the same in all samples.
+        whole = mask.amin(dim=(0, 1, 3, 4))
+        count = int(whole[:OVERLAP_LATENTS].cumprod(0).sum())
+        if count:
+            leading = torch.zeros_like(mask)
+            leading[:, :, :count] = 1
+            told |= {"frame_latents": latents * leading, "frame_mask": leading}
+    return told
 
 
 # -- checks ------------------------------------------------------------------------------------------------------------
@@ -343,7 +548,7 @@ def check_range(name: str, value: float, low: float, high: float = float("inf"),
 # -- diffusers' conventions --------------------------------------------------------------------------------------------
 
 
-class SamplingPipeline(DiffusionPipeline):
+class SamplingPipeline(HubCardMixin, DiffusionPipeline, WaltLoraLoaderMixin):
     """Base of walt's pipelines: properties, text encoding and callbacks as every diffusers pipeline has them."""
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
@@ -362,6 +567,7 @@ class SamplingPipeline(DiffusionPipeline):
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor_spatial, do_resize=False)
         self._guidance_scale = 1.0
         self._guidance_rescale = 0.0
+        self._guidance_options = GuidanceOptions()
         self._attention_kwargs: dict[str, Any] | None = None
         self._num_timesteps = 0
         self._current_timestep: Any = None
@@ -376,6 +582,27 @@ class SamplingPipeline(DiffusionPipeline):
     def guidance_rescale(self) -> float:
         """phi of `walt.diffusion.guide`."""
         return self._guidance_rescale
+
+    @property
+    def guidance_options(self) -> GuidanceOptions:
+        """How guidance is spread over the steps and bounded; see `set_guidance`."""
+        return self._guidance_options
+
+    def set_guidance(self, options: GuidanceOptions | None = None, **fields: Any) -> None:
+        """Sets oscillating or power-cosine guidance and thresholding for all calls from here on; nothing: back to plain.
+
+        Args:
+            options, fields: a `walt.diffusion.GuidanceOptions`, or its fields:
+                `pipe.set_guidance(schedule="oscillating", hold=10, threshold=3.0, percentile=0.995)`.
+
+        Raises:
+            WaltError: a field or value that does not fit.
+        """
+        known = GuidanceOptions.__dataclass_fields__
+        for name in fields:
+            if name not in known:
+                raise WaltError(f'set_guidance has no "{name}"{suggest(name, known)}: there are {", ".join(known)}')
+        self._guidance_options = replace(options or GuidanceOptions(), **fields)
 
     @property
     def do_classifier_free_guidance(self) -> bool:
@@ -456,18 +683,7 @@ class SamplingPipeline(DiffusionPipeline):
     def _encode_text(self, texts: list[str], max_length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         if self.tokenizer is None or self.text_encoder is None:
             raise WaltError("this pipeline has no text encoder: give prompt_embeds instead of a prompt")
-        encoder: Any = self.text_encoder
-        encoder = encoder.model if isinstance(encoder, CompactTextEncoder) else encoder
-        limit = getattr(encoder.config, "max_position_embeddings", None) or max_length  # none where relative (T5)
-        max_length = min(max_length, self.tokenizer.model_max_length, limit)
-        whole = self.tokenizer(texts, padding=False, truncation=False, verbose=False)["input_ids"]
-        for text, ids in zip(texts, whole, strict=True):
-            if len(ids) > max_length:
-                logger.warning(f'cut to {max_length} of {len(ids)} tokens: "{text[:60]}..."')
-        tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
-        ids, mask = tokens["input_ids"].to(device), tokens["attention_mask"].to(device)
-        states: Tensor = self.text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state
-        return states, mask
+        return encode_text(self.tokenizer, self.text_encoder, texts, max_length, device)
 
     def _check_prompt(
         self,
@@ -527,6 +743,7 @@ class SamplingPipeline(DiffusionPipeline):
             raise WaltError(
                 f"callback_on_step_end_tensor_inputs has {unknown}; allowed are {self._callback_tensor_inputs}"
             )
+        refuse_cache(self.transformer, guidance_scale > 1)
         self._guidance_scale = guidance_scale
         self._guidance_rescale = guidance_rescale
         self._attention_kwargs = attention_kwargs
@@ -536,10 +753,26 @@ class SamplingPipeline(DiffusionPipeline):
         self._callback_inputs = list(callback_inputs)
         self._step_index = 0
 
-    def _count_steps(self, steps: int, num_frames: int) -> int:
-        """Calls of the scheduler that a video of `num_frames` takes."""
-        self.scheduler.set_timesteps(steps)
-        return len(self.scheduler.timesteps) * len(chunk_starts(num_frames, self.vae_scale_factor_temporal))
+    def _count_steps(self, steps: int, chunks: int, strength: float = 1.0, resample: int = 1) -> int:
+        """Calls of the scheduler that a video of so many chunks takes."""
+        return ((len(set_timesteps(self.scheduler, steps, strength)) - 1) * resample + 1) * chunks
+
+    def _video(self, video: Any, name: str = "video") -> Tensor:
+        """`(B, 3, T, H, W)` float32 in [-1, 1] of whatever VideoProcessor takes, or uint8 arrays; else a WaltError."""
+        if isinstance(video, Image.Image):
+            video = [video]
+        if isinstance(video, np.ndarray) and video.dtype == np.uint8:
+            video = video.astype(np.float32) / 255
+        try:
+            pixels: Tensor = self.video_processor.preprocess_video(video).float()
+        except (ValueError, TypeError, IndexError, AttributeError, RuntimeError) as error:
+            raise WaltError(
+                f"{name} must be a tensor (B, T, 3, H, W) or (T, 3, H, W), an array (B, T, H, W, 3) or (T, H, W, 3), "
+                f"or a list of PIL images or of videos of one size: {error}"
+            ) from error
+        if pixels.ndim != 5 or pixels.shape[1] != 3:
+            raise WaltError(f"{name} must have 3 colour channels, got (B, C, T, H, W) = {tuple(pixels.shape)}")
+        return pixels
 
     def _end_step(self, t: Any, latents: Tensor, prompt: Prompt) -> tuple[Tensor, Prompt]:
         if self._callback is not None:

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
-from walt.chunking import CHUNK_FRAMES, OVERLAP_LATENTS, chunk_length, chunk_starts, join_chunks, latent_frames
+from walt.chunking import (
+    CHUNK_FRAMES,
+    OVERLAP_LATENTS,
+    chunk_count,
+    chunk_length,
+    chunk_starts,
+    fitting_frames,
+    latent_frames,
+    windows,
+)
 from walt.errors import WaltError
 
 
@@ -19,7 +30,8 @@ def test_starts_cover_the_video_exactly(frames: int, starts: list[int]) -> None:
     video = torch.arange(frames).view(1, 1, -1, 1, 1)
     chunks = [video[:, :, start : start + length] for start in starts]
     assert all(chunk.shape[2] == length for chunk in chunks)
-    assert torch.equal(join_chunks(chunks), video)
+    assert torch.equal(torch.cat([chunks[0], *(chunk[:, :, 5:] for chunk in chunks[1:])], dim=2), video)
+    assert chunk_count(frames) == len(starts) and fitting_frames(frames) == frames
 
 
 def test_latent_counts() -> None:
@@ -41,11 +53,38 @@ def test_what_is_no_positive_integer_is_refused(frames: object) -> None:
         chunk_starts(frames)  # type: ignore[arg-type]
 
 
-def test_join_keeps_the_first_copy_of_the_overlap() -> None:
-    first, second = torch.zeros(1, 1, 17, 2, 2), torch.ones(1, 1, 17, 2, 2)
-    joined = join_chunks([first, second])
-    assert joined.shape[2] == 29 and joined[:, :, :17].sum() == 0 and joined[:, :, 17:].min() == 1
-    with pytest.raises(WaltError, match="more than 5 frames"):
-        join_chunks([first, first[:, :, :5]])
-    with pytest.raises(WaltError, match="at least one"):
-        join_chunks([])
+@pytest.mark.parametrize("frames", [1, 2, 5, 6, 16, 17, 18, 21, 28, 29, 30, 60])
+@pytest.mark.parametrize("piece", [1, 5, 12, 100])
+def test_any_length_in_any_pieces_is_covered(frames: int, piece: int) -> None:
+    video = torch.arange(frames).view(1, 1, -1, 1, 1)
+    chunks = list(windows(iter(video.split(piece, dim=2))))
+    assert [last for *_, last in chunks] == [False] * (len(chunks) - 1) + [True]
+    assert len(chunks) == chunk_count(frames)
+    for start, chunk, valid, last in chunks:
+        assert torch.equal(chunk[:, :, :valid], video[:, :, start : start + valid])
+        assert chunk.shape[2] % 4 == 1 and (chunk.shape[2] == 17 or last)
+        assert 0 <= chunk.shape[2] - valid < 4 and bool((chunk[:, :, valid:] == frames - 1).all())
+    joined = torch.cat([chunk[:, :, (5 if start else 0) : valid] for start, chunk, valid, _ in chunks], dim=2)
+    assert torch.equal(joined, video)
+
+
+def test_windows_hold_no_more_than_a_chunk_and_a_piece() -> None:
+    asked = 0
+
+    def pieces() -> Iterator[torch.Tensor]:
+        nonlocal asked
+        while True:
+            asked += 1
+            yield torch.zeros(1, 1, 6, 1, 1)
+
+    stream = windows(pieces())
+    for _ in range(5):
+        start, *_ = next(stream)
+        assert asked * 6 <= start + 17 + 6
+    with pytest.raises(WaltError, match="at least one frame"):
+        next(windows([]))
+
+
+@pytest.mark.parametrize(("frames", "fitting"), [(1, 1), (2, 5), (17, 17), (18, 29), (29, 29), (30, 41)])
+def test_fitting_frames(frames: int, fitting: int) -> None:
+    assert fitting_frames(frames) == fitting

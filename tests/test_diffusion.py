@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
 
 from walt.diffusion import (
+    GuidanceOptions,
     add_noise,
     coefficients,
     draw_timesteps,
     guide,
     make_scheduler,
     noise_from_velocity,
+    oscillating_scale,
+    power_cosine_scale,
     signal_level,
+    threshold_x0,
     velocity,
     x0_from_velocity,
 )
+from walt.errors import WaltError
 
 
 @pytest.fixture
@@ -120,3 +128,76 @@ def test_timesteps_are_uniform_or_mostly_logit_normal() -> None:
     inside = ((normal >= 214) & (normal < 426)).float().mean()
     assert abs(float(inside) - (0.9 * 0.683 + 0.1 * 0.212)) < 0.02
     assert 0.02 < float((normal >= 700).float().mean()) < 0.05
+
+
+def test_oscillating_guidance_holds_and_then_alternates() -> None:
+    assert [oscillating_scale(15, step, 4) for step in range(10)] == [15, 15, 15, 15, 1, 15, 1, 15, 1, 15]
+    assert [oscillating_scale(15, step, 0, 3) for step in range(3)] == [3, 15, 3]
+
+
+def test_power_cosine_guidance_is_its_formula_and_rises() -> None:
+    """1 + (w - 1) (1 - cos(pi (1 - t/T)^s)) / 2 in float64, with the values that can be had by hand."""
+    noise = np.linspace(1, 0, 101)
+    for power in (1.0, 4.0):
+        expected = 1 + (3.8 - 1) * (1 - np.cos(np.pi * (1 - noise) ** power)) / 2
+        found = [power_cosine_scale(3.8, float(x), power) for x in noise]
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
+        assert np.all(np.diff(found) >= 0)
+        assert found[0] == 1 and found[-1] == pytest.approx(3.8, abs=1e-12)
+    assert power_cosine_scale(5, 0.5, 1.0) == pytest.approx(3)  # half way of the plain cosine
+    assert power_cosine_scale(5, 1 - 0.5**0.25, 4.0) == pytest.approx(3)
+
+
+def test_options_give_the_scale_of_a_step() -> None:
+    assert GuidanceOptions().scale(6, 3, 500) == 6
+    assert GuidanceOptions("oscillating", hold=1).scale(6, 1, 500) == 1
+    assert GuidanceOptions("power-cosine", power=1.0).scale(6, 0, 999) == 1
+    assert GuidanceOptions("power-cosine", power=1.0).scale(6, 0, 0) == pytest.approx(6)
+
+
+def test_thresholds_are_imagens(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Section 2.3 of arXiv 2205.11487, in numpy and float64."""
+    x0 = pair[0] * torch.tensor([0.1, 1.0, 2.0, 5.0], dtype=torch.float64).reshape(-1, 1, 1, 1, 1)
+    assert torch.equal(threshold_x0(x0, 1.5), torch.from_numpy(np.clip(x0.numpy(), -1.5, 1.5)))
+    found = threshold_x0(x0, 1.5, 0.9)
+    for row, out in zip(x0.numpy(), found.numpy(), strict=True):
+        s = max(np.quantile(np.abs(row), 0.9), 1.5)
+        np.testing.assert_allclose(out, np.clip(row, -s, s) / s * 1.5, rtol=1e-12)
+    assert torch.equal(found[0], x0[0])  # within the bound nothing changes
+    assert float(found.abs().max()) == pytest.approx(1.5)
+    # A sample does not depend on its batch.
+    torch.testing.assert_close(threshold_x0(x0[2:3], 1.5, 0.9), found[2:3], rtol=0, atol=0)
+
+
+def test_a_bounded_prediction_has_the_thresholded_latents(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
+    x0, noise = pair
+    scheduler = make_scheduler()
+    for t in (0, 400, 999):
+        x_t, v = add_noise(scheduler, x0, noise, t), velocity(scheduler, x0, noise, t)
+        assert GuidanceOptions().bound(scheduler, v, x_t, t) is v
+        assert torch.equal(GuidanceOptions(threshold=100.0).bound(scheduler, v, x_t, t), v)
+        for percentile in (None, 0.8):
+            out = GuidanceOptions(threshold=0.7, percentile=percentile).bound(scheduler, v, x_t, t)
+            expected = threshold_x0(x0, 0.7, percentile)
+            torch.testing.assert_close(x0_from_velocity(scheduler, out, x_t, t), expected, rtol=0, atol=1e-9)
+            # The noise follows: eps = (x_t - signal x0) / sigma.
+            signal, sigma = coefficients(scheduler, t, x0)
+            eps = (x_t - signal * expected) / sigma
+            torch.testing.assert_close(noise_from_velocity(scheduler, out, x_t, t), eps, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"schedule": "cosine"}, "must be one of constant, oscillating, power-cosine, got 'cosine'"),
+        ({"hold": -1}, "at least 0"),
+        ({"power": 0}, "must be positive, got 0"),
+        ({"threshold": 0.0}, "must be positive, got 0.0"),
+        ({"percentile": 0.9}, "go with a threshold"),
+        ({"threshold": 1.0, "percentile": 1.0}, "between 0 and 1"),
+        ({"power": math.nan}, "must be positive"),
+    ],
+)
+def test_options_that_do_not_fit(fields: dict, message: str) -> None:
+    with pytest.raises(WaltError, match=message):
+        GuidanceOptions(**fields)

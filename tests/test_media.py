@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from walt.errors import WaltError
-from walt.media import read_image, read_video, write_image, write_video
+from walt.media import VideoWriter, read_image, read_video, stream_video, write_image, write_video
 
 
 @pytest.fixture
@@ -42,6 +42,48 @@ def test_image_round_trip(tmp_path: Path, frames: np.ndarray) -> None:
     write_image(frames[0], tmp_path / "x.png")
     assert np.array_equal(read_image(tmp_path / "x.png"), frames[0])
     assert os.listdir(tmp_path) == ["x.png"]
+
+
+def test_streamed_file_is_the_same(tmp_path: Path, frames: np.ndarray) -> None:
+    write_video(frames, tmp_path / "whole.mp4", fps=8)
+    with VideoWriter(tmp_path / "pieces.mp4", fps=8) as writer:
+        for piece in (frames[:4], frames[4:5], frames[5:]):
+            writer.add(piece)
+        assert not (tmp_path / "pieces.mp4").exists(), "only whole files appear"
+    assert (tmp_path / "pieces.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
+    pieces = list(stream_video(tmp_path / "pieces.mp4", 4))
+    assert [len(piece) for piece in pieces] == [4, 4, 1]
+    assert np.array_equal(np.concatenate(pieces), read_video(tmp_path / "whole.mp4")[0])
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, GeneratorExit])
+def test_a_stream_that_breaks_off_leaves_nothing(
+    tmp_path: Path, frames: np.ndarray, error: type[BaseException]
+) -> None:
+    path = tmp_path / "x.mp4"
+    path.write_bytes(b"the old file")
+    with pytest.raises(error), VideoWriter(path) as writer:
+        writer.add(frames)
+        raise error
+    assert os.listdir(tmp_path) == ["x.mp4"] and path.read_bytes() == b"the old file"
+
+
+def test_streams_refuse(tmp_path: Path, frames: np.ndarray) -> None:
+    path = tmp_path / "x.mp4"
+    with pytest.raises(WaltError, match="at least one frame"), VideoWriter(path):
+        pass
+    with pytest.raises(WaltError, match="must be of one size"), VideoWriter(path) as writer:
+        writer.add(frames)
+        writer.add(frames[:, :24])
+    with pytest.raises(WaltError, match="even height and width"), VideoWriter(path) as writer:
+        writer.add(frames[:, 1:])
+    with pytest.raises(WaltError, match="fps must be positive"):
+        VideoWriter(path, 0)
+    with pytest.raises(WaltError, match="there is no folder"):
+        VideoWriter(tmp_path / "no" / "x.mp4")
+    assert os.listdir(tmp_path) == []
+    with pytest.raises(WaltError, match="there is no file"):
+        next(stream_video(path))
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import FromOriginalModelMixin
 from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
@@ -720,7 +721,7 @@ def _shortcut(blocks: int, latent: int, widths: Sequence[int], times: Sequence[i
 # The model
 
 
-class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin):
+class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin, FromOriginalModelMixin):
     """Causal video tokenizer with continuous latents (W.A.L.T. section 3.1; MAGVIT-v2 section 3 and appendix A).
 
     `(B, 3, 1 + 4k, 8h, 8w)` in [-1, 1] <-> `(B, latent_channels, 1 + k, h, w)`. An image is a one-frame video through
@@ -978,7 +979,7 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin):
         if indices.ndim != 4 or 0 in indices.shape:
             raise WaltError(f"indices must be (B, t, h, w), got shape {tuple(indices.shape)}")
         codes = self._codebook().indices_to_codes(indices)
-        return self._decode(codes.to(self.decoder.conv_in.weight.dtype)).clamp(-1.0, 1.0)
+        return self._decode(codes.to(self.dtype)).clamp(-1.0, 1.0)
 
     @property
     def vocab_size(self) -> int:

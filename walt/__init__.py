@@ -16,9 +16,13 @@ if TYPE_CHECKING:
     from walt.models.transformer_nuwa import NuwaTransformer3DModel
     from walt.models.transformer_uvit import UViTTransformer3DModel
     from walt.models.transformer_walt import WaltTransformer3DModel
+    from walt.pipelines.conditions import WaltCondition
+    from walt.pipelines.lora import WaltLoraLoaderMixin
+    from walt.pipelines.modular_walt import WaltBlocks, WaltModularPipeline
     from walt.pipelines.pipeline_nuwa import NuwaPipeline
     from walt.pipelines.pipeline_walt import WaltPipeline
     from walt.pipelines.pipeline_walt_cascade import WaltCascadePipeline
+    from walt.pipelines.pipeline_walt_condition import WaltConditionPipeline
     from walt.pipelines.pipeline_walt_super_resolution import WaltSuperResolutionPipeline
     from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt
     from walt.tokenizers.text import CompactTextEncoder
@@ -31,8 +35,13 @@ __all__ = [
     "NuwaPipeline",
     "NuwaTransformer3DModel",
     "UViTTransformer3DModel",
+    "WaltBlocks",
     "WaltCascadePipeline",
+    "WaltCondition",
+    "WaltConditionPipeline",
     "WaltError",
+    "WaltLoraLoaderMixin",
+    "WaltModularPipeline",
     "WaltPipeline",
     "WaltSuperResolutionPipeline",
     "WaltTransformer3DModel",
@@ -51,7 +60,12 @@ _HOMES = {
     "NuwaPipeline": "walt.pipelines.pipeline_nuwa",
     "NuwaTransformer3DModel": "walt.models.transformer_nuwa",
     "UViTTransformer3DModel": "walt.models.transformer_uvit",
+    "WaltBlocks": "walt.pipelines.modular_walt",
+    "WaltModularPipeline": "walt.pipelines.modular_walt",
+    "WaltLoraLoaderMixin": "walt.pipelines.lora",
     "WaltCascadePipeline": "walt.pipelines.pipeline_walt_cascade",
+    "WaltCondition": "walt.pipelines.conditions",
+    "WaltConditionPipeline": "walt.pipelines.pipeline_walt_condition",
     "WaltPipeline": "walt.pipelines.pipeline_walt",
     "WaltSuperResolutionPipeline": "walt.pipelines.pipeline_walt_super_resolution",
     "WaltTransformer3DModel": "walt.models.transformer_walt",

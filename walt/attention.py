@@ -23,16 +23,14 @@ from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from diffusers.models.attention_dispatch import (
-    AttentionBackendName,
-    _AttentionBackendRegistry,
-    dispatch_attention_fn,
-)
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from torch import Tensor, library, nn
 
 from walt.errors import WaltError
 from walt.latents import Grid, positions, token_counts
+from walt.register import active_attention_backend
 
 Window = tuple[int | None, int | None, int | None]
 """Frames, rows and columns of a window in tokens; None is the sample's whole extent."""
@@ -238,6 +236,104 @@ def _plan_on(plan: WindowPlan, device: torch.device) -> WindowPlan:
         )
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PlanShare(WindowPlan):
+    """What one of several ranks has of a plan: whole windows, so that their attention needs nothing from other ranks.
+
+    Attributes:
+        order: `(own,)` int64, where its tokens are in the pack. `tokens`, `groups` and so on are likewise its own.
+        back: `(L,)` int64, for every token of the pack its row among all ranks' results, `most` rows each.
+        most: tokens of the rank that has most.
+        group: the ranks.
+    """
+
+    back: Tensor
+    most: int
+    group: Any
+
+    def gather(self, x: Tensor) -> Tensor:
+        """`(L, ...)` in pack order to this rank's `(own, ...)` in window order."""
+        assert self.order is not None
+        return x.index_select(0, self.order)
+
+    def scatter(self, x: Tensor) -> Tensor:
+        """This rank's results `(own, D)`, with everybody else's, in pack order `(L, D)`."""
+        every: Tensor = _AllGather.apply(F.pad(x, (0, 0, 0, self.most - len(x))), self.group)
+        return every.index_select(0, self.back)
+
+
+class _AllGather(torch.autograd.Function):
+    """Rows of all ranks one after another. The gradient is this rank's part of a loss that all ranks compute alike."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.rank, ctx.rows = dist.get_rank(group), len(x)
+        every = x.new_empty(dist.get_world_size(group) * len(x), *x.shape[1:])
+        dist.all_gather_into_tensor(every, x.contiguous(), group=group)
+        return every
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0][ctx.rank * ctx.rows :][: ctx.rows], None
+
+
+@lru_cache(maxsize=256)
+def share_plan(plan: WindowPlan, group: Any) -> PlanShare:
+    """This rank's windows of `plan`, dealt out group by group, so that ranks are one window of each apart at most.
+
+    A rank may come away with nothing (a pack of one window).
+    """
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    with torch.inference_mode(False):
+        order = torch.arange(plan.tokens, device="cpu") if plan.order is None else plan.order.cpu()
+        everyone = [_share(plan, r, ranks) for r in range(ranks)]
+        most = max(len(places) for places, _ in everyone)
+        back = torch.empty(plan.tokens, dtype=torch.int64, device="cpu")
+        for r, (places, _) in enumerate(everyone):
+            back[order[places]] = torch.arange(len(places), device="cpu") + r * most
+        places, own = everyone[rank]
+        device = next((x.device for x in (plan.order, plan.context_index, *plan.offsets) if x is not None), back.device)
+        own = own.to(device)
+        return PlanShare(
+            own.tokens,
+            own.groups,
+            own.singles,
+            order[places].to(device),
+            None,
+            own.context_index,
+            own.offsets,
+            back=back.to(device),
+            most=most,
+            group=group,
+        )
+
+
+def _share(plan: WindowPlan, rank: int, ranks: int) -> tuple[Tensor, WindowPlan]:
+    """Where the tokens of a rank are in the planned order, and the plan of its windows, on the host."""
+
+    def portion(count: int, turn: int) -> tuple[int, int]:
+        return count * turn // ranks, count * (turn + 1) // ranks
+
+    first, last = portion(plan.singles, rank)
+    places, groups, contexts = [torch.arange(first, last, device="cpu")], [], []
+    start, context_start = last - first, 0
+    for i, group in enumerate(plan.groups):
+        first, last = portion(group.windows, (rank + i) % ranks)  # what does not divide goes around
+        if first == last:
+            continue
+        count = last - first
+        places.append(torch.arange(first * group.length, last * group.length, device="cpu") + group.start)
+        groups.append(group._replace(start=start, windows=count, context_start=context_start))
+        if plan.context_index is not None and group.context_length:
+            begin = group.context_start + first * group.context_length
+            contexts.append(plan.context_index[begin : begin + count * group.context_length].cpu())
+        start += count * group.length
+        context_start += count * group.context_length
+    index = torch.cat(contexts) if contexts else None
+    offsets = tuple(_offsets(g.shape) for g in groups if g.shape is not None)
+    return torch.cat(places), WindowPlan(start, tuple(groups), len(places[0]), None, None, index, offsets)
+
+
 class _Permute(torch.autograd.Function):
     """Rows by a permutation; its gradient is the inverse gather, where index_select's would be a slow scatter-add."""
 
@@ -262,7 +358,6 @@ def window_attention(
     context_value: Tensor | None = None,
     bias: Callable[..., Tensor] | None = None,
     backend: Any = None,
-    parallel_config: Any = None,
 ) -> Tensor:
     """Attention of every window of a pack, with no mask and no padding.
 
@@ -314,7 +409,7 @@ def window_attention(
         mask = None
         if bias is not None and plan.offsets:
             mask = bias(group.shape, plan.offsets[i], group.length).to(q.dtype)
-        y = dispatch_attention_fn(q, k, v, attn_mask=mask, backend=name, parallel_config=parallel_config)
+        y = dispatch_attention_fn(q, k, v, attn_mask=mask, backend=name)
         out.append(y.flatten(0, 1))
     if name in _ONE_CALL:
         if any(group.context_length for group in plan.groups):
@@ -348,7 +443,7 @@ def context_attention(
     runs = [(n, s, len(list(run))) for (n, s), run in itertools.groupby(zip(lengths, contexts, strict=True))]
     queries = query.split([n * count for n, _, count in runs])
     keys, values = (x.split([s * count for _, s, count in runs]) for x in (key, value))
-    name = _AttentionBackendRegistry._active_backend if backend is None else AttentionBackendName(backend)
+    name = active_attention_backend(backend)
     if name in _ONE_CALL:
         name = AttentionBackendName.NATIVE  # those take window plans
     out = []
@@ -383,7 +478,7 @@ def choose_backend(backend: Any, query: Tensor, plan: WindowPlan, biased: bool) 
     Raises:
         WaltError: a bias on a backend that takes none, or one that needs CUDA on another device.
     """
-    active = _AttentionBackendRegistry._active_backend if backend is None else AttentionBackendName(backend)
+    active: AttentionBackendName = active_attention_backend(backend)
     if backend is None and active == AttentionBackendName.NATIVE:
         half = query.dtype in (torch.float16, torch.bfloat16)
         if query.is_cuda and half and not biased and len(plan.groups) > 1 and _has_varlen():

@@ -1,9 +1,8 @@
-"""How a long video is cut into overlapping chunks (papers.md 1.5): every stage and the trainer use these numbers.
+"""How a long video is cut into overlapping chunks (W.A.L.T. section 3.4): every stage and the trainer use these numbers.
 
 The first chunk has up to 17 frames. Every later chunk is a clip of 17 frames that starts 12 frames after the one
 before: its first 5 frames are the last 5 of that chunk, re-encoded on their own into 2 latent frames that the denoiser
-    is given, and 12
-are new. Chunks are encoded and decoded each on its own; a join keeps the first copy of the overlap.
+is given, and 12 are new. Chunks are encoded and decoded each on its own; a join keeps the first copy of the overlap.
 
 In latents that is 5, 2 and 3 frames. A tokenizer with another `ratio` of frames to latents than walt's 4 has chunks of the
 same latents, so of 1 + 4 * ratio frames that overlap by 1 + ratio.
@@ -11,7 +10,7 @@ same latents, so of 1 + 4 * ratio frames that overlap by 1 + ratio.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -64,12 +63,43 @@ def chunk_length(num_frames: int, ratio: int = TEMPORAL_RATIO) -> int:
     return min(num_frames, 1 + (CHUNK_LATENTS - 1) * ratio)
 
 
-def join_chunks(chunks: Sequence[Tensor], ratio: int = TEMPORAL_RATIO) -> Tensor:
-    """`(B, C, T_i, H, W)` chunks of one video -> `(B, C, T, H, W)`, keeping the first copy of every overlap."""
-    if not chunks:
-        raise WaltError("join_chunks needs at least one chunk, got none")
-    overlap = overlap_frames(ratio)
-    short = [chunk.shape[2] for chunk in chunks[1:] if chunk.shape[2] <= overlap]
-    if short:
-        raise WaltError(f"every chunk after the first must have more than {overlap} frames, got {short[0]}")
-    return torch.cat([chunks[0], *(chunk[:, :, overlap:] for chunk in chunks[1:])], dim=2)
+def chunk_count(num_frames: int, ratio: int = TEMPORAL_RATIO) -> int:
+    """Chunks that a video of any number of frames takes; the last may be padded."""
+    chunk = 1 + (CHUNK_LATENTS - 1) * ratio
+    return 1 + -(-max(num_frames - chunk, 0) // (chunk - overlap_frames(ratio)))
+
+
+def fitting_frames(num_frames: int, ratio: int = TEMPORAL_RATIO) -> int:
+    """The smallest number of frames from `num_frames` on that `chunk_starts` allows."""
+    chunk = 1 + (CHUNK_LATENTS - 1) * ratio
+    if num_frames <= chunk:
+        return 1 + -(-(num_frames - 1) // ratio) * ratio
+    return chunk + (chunk_count(num_frames, ratio) - 1) * (chunk - overlap_frames(ratio))
+
+
+def windows(pieces: Iterable[Tensor], ratio: int = TEMPORAL_RATIO) -> Iterator[tuple[int, Tensor, int, bool]]:
+    """Chunks of a video of any length that comes in pieces `(B, C, n, H, W)`, holding no more than a chunk and a piece.
+
+    The last chunk may be shorter than the others, and is filled up with copies of the last frame to 1 + 4k frames.
+
+    Yields:
+        (first frame, frames `(B, C, 1 + 4k, H, W)`, how many of them are no filling, whether it is the last).
+    """
+    chunk, overlap = 1 + (CHUNK_LATENTS - 1) * ratio, overlap_frames(ratio)
+    source, start = iter(pieces), 0
+    held = next(source, None)
+    if held is None:
+        raise WaltError("a video needs at least one frame, got none")
+    while True:
+        # One frame more than the chunk: only so is it known not to be the last.
+        while held.shape[2] <= chunk and (more := next(source, None)) is not None:
+            held = torch.cat([held, more], dim=2)
+        frames, valid = held[:, :, :chunk], min(held.shape[2], chunk)
+        last = held.shape[2] <= chunk
+        missing = -(valid - 1) % ratio
+        if missing:
+            frames = torch.cat([frames, frames[:, :, -1:].expand(-1, -1, missing, -1, -1)], dim=2)
+        yield start, frames, valid, last
+        if last:
+            return
+        held, start = held[:, :, chunk - overlap :], start + chunk - overlap

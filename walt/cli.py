@@ -1,4 +1,5 @@
-"""The command line: `walt sample | nuwa | info | train | encode | data | evaluate | export`, one entry of COMMANDS each.
+"""The command line: `walt sample | nuwa | demo | info | train | encode | data | evaluate | export` and the tasks of
+task_commands.py, one entry of COMMANDS each.
 
 A command has three parts: its arguments, `prepare` (checks them: what it raises is a usage error, exit code 2) and
 `run` (what it raises happens at run time, exit code 1). Every error is one line, "walt: error: ..."; Ctrl-C exits with
@@ -16,11 +17,13 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from walt import commands, nuwa_commands
+from walt import commands, demo, nuwa_commands, task_commands
 from walt.errors import Terminated, WaltError, suggest
 
 if TYPE_CHECKING:
     import torch
+
+    from walt.diffusion import GuidanceOptions
 
 STAGE_NAMES = ("base", "super-resolution 1", "super-resolution 2")
 
@@ -183,14 +186,51 @@ def _sample_arguments(parser: argparse.ArgumentParser) -> None:
     add("--frames", type=int, metavar="N", help="1, 5, 9, 13, 17, 29, 41, ... (default: 29, or 1 for a still)")
     add("--height", type=int, metavar="PIXELS", help="of the last stage (default: the model's)")
     add("--width", type=int, metavar="PIXELS", help="of the last stage (default: the model's)")
-    add("--fps", type=float, default=8.0, help="frames per second of the file (default: 8)")
+    add(
+        "--fps",
+        type=float,
+        default=8.0,
+        help="16: the model's temporal stage doubles the frames; another rate plays the frames faster or slower "
+        "(default: 8)",
+    )
     add("--seed", type=int, default=0, help="the same seed gives the same video (default: 0)")
     add("--steps", type=int, nargs="+", metavar="N", help="inference steps: one number, or one per stage")
     add("--guidance", type=float, nargs="+", metavar="SCALE", help="guidance scale: one number, or one per stage")
     add("--guidance-rescale", type=float, default=0.0, metavar="PHI", help="0 to 1 (default: 0)")
+    add_guidance(add)
     add("--noise-level", type=int, metavar="T", help="noise on the low-resolution input, 0 to 999")
+    add(
+        "--context-guidance", type=float, default=1.0, metavar="SCALE", help="long videos: how hard later chunks follow"
+    )
+    add("--context-noise", type=int, default=0, metavar="T", help="long videos: noise on what they follow, 0 to 999")
+    add("--anchor-every", type=int, default=0, metavar="N", help="long videos: every N chunks one ends on frame 0")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="default: the fastest right one")
+
+
+def add_guidance(add: Callable[..., Any]) -> None:
+    """The options of `guidance_options`, for every verb that samples."""
+    schedules = ("constant", "oscillating", "power-cosine")
+    add("--guidance-schedule", choices=schedules, default="constant", help="over the steps (default: constant)")
+    add("--guidance-hold", type=int, default=5, metavar="N", help="oscillating: steps at full scale first (default: 5)")
+    add("--guidance-low", type=float, default=1.0, metavar="SCALE", help="oscillating: scale in turn (default: 1)")
+    add("--guidance-power", type=float, default=4.0, metavar="S", help="power-cosine: weak for longer (default: 4)")
+    add("--threshold", type=float, metavar="X", help="bound on predicted latents, in standard deviations")
+    add("--threshold-percentile", type=float, metavar="P", help="makes the bound dynamic, such as 0.995")
+
+
+def guidance_options(args: argparse.Namespace) -> GuidanceOptions:
+    """What `add_guidance` read; a WaltError for values that do not fit."""
+    from walt.diffusion import GuidanceOptions
+
+    return GuidanceOptions(
+        schedule=args.guidance_schedule,
+        hold=args.guidance_hold,
+        low=args.guidance_low,
+        power=args.guidance_power,
+        threshold=args.threshold,
+        percentile=args.threshold_percentile,
+    )
 
 
 def _sample_prepare(args: argparse.Namespace) -> None:
@@ -220,6 +260,10 @@ def _sample_prepare(args: argparse.Namespace) -> None:
         raise WaltError(f"--fps must be positive, got {args.fps}")
     if not 0 <= args.guidance_rescale <= 1:
         raise WaltError(f"--guidance-rescale must be from 0 to 1, got {args.guidance_rescale}")
+    if not args.context_guidance >= 0 or args.anchor_every < 0:
+        raise WaltError("--context-guidance and --anchor-every must not be negative")
+    if not 0 <= args.context_noise <= 999:
+        raise WaltError(f"--context-noise must be from 0 to 999, got {args.context_noise}")
     if args.noise_level is not None and not 0 <= args.noise_level <= 999:
         raise WaltError(f"--noise-level must be from 0 to 999, got {args.noise_level}")
     if not 0 <= args.seed < 2**63:
@@ -227,13 +271,14 @@ def _sample_prepare(args: argparse.Namespace) -> None:
     for name, values, low in (("--steps", args.steps, 1), ("--guidance", args.guidance, 0)):
         if values is not None and (len(values) > 3 or min(values) < low):
             raise WaltError(f"{name} takes one number, or one per stage, of at least {low}, got {values}")
+    args.options = guidance_options(args)
     args.model = model_folder(args.model)
 
 
 def _sample_run(args: argparse.Namespace) -> None:
     import torch
 
-    from walt.media import is_image_path, write_image, write_video
+    from walt.data.emoji import FPS
 
     device = choose_device(args.device)
     pipe = load_cascade(args.model, choose_dtype(args.dtype, device), device)
@@ -241,6 +286,10 @@ def _sample_run(args: argparse.Namespace) -> None:
         stages, height, width = pipe.check_inputs(args.stages, args.height, args.width, args.frames)
     except WaltError as error:
         raise UsageError(str(error)) from error
+    pipe.set_guidance(args.options)
+    double = args.fps == 2 * FPS and args.frames > 1
+    if double and pipe.temporal_super_resolution is None:
+        raise UsageError("--fps 16: this model has no temporal super-resolution stage, it makes 8 frames per second")
     steps = _spread("--steps", args.steps, pipe.default_steps(stages), stages)
     guidance = None if args.guidance is None else _spread("--guidance", args.guidance, None, stages)
     for number, prompt in enumerate(args.prompts):
@@ -248,28 +297,28 @@ def _sample_run(args: argparse.Namespace) -> None:
         if len(args.prompts) > 1:
             digits = len(str(len(args.prompts) - 1))
             path = path.with_name(f"{path.stem}-{number:0{digits}d}{path.suffix}")
-        with _Progress(prompt, pipe, steps, args.frames) as progress:
-            frames = pipe(
-                prompt,
-                negative_prompt=args.negative_prompt,
-                height=height,
-                width=width,
-                num_frames=args.frames,
-                num_inference_steps=steps,
-                guidance_scale=guidance,
-                guidance_rescale=args.guidance_rescale,
-                noise_level=args.noise_level,
-                stages=stages,
-                generator=torch.Generator().manual_seed(args.seed),
-                output_type="pt",
-                callback_on_step_end=progress.step,
-            ).frames[0]
-        pixels = (frames * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-        if is_image_path(path):
-            write_image(pixels[0], path)
-        else:
-            write_video(pixels, path, args.fps)
-        print(f"{path}: {len(pixels)} frame{'s' * (len(pixels) != 1)} of {width}x{height}, seed {args.seed}")
+        call: dict[str, Any] = {
+            "negative_prompt": args.negative_prompt,
+            "height": height,
+            "width": width,
+            "num_frames": args.frames,
+            "num_inference_steps": steps,
+            "guidance_scale": guidance,
+            "guidance_rescale": args.guidance_rescale,
+            "noise_level": args.noise_level,
+            "stages": stages,
+            "generator": torch.Generator().manual_seed(args.seed),
+            "double_frame_rate": double,
+        }
+        long = {
+            "context_guidance_scale": args.context_guidance,
+            "context_noise_level": args.context_noise,
+            "anchor_every": args.anchor_every,
+        }
+        with _Progress(prompt, pipe, steps, args.frames, double) as progress:
+            pieces = pipe.stream(prompt, callback_on_step_end=progress.step, **call, **long)
+            count, _ = task_commands.write(pieces, path, args.fps)
+        print(f"{path}: {count} frame{'s' * (count != 1)} of {width}x{height}, seed {args.seed}")
 
 
 def _spread(name: str, given: list[Any] | None, default: Any, stages: int) -> list[Any]:
@@ -283,20 +332,21 @@ def _spread(name: str, given: list[Any] | None, default: Any, stages: int) -> li
 class _Progress:
     """A bar per stage on the terminal (stderr), fed by the pipeline's callback."""
 
-    def __init__(self, prompt: str, pipe: Any, steps: list[int], frames: int) -> None:
+    def __init__(self, prompt: str, pipe: Any, steps: list[int], frames: int, double: bool = False) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-        from walt.chunking import chunk_starts
+        from walt.chunking import chunk_count
 
         console = Console(stderr=True)
         console.print(prompt, style="bold", markup=False, highlight=False)
         columns = (TextColumn("{task.description:<18}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self.bars = Progress(*columns, console=console)
-        chunks = len(chunk_starts(frames))
-        self.tasks = [
-            self.bars.add_task(STAGE_NAMES[i], total=count * chunks, start=not i) for i, count in enumerate(steps)
-        ]
+        later = chunk_count(2 * frames - 1 if double else frames)
+        rows = [(i + 1, STAGE_NAMES[i], count * (later if i else chunk_count(frames))) for i, count in enumerate(steps)]
+        if double:
+            rows.insert(1, (0, "frame rate", pipe.config.super_resolution_steps * later))
+        self.tasks = {stage: self.bars.add_task(name, total=total, start=stage == 1) for stage, name, total in rows}
 
     def __enter__(self) -> _Progress:
         self.bars.start()
@@ -307,7 +357,7 @@ class _Progress:
 
     def step(self, pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         """The pipeline's `callback_on_step_end`."""
-        task = self.tasks[pipe.current_stage - 1]
+        task = self.tasks[pipe.current_stage]
         self.bars.start_task(task)
         self.bars.advance(task)
         return tensors
@@ -387,12 +437,14 @@ def _info_run(args: argparse.Namespace) -> None:
 
 COMMANDS: dict[str, Command] = {
     "sample": Command("Make videos or stills from prompts.", _sample_arguments, _sample_prepare, _sample_run),
+    **task_commands.commands(Command),
     "nuwa": Command(
         "Text, sketches or parts of pictures to images and videos.",
         nuwa_commands.add,
         nuwa_commands.prepare,
         nuwa_commands.run,
     ),
+    "demo": Command("A local web page over a model.", demo.add, demo.prepare, demo.run),
     "info": Command("Describe a model: shapes, parameters, words, cost.", _info_arguments, _info_prepare, _info_run),
     "train": Command("Run a training recipe.", commands.add_train, commands.load_recipe, commands.train),
     "encode": Command("Precompute a recipe's latents.", commands.add_encode, commands.encode_prepare, commands.encode),

@@ -297,6 +297,7 @@ def _samples(objective: Any, model: Any) -> list[Tensor]:
     """For four training samples: what the model makes of their caption or low resolution, above the real thing."""
     import torch
 
+    from walt.conditioning import half_rate
     from walt.latents import denormalize
     from walt.pipelines.pipeline_walt import WaltPipeline
     from walt.pipelines.pipeline_walt_super_resolution import WaltSuperResolutionPipeline
@@ -315,7 +316,7 @@ def _samples(objective: Any, model: Any) -> list[Tensor]:
         real, generator = pixels(latents[number]), torch.Generator().manual_seed(number)
         if objective.super_resolution:
             upscale = WaltSuperResolutionPipeline(vae=objective.vae, transformer=model, scheduler=objective.scheduler)
-            low = pixels(objective._latent(packed[number].low_res_video, packed[number].low_res))
+            low = half_rate(real) if objective.temporal else pixels(objective._low_res(packed[number]))
             made = upscale(video=low.transpose(1, 2), num_inference_steps=10, generator=generator, output_type="pt")
         else:
             words = objective.words
@@ -359,11 +360,14 @@ def add_encode(parser: argparse.ArgumentParser) -> None:
 
 def encode_prepare(args: argparse.Namespace) -> None:
     """Recipe, overrides and counts: mistakes here are usage errors."""
+    from walt.conditioning import low_res_kind
     from walt.training.job import DenoiserJob, MediaJob
 
     load_recipe(args)
     if not isinstance(args.job, DenoiserJob):
         raise WaltError(f"{args.recipe} is not a denoiser recipe: latents are encoded for one")
+    if low_res_kind(args.job.model) == "time":
+        raise WaltError(f"{args.recipe} is of a temporal stage, which encodes both frame rates as it trains")
     if isinstance(args.job.data, MediaJob):
         if args.count is not None:
             raise WaltError("--count goes with data.kind=emoji; of a user's media every clip is encoded")
@@ -605,6 +609,7 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", default="runs/emoji-base/final", help="base denoiser folder")
     parser.add_argument("--sr1", default="runs/emoji-sr1/final", help="first super-resolution folder")
     parser.add_argument("--sr2", default="runs/emoji-sr2/final", help="second super-resolution folder")
+    parser.add_argument("--temporal", metavar="FOLDER", help="temporal super-resolution folder (default: none)")
     parser.add_argument("--text", default="cache", help="folder with text_encoder/ and tokenizer/")
     parser.add_argument("--base-steps", type=int, default=50)
     parser.add_argument("--sr-steps", type=int, default=20)
@@ -639,6 +644,9 @@ def export(args: argparse.Namespace) -> None:
         name: load_folder(WaltTransformer3DModel, folder, name).half()
         for name, folder in (("transformer", args.base), ("transformer_2", args.sr1), ("transformer_3", args.sr2))
     }
+    if args.temporal is not None:
+        name = "temporal_super_resolution"
+        stages[name] = load_folder(WaltTransformer3DModel, args.temporal, name).half()
     vae = load_folder(AutoencoderKLWalt, args.vae, "vae").half()
     pipe = WaltCascadePipeline(
         tokenizer=AutoTokenizer.from_pretrained(f"{args.text}/tokenizer"),

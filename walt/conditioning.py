@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -45,10 +46,19 @@ def draw_given_frames(
     return given
 
 
-def random_mask(mask: Tensor, generator: torch.Generator) -> Tensor:
-    """An arbitrary mask in place of `mask` `(1, t, h, w)`: random frames of a clip, or everything but a random box.
+MASK_KINDS = ("frames", "first", "last", "both", "box", "moment", "inside")
 
-    Ones are given; something always is and something never. The two kinds are drawn evenly, for an image only boxes.
+
+def random_mask(mask: Tensor, generator: torch.Generator, kinds: Sequence[str] = ("box", "frames")) -> Tensor:
+    """An arbitrary mask in place of `mask` `(1, t, h, w)`, of one of `kinds`, drawn evenly.
+
+    Ones are given; something always is and something never. Given are, by kind (and the tasks that need it):
+    - "frames": random frames (keyframes);
+    - "first", "last", "both": frames at the beginning, the end, or both (continue, rewind, loop and connect);
+    - "box": everything but a random box through all frames (fill);
+    - "moment": everything but a random box in a random span of frames (fill in space and time);
+    - "inside": a random box through all frames (outpaint).
+    An image has only boxes; where a kind is impossible another one of its sort is taken.
     """
     t, h, w = mask.shape[1:]
     result = torch.zeros_like(mask)
@@ -56,23 +66,68 @@ def random_mask(mask: Tensor, generator: torch.Generator) -> Tensor:
     def below(count: int) -> int:
         return int(torch.randint(count, (), generator=generator))
 
-    frames = bool(below(2)) and t > 1
-    if frames or h * w == 1:
-        if t == 1:
-            return result
-        order = torch.randperm(t, generator=generator)
-        result[:, order[: 1 + below(t - 1)]] = 1.0
+    kind = kinds[below(len(kinds))]
+    spatial = kind in ("box", "moment", "inside")
+    if t == 1 and h * w == 1:
+        return result
+    if h * w == 1 and spatial:
+        kind, spatial = "frames", False
+    if t == 1 and not spatial:
+        kind, spatial = "box", True
+    if not spatial:
+        order = torch.randperm(t, generator=generator) if kind == "frames" else torch.arange(t)
+        least = 2 if kind == "both" and t > 2 else 1
+        count = least + below(t - least)
+        if kind == "both" and count > 1:
+            order = order.roll(1 + below(count - 1))  # so many of them are the last frames
+        result[:, (order[-count:] if kind == "last" else order[:count])] = 1.0
         return result
     while True:
         height, width = 1 + below(h), 1 + below(w)
         if height * width < h * w:
             break
     top, left = below(h - height + 1), below(w - width + 1)
-    result.fill_(1.0)
-    result[:, :, top : top + height, left : left + width] = 0.0
+    start, end = 0, t
+    if kind == "moment":
+        length = 1 + below(t)
+        start = below(t - length + 1)
+        end = start + length
+    inside = kind == "inside"
+    result.fill_(0.0 if inside else 1.0)
+    result[:, start:end, top : top + height, left : left + width] = 1.0 if inside else 0.0
     return result
 
 
 def drop(count: int, probability: float, generator: torch.Generator) -> list[bool]:
     """Which of `count` samples lose their text (or class) so that the unconditional model is learnt too."""
     return (torch.rand(count, generator=generator) < probability).tolist()
+
+
+def low_res_kind(config: Mapping[str, Any]) -> Literal["space", "time"] | None:
+    """What a denoiser of this config is told of a video of less resolution: half the size, or half the frames.
+
+    A temporal stage (Imagen Video, arXiv 2210.02303, section 2.3) is a super-resolution denoiser with `low_res_scale` 1:
+    its low-resolution video has the same size, and every frame is shown twice.
+    """
+    if config.get("low_res_channels") is None:
+        return None
+    return "time" if config.get("low_res_scale", 2) == 1 else "space"
+
+
+def half_rate(video: Tensor) -> Tensor:
+    """Every second frame of `(..., T, H, W)`, the first among them: 1 + 2k frames become 1 + k."""
+    return video[..., ::2, :, :]
+
+
+def frames_twice(video: Tensor) -> Tensor:
+    """Every frame of `(..., n, H, W)` twice and the last one once: 2n - 1 frames, frame 2i of which is frame i."""
+    return video.repeat_interleave(2, dim=-3)[..., :-1, :, :]
+
+
+def pieces_twice(pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+    """`frames_twice` of a video that comes in pieces."""
+    last: Tensor | None = None
+    for piece in pieces:
+        twice = frames_twice(piece)
+        yield twice if last is None else torch.cat([last, twice], dim=-3)
+        last = piece[..., -1:, :, :]

@@ -1,6 +1,6 @@
 """The diffusion process as pure functions over diffusers' schedulers: schedule, noising, velocity targets, guidance.
 
-W.A.L.T. (papers.md 1.4; arXiv 2312.06662 section 4.1): x_t = signal x0 + sigma eps with signal^2 + sigma^2 = 1, 1000
+W.A.L.T. (arXiv 2312.06662 section 4.1): x_t = signal x0 + sigma eps with signal^2 + sigma^2 = 1, 1000
 steps of a linear beta schedule rescaled to zero terminal SNR (Lin et al., arXiv 2305.08891), velocity prediction
 (Salimans and Ho, arXiv 2202.00512): v = signal eps - sigma x0, hence x0 = signal x_t - sigma v and
 eps = sigma x_t + signal v.
@@ -12,11 +12,14 @@ any shape, and works in the dtype of its tensors.
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Literal, Protocol, get_args
 
 import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
+
+from walt.errors import WaltError
 
 
 class Schedule(Protocol):
@@ -159,3 +162,107 @@ def guide(cond: Tensor, uncond: Tensor, scale: float, rescale: float = 0.0) -> T
     dims = tuple(range(1, cond.ndim))
     ratio = cond.std(dim=dims, keepdim=True) / guided.std(dim=dims, keepdim=True).clamp_min(1e-8)
     return guided * (rescale * ratio + (1 - rescale))
+
+
+ScaleSchedule = Literal["constant", "oscillating", "power-cosine"]
+
+
+@dataclass(frozen=True)
+class GuidanceOptions:
+    """How guidance is spread over the steps, and how the clean latents it predicts are kept in bounds.
+
+    Attributes:
+        schedule: "constant"; "oscillating" (`oscillating_scale`); "power-cosine" (`power_cosine_scale`).
+        hold: oscillating: steps at the full scale before it alternates.
+        low: oscillating: the scale of every other step after them; 1 is no guidance, and half the work.
+        power: power-cosine: larger stays weak for longer.
+        threshold: bound on predicted clean latents, in units of their standard deviation; None for none.
+        percentile: None for a static bound, or the share of a sample's values that the dynamic one keeps (`threshold_x0`).
+
+    Raises:
+        WaltError: a value that does not fit.
+    """
+
+    schedule: ScaleSchedule = "constant"
+    hold: int = 5
+    low: float = 1.0
+    power: float = 4.0
+    threshold: float | None = None
+    percentile: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.schedule not in get_args(ScaleSchedule):
+            known = ", ".join(get_args(ScaleSchedule))
+            raise WaltError(f"guidance schedule must be one of {known}, got {self.schedule!r}")
+        if self.hold < 0 or self.low < 0:
+            raise WaltError(f"hold and low of oscillating guidance must be at least 0, got {self.hold} and {self.low}")
+        if not self.power > 0:
+            raise WaltError(f"power of power-cosine guidance must be positive, got {self.power}")
+        if self.threshold is not None and not self.threshold > 0:
+            raise WaltError(f"threshold of predicted latents must be positive, got {self.threshold}")
+        if self.percentile is not None and (self.threshold is None or not 0 < self.percentile < 1):
+            raise WaltError(
+                f"percentile must be between 0 and 1 and go with a threshold, got {self.percentile} and "
+                f"threshold {self.threshold}"
+            )
+
+    def scale(self, scale: float, step: int, timestep: float, last: float = 999.0) -> float:
+        """The guidance scale of one step, where the call asks for `scale`.
+
+        Args:
+            step: 0, 1, ... of the steps that run.
+            timestep: of that step, `last` at pure noise to 0.
+        """
+        if self.schedule == "oscillating":
+            return oscillating_scale(scale, step, self.hold, self.low)
+        if self.schedule == "power-cosine":
+            return power_cosine_scale(scale, timestep / last, self.power)
+        return scale
+
+    def bound(self, scheduler: Schedule, v: Tensor, x_t: Tensor, timestep: Tensor | int) -> Tensor:
+        """The prediction `v` whose clean latents are `threshold_x0` of those of `v`; the same `v` without a threshold."""
+        if self.threshold is None:
+            return v
+        x0 = x0_from_velocity(scheduler, v, x_t, timestep)
+        _, sigma = coefficients(scheduler, timestep, x_t)
+        # x_t stays: x0 = signal x_t - sigma v. Written as a difference, so that what is in bounds does not change.
+        return v + (x0 - threshold_x0(x0, self.threshold, self.percentile)) / sigma
+
+
+def oscillating_scale(scale: float, step: int, hold: int, low: float = 1.0) -> float:
+    """Imagen Video's oscillating guidance (arXiv 2210.02303, section 2.5): high at first, then low and high in turn.
+
+    It keeps the composition that strong guidance gives without the saturation of guiding every step. In walt's scale
+    1 is no guidance.
+    """
+    return scale if step < hold or (step - hold) % 2 else low
+
+
+def power_cosine_scale(scale: float, noise: float, power: float = 4.0) -> float:
+    """1 + (scale - 1) (1 - cos(pi (1 - noise)^power)) / 2: none at pure noise, all of `scale` at the end.
+
+    The schedule of MDT (arXiv 2303.14389) that W.A.L.T. uses on ImageNet: early steps, which decide the layout, stay
+    diverse.
+
+    Args:
+        noise: timestep / last timestep, 1 at pure noise.
+    """
+    return 1 + (scale - 1) * 0.5 * (1 - math.cos(math.pi * (1 - noise) ** power))
+
+
+def threshold_x0(x0: Tensor, bound: float, percentile: float | None = None) -> Tensor:
+    """Thresholding of predicted clean data (Imagen, arXiv 2205.11487, section 2.3), here of latents `(B, ...)`.
+
+    Strong guidance drives predictions out of the range of real data. Static: values beyond `bound` are clipped. Dynamic:
+    with s the `percentile` of a sample's magnitudes, and at least `bound`, values are clipped at s and divided by
+    s / bound, so that the whole sample comes back and few values lie at the bound.
+
+    Args:
+        bound: in units of x0; 1 for Imagen's pixels, some standard deviations for normalised latents.
+        percentile: None for static, else in (0, 1), such as 0.995.
+    """
+    if percentile is None:
+        return x0.clamp(-bound, bound)
+    sizes = torch.quantile(x0.flatten(1).abs().double(), percentile, dim=1).clamp_min(bound).to(x0)
+    sizes = sizes.reshape(-1, *[1] * (x0.ndim - 1))
+    return torch.minimum(torch.maximum(x0, -sizes), sizes) * (bound / sizes)

@@ -16,10 +16,11 @@ import secrets
 import struct
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from types import TracebackType
 from typing import BinaryIO, Literal
 
 import av
@@ -113,27 +114,87 @@ def write_video(frames: Pixels, path: str | Path, fps: float = 8) -> None:
     Raises:
         WaltError: frames or name that do not fit, a folder that cannot be written, a full disk.
     """
-    path = check_output(path, VIDEO_SUFFIXES)
+    _check_frames(frames)
+    with VideoWriter(path, fps) as writer:
+        writer.add(frames)
+
+
+class VideoWriter:
+    """Writes an H.264 file while its frames are made: `with VideoWriter(path, fps) as writer: writer.add(frames)`.
+
+    It takes the memory of a few frames, whatever the length. The file is at `path` when the block ends well, and nothing
+    is there when it does not.
+
+    Args:
+        path: ends in one of VIDEO_SUFFIXES.
+        fps: frames per second, positive.
+
+    Raises:
+        WaltError: frames or name that do not fit, a folder that cannot be written, a full disk, no frame at all.
+    """
+
+    def __init__(self, path: str | Path, fps: float = 8) -> None:
+        self.path = check_output(path, VIDEO_SUFFIXES)
+        if not fps > 0:
+            raise WaltError(f"fps must be positive, got {fps}")
+        self.fps = fps
+        self.count = 0
+        self._size: tuple[int, int] | None = None
+        self._stream: av.VideoStream | None = None
+
+    def __enter__(self) -> VideoWriter:
+        with ExitStack() as stack:
+            self._temporary = stack.enter_context(replacing(self.path))
+            stack.push(self._check)
+            options = {"movflags": "+faststart"}
+            self._container = stack.enter_context(av.open(str(self._temporary), "w", format="mp4", options=options))
+            stack.push(self._flush)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    def add(self, frames: Pixels) -> None:
+        """Appends uint8 `(n, H, W, 3)`, H and W even and always the same."""
+        _check_frames(frames)
+        height, width = frames.shape[1:3]
+        if self._size not in (None, (height, width)):
+            raise WaltError(f"the frames of a video must be of one size, got {self._size} and then {(height, width)}")
+        if self._stream is None:
+            self._size = height, width
+            self._stream = self._container.add_stream("libx264", rate=Fraction(self.fps).limit_denominator(1001))
+            self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
+            self._stream.options = {"crf": "16", "preset": "medium"}
+        for pixels in frames:
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+            self._container.mux(self._stream.encode(frame))
+            self.count += 1
+
+    def _flush(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None and self._stream is not None:
+            self._container.mux(self._stream.encode())
+
+    def _check(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Closing a container can lose an error of its last write: counts what truly arrived."""
+        if kind is not None:
+            return
+        if not self.count:
+            raise WaltError(f'cannot write "{self.path}": a video needs at least one frame')
+        with av.open(str(self._temporary)) as container:
+            arrived = sum(1 for packet in container.demux(video=0) if packet.size)
+        if arrived != self.count:
+            raise OSError(None, f"only {arrived} of {self.count} frames reached the file (is the disk full?)")
+
+
+def _check_frames(frames: Pixels) -> None:
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not len(frames):
         raise WaltError(f"frames must be uint8 (T, H, W, 3), got {frames.dtype} {tuple(frames.shape)}")
-    count, height, width, _ = frames.shape
+    height, width = frames.shape[1:3]
     if height % 2 or width % 2:
         raise WaltError(f"H.264 needs an even height and width, got {height}x{width}")
-    if not fps > 0:
-        raise WaltError(f"fps must be positive, got {fps}")
-    with replacing(path) as temporary:
-        with av.open(str(temporary), "w", format="mp4", options={"movflags": "+faststart"}) as container:
-            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-            stream.options = {"crf": "16", "preset": "medium"}
-            for pixels in frames:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")))
-            container.mux(stream.encode())
-        # Closing a container can lose an error of its last write: count what truly arrived.
-        with av.open(str(temporary)) as container:
-            arrived = sum(1 for packet in container.demux(video=0) if packet.size)
-        if arrived != count:
-            raise OSError(None, f"only {arrived} of {count} frames reached the file (is the disk full?)")
 
 
 def write_image(pixels: Pixels, path: str | Path) -> None:
@@ -164,6 +225,31 @@ def read_video(path: str | Path) -> tuple[Pixels, float]:
     if not frames or len(frames) < promised:
         raise WaltError(f'cannot read "{path}": it breaks off after {len(frames)} of {promised} frames')
     return np.stack(frames), fps
+
+
+def stream_video(path: str | Path, frames: int = 16) -> Iterator[Pixels]:
+    """The frames of `read_video` in pieces of at most so many, decoded as they are asked for; the same errors."""
+    path = _existing(path)
+    held: list[Pixels] = []
+    count = 0
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise WaltError(f'cannot read "{path}": it holds no video')
+            stream = container.streams.video[0]
+            for frame in container.decode(stream):
+                held.append(frame.to_ndarray(format="rgb24"))
+                count += 1
+                if len(held) == frames:
+                    yield np.stack(held)
+                    held = []
+            promised = stream.frames
+    except (OSError, av.error.FFmpegError) as error:
+        raise WaltError(f'cannot read "{path}" as a video: {error.strerror or error}') from error
+    if not count or count < promised:
+        raise WaltError(f'cannot read "{path}": it breaks off after {count} of {promised} frames')
+    if held:
+        yield np.stack(held)
 
 
 def read_image(path: str | Path) -> Pixels:

@@ -190,23 +190,44 @@ def test_a_world_without_held_out_pairs() -> None:
 # --------------------------------------------------------------------------------------------------- pictures
 
 
+@pytest.mark.parametrize("grid", [0, 8])
 @pytest.mark.parametrize(("height", "width"), [(128, 224), (224, 128), (128, 128)])
-def test_everything_stays_in_the_frame(theatre: EmojiTheatre, height: int, width: int) -> None:
-    stage = EmojiTheatre(SPRITES, split="all", world=RICH)
+def test_everything_stays_in_the_frame(theatre: EmojiTheatre, height: int, width: int, grid: int) -> None:
+    stage = EmojiTheatre(SPRITES, split="all", world=replace(RICH, grid=grid))
     for seed in range(150):
         scene = stage.scene(seed)
         for actor in scene.actors:
-            for u in np.linspace(0, 1, 29):
-                left, top, right, bottom = _place(actor, float(u), 240, 200, height, width)
+            for t in range(29):
+                left, top, right, bottom = _place(actor, t, 29, 240, 200, height, width)
                 x0, y0, x1, y1 = (c * s for c, s in zip(actor.cell, (width, height) * 2, strict=True))
                 assert x0 - 1e-6 <= left < right <= x1 + 1e-6
                 assert y0 - 1e-6 <= top < bottom <= y1 + 1e-6
 
 
+def test_on_a_grid_places_are_cells_and_steps_are_half_cells_in_four_frames() -> None:
+    stage = EmojiTheatre(SPRITES, split="all", world=replace(WORLD, grid=8))
+    for seed in range(12):
+        assert stage.scene(seed).actors[0].phase == 0.0
+        still = stage.box(stage.compose("frog", "pink", seed=seed, frames=1), 0, 128, 224)
+        assert [c % 16 for c in still[:2]] == pytest.approx([0, 0])
+        for motion, axis in (("moves left to right", 0), ("rises", 1)):
+            scene = stage.compose("frog", "pink", motion, seed=seed)
+            path = [stage.box(scene, t, 128, 224) for t in range(0, 29, 4)]
+            assert path[0][1 - axis] % 16 == pytest.approx(0)
+            steps = np.diff([box[axis] for box in path])
+            assert steps == pytest.approx([steps[0]] * 7)
+            assert abs(steps[0]) >= 8
+            assert steps[0] % 8 == pytest.approx(0)
+    with pytest.raises(WaltError, match="grid"):
+        World(grid=-1)
+
+
 def test_default_size_is_the_worlds(theatre: EmojiTheatre) -> None:
     low, high = theatre.world.size
     for seed in range(20):
-        left, top, right, bottom = _place(theatre.compose("frog", "pink", seed=seed).actors[0], 0, 100, 90, 128, 224)
+        left, top, right, bottom = _place(
+            theatre.compose("frog", "pink", seed=seed).actors[0], 0, 29, 100, 90, 128, 224
+        )
         assert low * 128 - 1 <= bottom - top <= high * 128 + 1
         assert (right - left) / (bottom - top) == pytest.approx(0.9)
 

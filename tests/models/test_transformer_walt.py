@@ -33,7 +33,7 @@ SIZES = ((3, 4, 6), (1, 4, 4), (4, 6, 8), (1, 8, 2), (3, 4, 6))
 
 
 def make(**fields: Any) -> WaltTransformer3DModel:
-    """A tiny model with every weight random: the initial one is the identity, which tests nothing."""
+    """A tiny model with every weight random, small ones too."""
     torch.manual_seed(0)
     model = WaltTransformer3DModel(**{**TINY, **fields})
     for parameter in model.parameters():
@@ -201,10 +201,12 @@ def test_given_frames_are_masked_by_the_model() -> None:
         assert torch.equal(model(**nothing).sample[0], model(**{**arguments, **zeros}).sample[0])
 
 
-def test_new_model_is_the_zero_map_and_branches_start_closed() -> None:
+def test_training_starts_from_the_zero_map_with_closed_branches() -> None:
     torch.manual_seed(0)
     model = WaltTransformer3DModel(**TINY, text_dim=10)
     arguments = inputs(model)
+    assert all(v.std() > 0.01 for v in model(**arguments).sample), "a new model is open"
+    model.close_branches()
     assert not any(v.any() for v in model(**arguments).sample)
     torch.nn.init.normal_(model.proj_out.weight)
     blocks, model.transformer_blocks = model.transformer_blocks, torch.nn.ModuleList()
@@ -235,6 +237,7 @@ def test_adaln_lora_parameter_count() -> None:
 
 def test_first_layer_has_no_low_rank_part_and_rank_0_correction_starts_at_zero() -> None:
     model = WaltTransformer3DModel(**TINY)
+    model.close_branches()
     assert model.transformer_blocks[0].adaln_up is None
     assert all(not b.adaln_up.weight.any() and b.adaln_down.weight.any() for b in model.transformer_blocks[1:])
 
@@ -404,6 +407,7 @@ def test_preconditioning_is_the_gaussian_posterior() -> None:
     """A silent network estimates zero: v is then known in closed form."""
     spread = 0.4
     model = WaltTransformer3DModel(**TINY, sigma_data=spread)
+    model.close_branches()
     arguments = inputs(model)
     told = arguments["timestep"] = torch.tensor([0.0, 100.0, 400.0, 800.0, 999.0])
     for v, x, t in zip(model(**arguments).sample, arguments["hidden_states"], told, strict=True):
@@ -422,6 +426,7 @@ def _silent(x: Tensor, mean: Tensor, spread: Tensor, timestep: Tensor) -> Tensor
 def test_super_resolution_spreads_with_the_contrast_of_its_input() -> None:
     """A silent network estimates the enlarged low resolution; the trust in it falls with the contrast around a cell."""
     model = WaltTransformer3DModel(**TINY, low_res_channels=4, sigma_data=0.4)
+    model.close_branches()
     arguments = inputs(model)
     told = arguments["timestep"] = torch.tensor([0.0, 100.0, 400.0, 800.0, 999.0])
     flat = arguments["low_res_hidden_states"][0][:, 1] = 0.3
@@ -442,6 +447,7 @@ def test_super_resolution_spreads_with_the_contrast_of_its_input() -> None:
     # flat ground passes untouched, whatever the noise and the network say
     model = make(low_res_channels=4, sigma_data=0.4)
     fresh = WaltTransformer3DModel(**TINY, low_res_channels=4, sigma_data=0.4)
+    fresh.close_branches()
     weights = {name: value for name, value in fresh.state_dict().items() if name.startswith("low_res_embed")}
     model.load_state_dict(weights, strict=False)
     arguments = inputs(model, ((3, 8, 12),)) | {"low_res_hidden_states": [torch.full((4, 3, 4, 6), flat)]}
@@ -468,6 +474,7 @@ def test_low_res_start_is_the_least_squares_upsampler() -> None:
         frames = [truth[int(i > 0)](low[:, i]).detach() for i in range(3)]
         pairs.append((low, torch.stack([F.pixel_shuffle(frame, 2) for frame in frames], dim=1)))
     model = WaltTransformer3DModel(**TINY, low_res_channels=4, sigma_data=0.5).double()
+    model.close_branches()
     model.fit_low_res_embed(pairs)
     low, high = pairs[0]
     arguments = inputs(model, ((3, 8, 12),))

@@ -21,9 +21,10 @@ from safetensors.torch import load_file
 from tests.data import media
 from tests.training.jobs import losses, save_tokenizer, saved, small_job, tokenizer_job
 from walt.commands import build_objective, draw_sheet, plan_job
-from walt.conditioning import draw_given_frames, random_mask
+from walt.conditioning import MASK_KINDS, draw_given_frames, random_mask
 from walt.errors import Terminated, WaltError
 from walt.models.transformer_walt import WaltTransformer3DModel
+from walt.pipelines.pipeline_walt import WaltPipeline
 from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt
 from walt.training import checkpoint
 from walt.training.adafactor import Adafactor
@@ -40,6 +41,7 @@ from walt.training.job import (
     recipes,
 )
 from walt.training.loop import Loss, Objective, Part, _same_recipe, train
+from walt.training.muon import Muon
 from walt.training.objectives import interpolated_positions
 from walt.training.optimizers import warm
 
@@ -152,6 +154,32 @@ def test_adafactor_is_that_of_torch() -> None:
         theirs.step()
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(first, second, strict=True))
     assert sum(v.numel() for k, v in ours.state[first[0]].items() if k != "step") == 6 + 4
+
+
+def test_muon_is_that_of_torch_on_matrices_and_adamw_on_the_rest() -> None:
+    torch.manual_seed(0)
+    shapes = ((6, 40), (40, 6), (16, 16), (7,))
+    first = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    second = [torch.nn.Parameter(p.detach().clone()) for p in first]
+    ours = Muon(first, lr=3e-2, weight_decay=0.1, betas=(0.9, 0.95))
+    theirs = torch.optim.Muon(second[:3], lr=3e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    rest = torch.optim.AdamW(second[3:], lr=3e-2, weight_decay=0.1, betas=(0.9, 0.95))
+    for step in range(20):
+        for a, b in zip(first, second, strict=True):
+            a.grad = torch.randn(a.shape) * 10 ** (step % 5 - 2)
+            b.grad = a.grad.clone()
+        for optimizer in (ours, theirs, rest):
+            optimizer.step()
+    assert torch.allclose(first[3], second[3], atol=1e-6)
+    for a, b in zip(first[:3], second[:3], strict=True):
+        assert torch.allclose(a, b, atol=2e-3)  # theirs iterates in bfloat16
+    # A convolution's kernel is the matrix (out, in x taps).
+    kernel, flat = torch.nn.Parameter(torch.randn(6, 4, 3, 3)), torch.randn(6, 36)
+    matrix = torch.nn.Parameter(kernel.detach().flatten(1).clone())
+    kernel.grad, matrix.grad = flat.view_as(kernel), flat
+    Muon([kernel]).step()
+    Muon([matrix]).step()
+    assert torch.equal(kernel.flatten(1), matrix)
 
 
 # -- guard
@@ -315,6 +343,40 @@ def test_arbitrary_masks_give_something_and_leave_something() -> None:
     assert kinds == {(1, False), (5, True), (5, False)}
 
 
+def test_mask_kinds_give_what_their_tasks_need() -> None:
+    """Every kind by what is given of 5 frames of 4 x 6, and that no kind breaks on images or single latents."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(kind: str, shape: tuple[int, ...] = (5, 4, 6)) -> list[torch.Tensor]:
+        return [random_mask(torch.zeros(1, *shape), generator, (kind,))[0] for _ in range(200)]
+
+    def frames(mask: torch.Tensor) -> list[int]:
+        assert bool((mask == mask[:, :1, :1]).all()), "whole frames"
+        return mask[:, 0, 0].int().tolist()
+
+    assert {tuple(frames(m)) for m in draw("first")} == {(1,) * n + (0,) * (5 - n) for n in range(1, 5)}
+    assert {tuple(frames(m)) for m in draw("last")} == {(0,) * (5 - n) + (1,) * n for n in range(1, 5)}
+    assert {tuple(frames(m)) for m in draw("both")} == {
+        (1,) * a + (0,) * (5 - a - b) + (1,) * b for a in range(1, 4) for b in range(1, 4) if a + b < 5
+    }
+    assert len({tuple(frames(m)) for m in draw("frames")}) > 20
+    for kind, inner in (("box", 0.0), ("inside", 1.0)):
+        for mask in draw(kind):
+            assert bool((mask == mask[:1]).all()), "through all frames"
+            rows, columns = (mask[0] == inner).nonzero().T
+            box = mask[0, rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+            assert bool((box == inner).all()) and box.numel() == len(rows) < 24
+    moments = draw("moment")
+    assert any(bool((m != m[:1]).any()) for m in moments)
+    for mask in moments:
+        touched = [i for i in range(5) if mask[i].min() == 0]
+        assert touched == list(range(touched[0], touched[-1] + 1)), "a span of frames"
+    for kind in MASK_KINDS:
+        for shape in ((1, 4, 6), (5, 1, 1), (2, 1, 2)):
+            assert all(set(m.unique().tolist()) == {0.0, 1.0} for m in draw(kind, shape)), (kind, shape)
+        assert random_mask(torch.zeros(1, 1, 1, 1), generator, (kind,)).sum() == 0
+
+
 def test_given_frames_are_drawn_from_their_choices() -> None:
     generator = torch.Generator().manual_seed(0)
     drawn = draw_given_frames([5] * 300, [0] * 300, 0.9, 0.1, generator, (2,))
@@ -474,7 +536,8 @@ def test_lora_trains_adapters_alone_and_comes_back(tmp_path: Path, export: str) 
                 parameter.copy_(state[f"ema.{name}"])
     if export == "adapter":
         loaded = WaltTransformer3DModel.from_pretrained(base)
-        loaded.load_lora_adapter(str(final), prefix=None, weight_name="pytorch_lora_weights.safetensors")
+        pipe = WaltPipeline(None, None, None, loaded, None)  # type: ignore[arg-type]
+        pipe.load_lora_weights(final)
     else:
         loaded = WaltTransformer3DModel.from_pretrained(final)
         assert not any("lora" in name for name in loaded.state_dict())
@@ -575,6 +638,11 @@ def test_plan_counts_what_the_run_will_hold(tmp_path: Path) -> None:
     warm(state)
     held = sum(v.numel() for entry in state.state.values() for k, v in entry.items() if k != "step")
     assert plan_job(adafactor, rate=1e9).memory["optimizer"] == 4 * held
+    muon = job.model_copy(update={"optimizer": OptimizerJob(kind="muon", lr=1e-3)})
+    moved = Muon(objective.model.parameters(), lr=1e-3)
+    warm(moved)
+    held = sum(v.numel() for entry in moved.state.values() for k, v in entry.items() if k != "step")
+    assert plan_job(muon, rate=1e9).memory["optimizer"] == 4 * held
 
 
 def test_planned_activations_are_what_autograd_keeps(tmp_path: Path) -> None:

@@ -53,8 +53,9 @@ def test_two_ranks_follow_one_and_checkpoints_go_from_any_number_to_any(tmp_path
         shutil.rmtree(tmp_path / copy / "checkpoint-00000020")
         return copy
 
-    names = {f"{parallel}-{kind}": (kind, parallel) for kind in ("adamw", "adafactor") for parallel in ("ddp", "fsdp")}
-    for kind in ("adamw", "adafactor"):
+    kinds = ("adamw", "adafactor", "muon")
+    names = {f"{parallel}-{kind}": (kind, parallel) for kind in kinds for parallel in ("ddp", "fsdp")}
+    for kind in kinds:
         alone = job(f"one-{kind}", kind)
         train(alone, build_objective(alone))
     trained = [job(name, kind, parallel=parallel) for name, (kind, parallel) in names.items()]

@@ -123,6 +123,11 @@ class World:
     `p_two`, `p_gradient`, `p_size` are the shares of scenes with two subjects, with a gradient background and with a
     size word in the caption. `size`, `near` and `far` are ranges of a lone subject's longest side over the short side of
     the frame: as it is when no word says otherwise, and where "comes closer" ends and begins.
+
+    `grid` = 0 stages freely. Otherwise the short side has that many cells: a subject stands at a whole cell, moves a
+    whole number of half cells in four frames (one latent frame), and what no word names (the frame its loop starts
+    with, where a circle begins and how wide it is, how high it bounces, its size within the range) is always the same.
+    With cells as large as a denoiser's tokens a small network has far fewer pictures to learn.
     """
 
     subjects: tuple[str, ...] = ()
@@ -134,6 +139,7 @@ class World:
     size: tuple[float, float] = (0.36, 0.44)
     near: tuple[float, float] = (0.62, 0.74)
     far: tuple[float, float] = (0.20, 0.26)
+    grid: int = 0
 
     def __post_init__(self) -> None:
         _known("backgrounds", self.backgrounds, COLOURS)
@@ -147,6 +153,8 @@ class World:
             low, high = getattr(self, name)
             if not 0.0 < low <= high <= 1.0:
                 raise WaltError(f"World: {name} must be (low, high) in 0..1, got {getattr(self, name)}")
+        if self.grid < 0:
+            raise WaltError(f"World: grid must be 0 (free) or a number of cells, got {self.grid}")
 
     def words(self) -> dict[str, list[str]]:
         """The known words by kind: subjects, backgrounds, motions (every phrasing), sizes, relations."""
@@ -165,9 +173,10 @@ EMBEDDED_WORLD = World(
     p_two=0.0,
     p_gradient=0.0,
     p_size=0.0,
-    size=(0.56, 0.66),
-    near=(0.74, 0.86),
-    far=(0.30, 0.38),
+    size=(0.5625, 0.5625),
+    near=(0.8, 0.8),
+    far=(0.34, 0.34),
+    grid=8,
 )
 
 
@@ -192,7 +201,7 @@ class Actor:
 
     cell: the part of the frame it lives in, (left, top, right, bottom) as fractions. size: its longest side over the
     frame's short side at the first and the last frame. path: kind of path and its numbers, in units of the free room
-    (-1 and 1 touch the cell's edges). phase: which frame of its loop it starts with, as a fraction.
+    (-1 and 1 touch the cell's edges). phase: which frame of its loop it starts with, as a fraction. grid: see `World`.
     """
 
     subject: str
@@ -201,6 +210,7 @@ class Actor:
     size: tuple[float, float]
     path: tuple[float, ...]
     phase: float
+    grid: int = 0
 
 
 @dataclass(frozen=True)
@@ -405,14 +415,15 @@ class EmojiTheatre:
         for place, (name, cell) in enumerate(zip(names, cells, strict=True)):
             acts = "stays" if still or (place == 1 and relation) else motion
             low, high = SIZES.get(size, self.world.size if len(names) == 1 else (0.32, 0.38))
-            first = last = low + (high - low) * rng.random()
+            first = last = self._between(rng, low, high)
             if acts in ("comes closer", "goes away"):
                 near, far = (self.world.near, self.world.far) if len(names) == 1 else ((0.40, 0.46), (0.20, 0.26))
-                first, last = (lo + (hi - lo) * rng.random() for lo, hi in (far, near))
+                first, last = (self._between(rng, *ends) for ends in (far, near))
                 if acts == "goes away":
                     first, last = last, first
             path = _path(rng, acts, (frames - 1) / FPS)
-            actors.append(Actor(name, acts, cell, (first, last), path, 0.0 if still else rng.random()))
+            phase = rng.random() if not (still or self.world.grid) else 0.0
+            actors.append(Actor(name, acts, cell, (first, last), path, phase, self.world.grid))
         other = _differs(rng, names, background, motion, self.subjects, self.world, still)
         return Scene(
             subjects=names,
@@ -427,13 +438,15 @@ class EmojiTheatre:
             actors=tuple(actors),
         )
 
+    def _between(self, rng: random.Random, low: float, high: float) -> float:
+        return low + (high - low) * (0.5 if self.world.grid else rng.random())
+
     # -- pictures
 
     def box(self, scene: Scene, t: int, height: int, width: int) -> tuple[float, float, float, float]:
         """Where the first subject is in frame t of a height x width picture: (left, top, right, bottom) in pixels."""
         strip = self.sprite(scene.actors[0].subject)
-        u = t / max(1, scene.frames - 1)
-        return _place(scene.actors[0], u, strip.shape[1], strip.shape[2], height, width)
+        return _place(scene.actors[0], t, scene.frames, strip.shape[1], strip.shape[2], height, width)
 
     def render(
         self,
@@ -443,16 +456,20 @@ class EmojiTheatre:
         start: int = 0,
         frames: int | None = 17,
         crop: tuple[int, int, int, int] | None = None,
+        rate: int = 1,
     ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         """Frames `start` .. `start + frames` of a scene as (RGB uint8 (T, H, W, 3), subject alpha uint8 (T, H, W)).
 
         `frames` = None renders to the scene's end. `crop` = (left, top, right, bottom) draws just that part of the
-        height x width picture. Frames outside the scene, or a side under 32 pixels: WaltError.
+        height x width picture. With `rate` frames follow each other `rate` times as fast as 8 per second, and are counted
+        so: frame `rate` x i is frame i of the scene; sprites still change 8 times per second. Frames outside the scene, or
+        a side under 32 pixels: WaltError.
         A sprite file that is damaged is named in a WaltError.
         """
-        stop = scene.frames if frames is None else start + frames
-        if not 0 <= start < stop <= scene.frames:
-            raise WaltError(f"frames {start}..{stop} are not in the scene, which has {scene.frames}")
+        length = (scene.frames - 1) * rate + 1
+        stop = length if frames is None else start + frames
+        if not 0 <= start < stop <= length:
+            raise WaltError(f"frames {start}..{stop} are not in the scene, which has {length}")
         if min(height, width) < 32:
             raise WaltError(f"height, width must be at least 32 pixels, got {height} x {width}")
         left, top, right, bottom = crop or (0, 0, width, height)
@@ -464,10 +481,10 @@ class EmojiTheatre:
         for actor in scene.actors:
             strip = self.sprite(actor.subject)
             for t in range(start, stop):
-                u = t / max(1, scene.frames - 1)
-                x0, y0, x1, y1 = _place(actor, u, strip.shape[1], strip.shape[2], height, width)
+                place = (strip.shape[1], strip.shape[2], height, width)
+                x0, y0, x1, y1 = _place(actor, t / rate, scene.frames, *place)
                 box = (x0 - left, y0 - top, x1 - left, y1 - top)
-                turn = (int(actor.phase * len(strip)) + t) % len(strip)
+                turn = (int(actor.phase * len(strip)) + t // rate) % len(strip)
                 _paste(strip[turn], box, video[t - start], alpha[t - start])
         return video, alpha
 
@@ -522,8 +539,11 @@ def _path(rng: random.Random, motion: str, seconds: float) -> tuple[float, ...]:
     return x, y, x, y
 
 
-def _place(actor: Actor, u: float, h: int, w: int, height: int, width: int) -> tuple[float, float, float, float]:
-    """Where an h x w sprite is at fraction u of the scene: (left, top, right, bottom) in pixels, inside its cell."""
+def _place(
+    actor: Actor, t: float, frames: int, h: int, w: int, height: int, width: int
+) -> tuple[float, float, float, float]:
+    """Where an h x w sprite is in frame t of a scene's: (left, top, right, bottom) in pixels, inside its cell."""
+    u = t / max(1, frames - 1)
     left, top = actor.cell[0] * width, actor.cell[1] * height
     room_w, room_h = actor.cell[2] * width - left, actor.cell[3] * height - top
     first, last = actor.size
@@ -531,21 +551,53 @@ def _place(actor: Actor, u: float, h: int, w: int, height: int, width: int) -> t
     scale = min(side / max(h, w), room_w / w, room_h / h)
     half_w, half_h = (room_w - w * scale) / 2, (room_h - h * scale) / 2  # free room on each side of the middle
     p = actor.path
+    cell = min(height, width) / actor.grid if actor.grid else 0.0
     match actor.motion:
         case "circles":
-            radius = p[2] * min(half_w, half_h)
-            angle = p[3] + 2 * math.pi * p[4] * u
-            x = p[0] * (half_w - radius) + radius * math.cos(angle)
-            y = p[1] * (half_h - radius) + radius * math.sin(angle)
+            radius = (0.875 if cell else p[2]) * min(half_w, half_h)
+            angle = (0.0 if cell else p[3]) + 2 * math.pi * p[4] * u
+            x = _snap(p[0] * (half_w - radius), half_w - radius, cell) + radius * math.cos(angle)
+            y = _snap(p[1] * (half_h - radius), half_h - radius, cell) + radius * math.sin(angle)
         case "bounces":
             beat = (u * p[3]) % 1.0
-            x = (p[0] + p[1] * u) * half_w
-            y = half_h * (0.95 - 1.9 * p[2] * 4 * beat * (1 - beat))  # parabolas from the floor
+            drift, rise = (0.0, 0.85) if cell else p[1:3]
+            x = _snap((p[0] + drift * u) * half_w, half_w, cell)
+            y = half_h * (0.95 - 1.9 * rise * 4 * beat * (1 - beat))  # parabolas from the floor
+        case "comes closer" | "goes away":
+            # Snapped where it is largest: there the free room is smallest.
+            scale_most = min(max(first, last) * min(height, width) / max(h, w), room_w / w, room_h / h)
+            most_w, most_h = (room_w - w * scale_most) / 2, (room_h - h * scale_most) / 2
+            x = _snap(p[0] * most_w, most_w, cell) if cell else p[0] * half_w
+            y = _snap(p[1] * most_h, most_h, cell) if cell else p[1] * half_h
         case _:
-            x = (p[0] + (p[2] - p[0]) * u) * half_w
-            y = (p[1] + (p[3] - p[1]) * u) * half_h
+            x = _along(p[0], p[2], u, (frames - 1) / 4, half_w, cell)
+            y = _along(p[1], p[3], u, (frames - 1) / 4, half_h, cell)
     x0, y0 = left + half_w + x, top + half_h + y
     return x0, y0, x0 + w * scale, y0 + h * scale
+
+
+def _snap(offset: float, half: float, cell: float) -> float:
+    """An offset from the middle of the free room (`half` on each side), so that the sprite begins at a whole cell."""
+    if not cell:
+        return offset
+    return min(max(round((half + offset) / cell), 0), math.floor(2 * half / cell + 1e-6)) * cell - half
+
+
+def _along(begin: float, end: float, u: float, steps: float, half: float, cell: float) -> float:
+    """The offset at fraction u of the way from `begin` to `end` (in halves of the free room), in `steps` of 4 frames."""
+    if not cell:
+        return (begin + (end - begin) * u) * half
+    if begin == end:
+        return _snap(begin * half, half, cell)
+    way, unit = (end - begin) * half, cell / 2 * steps
+    most = math.floor(2 * half / unit + 1e-6)
+    if most:
+        way = math.copysign(min(max(round(abs(way) / unit), 1), most) * unit, way)
+    start = _snap(begin * half, half, cell / 2)
+    # The way must end inside too.
+    short = max(0.0, abs(start + way) - half)
+    start -= math.copysign(math.ceil(short / (cell / 2) - 1e-6) * cell / 2 if most else short, way)
+    return start + way * u
 
 
 def _paste(

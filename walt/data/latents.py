@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from walt.data.emoji import FPS
 from walt.data.scenes import Scenes, world
 from walt.errors import WaltError
 from walt.training.job import DataJob, DenoiserJob, Shape
@@ -64,6 +65,8 @@ def write_latents(
     output.mkdir(parents=True, exist_ok=True)
     index = output / "index.json"
     recipe = data.model_dump(mode="json", exclude={"kind", "latents", "source"})
+    if data.fps == FPS:
+        del recipe["fps"]  # folders that are older than the field hold this rate
     if not data.clip_subjects:
         del recipe["clip_subjects"]  # so that folders made before there was such a field are still known
     known = {"tokenizer": fingerprint(Path(job.tokenizer)), "data": recipe, "world": _world(data)}

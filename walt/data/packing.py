@@ -1,4 +1,4 @@
-"""Packs: samples of any size share one token budget, with no padding (NaViT, arXiv 2307.06304; papers.md 4).
+"""Packs: samples of any size share one token budget, with no padding (NaViT, arXiv 2307.06304).
 
 `Packer` packs a stream of samples as it comes; `fill_budget` draws shapes for the synthetic theatre. NaViT's resolution
 sampling (`draw_size`) and token dropping (`draw_kept`) are options of a recipe, off by default.
@@ -480,7 +480,7 @@ def draw_size(
     by: Literal["side", "area"],
     rng: np.random.Generator,
 ) -> tuple[int, int]:
-    """A random size of the given aspect ratio (NaViT, section 4.4; papers.md 4.2).
+    """A random size of the given aspect ratio (NaViT, section 4.4).
 
     u in [-1, 1], uniform or normal around `mean` with deviation 1 and cut at the ends, is mapped to a side R in
     [low, high] linearly, or so that the area R^2 is linear in u ("area").
@@ -514,7 +514,7 @@ def draw_drop_rate(
     scale: float = -1.0,
     rng: np.random.Generator,
 ) -> float:
-    """The share of a sample's tokens to drop (NaViT, section 3.3 and appendix; papers.md 4.3).
+    """The share of a sample's tokens to drop (NaViT, section 3.3 and appendix).
 
     Args:
         schedule: "constant": `high`. "beta": u * high, u Beta with mean `mean` and variance 0.3 mean (1 - mean).

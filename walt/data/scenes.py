@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from walt.data.emoji import EMBEDDED_WORLD, EmojiTheatre, Scene, World
+from walt.data.emoji import EMBEDDED_WORLD, FPS, EmojiTheatre, Scene, World
 from walt.data.sketches import draw_sketch
 from walt.training.job import DataJob, Shape
 
@@ -40,6 +40,7 @@ class Scenes:
 
     def __init__(self, job: DataJob) -> None:
         self.job = job
+        self.rate = job.fps // FPS
         self.theatre = EmojiTheatre(job.source, subjects=job.subjects or None, world=world(job))
         self.clips = self.theatre
         if job.clip_subjects:
@@ -72,11 +73,11 @@ class Scenes:
     def _render(self, scene: Scene, shape: Shape, shrink: int, crop: tuple[int, int, int, int] | None) -> Tensor:
         part = None if crop is None else (crop[0] // shrink, crop[1] // shrink, crop[2] // shrink, crop[3] // shrink)
         size = (shape.height // shrink, shape.width // shrink)
-        return to_video(self.theatre.render(scene, *size, shape.start, shape.frames, crop=part)[0])
+        return to_video(self.theatre.render(scene, *size, shape.start, shape.frames, crop=part, rate=self.rate)[0])
 
     def _cut(self, scene: Scene, number: int, shape: Shape, align: int) -> tuple[int, int, int, int]:
         rng = random.Random(number)
-        middle = shape.start + shape.frames // 2
+        middle = (shape.start + shape.frames // 2) // self.rate
         left, top, right, bottom = self.theatre.box(scene, middle, shape.height, shape.width)
         x, y = rng.uniform(left, right), rng.uniform(top, bottom)
 

@@ -22,6 +22,7 @@ from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
 from walt.attention import context_attention
+from walt.card import HubCardMixin
 from walt.dropping import dropped_lengths, kept_tokens
 from walt.errors import WaltError
 from walt.fused import gated_add, modulate
@@ -122,7 +123,7 @@ class DiTBlock(nn.Module):
         return x + self.ff(self.norm2(x))
 
 
-class DiTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin):
+class DiTTransformer3DModel(HubCardMixin, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin):
     """Predicts v of noisy latents by full attention over every sample; an image is a one-frame video.
 
     The paper's networks (S, B, L, XL) are in `walt.configs.zoo`. What is told is the timestep, a class and text: in
@@ -204,14 +205,17 @@ class DiTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
-        """Linear layers Xavier uniform with zero bias, classes normal 0.02, and zero for modulation and prediction, so
-        that adaLN-Zero starts as the identity. The timestep embedder keeps Xavier too (see WaltTransformer3DModel)."""
+        """Linear layers Xavier uniform with zero bias, classes normal 0.02. The timestep embedder keeps Xavier too (see
+        WaltTransformer3DModel)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         if self.class_embedder is not None:
             nn.init.normal_(self.class_embedder.weight, std=0.02)
+
+    def close_branches(self) -> None:
+        """Zeroes modulation and prediction, so that adaLN-Zero trains from the identity (see WaltTransformer3DModel)."""
         for linear in (self.adaln_out, self.proj_out, *(block.adaln for block in self.transformer_blocks)):
             if isinstance(linear, nn.Linear):
                 nn.init.zeros_(linear.weight)

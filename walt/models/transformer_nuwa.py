@@ -29,6 +29,7 @@ from diffusers.models.attention import FeedForward
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from walt.card import HubCardMixin
 from walt.errors import WaltError, suggest
 from walt.latents import Grid
 from walt.nearby import EVERYTHING, Extent, Rule, attend_gathered, nearby_attention, neighbours, radii, waves
@@ -273,7 +274,7 @@ class NuwaHead(nn.Module):
         return state + F.embedding(tokens, self.previous[subcode])
 
 
-class NuwaTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
+class NuwaTransformer3DModel(HubCardMixin, ModelMixin, ConfigMixin, PeftAdapterMixin):
     """Predicts video tokens from preceding neighbours and a condition. The module's docstring says how.
 
     Args:

@@ -20,6 +20,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
+from walt.card import HubCardMixin
 from walt.dropping import dropped_lengths, kept_tokens
 from walt.errors import WaltError
 from walt.latents import Grid, pack, unpack
@@ -60,7 +61,7 @@ class UViTBlock(nn.Module):
         return x + self.ff(self.norm2(x))
 
 
-class UViTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin):
+class UViTTransformer3DModel(HubCardMixin, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin):
     """Predicts v of noisy latents from one sequence: the time, the class, the words, the patches.
 
     The paper's networks are in `walt.configs.zoo`. Nothing is modulated. Positions are learned, one table over the whole
@@ -88,7 +89,7 @@ class UViTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMix
     _supports_gradient_checkpointing = True
     _no_split_modules = ["UViTBlock"]
     _repeated_blocks = ["UViTBlock"]
-    _skip_layerwise_casting_patterns = ["patch_embed", "pos_embed", "time_embedder", "class_embedder", "norm"]
+    _skip_layerwise_casting_patterns = ["patch_embed", "pos_embed", "class_embedder", "norm"]
 
     @register_to_config
     def __init__(

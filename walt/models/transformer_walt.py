@@ -24,7 +24,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
-from walt.attention import RelativeBias, Window, WindowPlan, plan_windows, rotation, window_attention
+from walt.attention import RelativeBias, Window, WindowPlan, plan_windows, rotation, share_plan, window_attention
+from walt.card import HubCardMixin
 from walt.diffusion import signal_level
 from walt.dropping import Kept, drop_from_plan, dropped_lengths, kept_tokens
 from walt.errors import WaltError
@@ -40,6 +41,7 @@ from walt.models.backbone import (
     per_sample,
     samples,
 )
+from walt.register import context_group, context_parallel_plan, parallel_config_on_cpu
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +55,7 @@ class Layout:
     rotation: tuple[Tensor, Tensor] | None  # cosines and sines in the order of `plan`
     dropped: Kept | None = None  # token dropping: which tokens of `grids` there are
     samples: Tensor | None = None  # (L,) int64, the sample of every token
+    padding: int = 0  # context parallelism: rows that the MLP's tokens lack to divide over the ranks
 
 
 @dataclass(eq=False)
@@ -72,7 +75,9 @@ class WaltAttnProcessor:
     """Projects, normalises, rotates, and hands windows to `walt.attention.window_attention`."""
 
     _attention_backend = None
-    _parallel_config = None
+    _parallel_config = (
+        None  # set by `enable_parallelism`; a rank has whole windows, see `WaltTransformer3DModel._layout`
+    )
 
     def __call__(
         self,
@@ -123,7 +128,6 @@ class WaltAttnProcessor:
             context_value=context_value,
             bias=attn.relative_bias,
             backend=self._attention_backend,
-            parallel_config=self._parallel_config,
         )
         return plan.scatter(attn.to_out[0](out.flatten(1)))
 
@@ -246,7 +250,7 @@ class _WaltBlock(nn.Module):
         self.adaln_down = nn.Linear(width, rank, bias=False) if adaln == "lora" else None
         self.adaln_up = nn.Linear(rank, 6 * width, bias=False) if adaln == "lora" else None
 
-    def forward(
+    def _layer(
         self,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None,
@@ -280,15 +284,44 @@ class _WaltBlock(nn.Module):
         if self.local is not None:
             dropped = layout.dropped
             y = self.local(y, layout.grids) if dropped is None else self.local.among(y, layout.grids, dropped)
-        return gated_add(x, self.ff(y), gate2, layout.lengths, layout.samples)
+        y = self.ff(F.pad(y, (0, 0, 0, layout.padding)))[: len(y)] if layout.padding else self.ff(y)
+        return gated_add(x, y, gate2, layout.lengths, layout.samples)
+
+
+# Each kind has a `forward` of its own: torch.compile counts what it compiled by function, so of one they would use up
+# each other's limit.
 
 
 class WaltSpatialBlock(_WaltBlock):
     """Attends inside a frame: windows 1 x h' x w', the whole frame by default."""
 
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None,
+        embedding: Tensor,
+        modulation: Tensor | None,
+        layout: Layout,
+        text_pair: list[Tensor] | None = None,
+    ) -> Tensor:
+        """As `_layer`."""
+        return self._layer(hidden_states, encoder_hidden_states, embedding, modulation, layout, text_pair)
+
 
 class WaltSpatioTemporalBlock(_WaltBlock):
     """Attends across frames: windows t x h' x w'; an image is passed by the identity rule."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None,
+        embedding: Tensor,
+        modulation: Tensor | None,
+        layout: Layout,
+        text_pair: list[Tensor] | None = None,
+    ) -> Tensor:
+        """As `_layer`."""
+        return self._layer(hidden_states, encoder_hidden_states, embedding, modulation, layout, text_pair)
 
 
 class WaltPositionEmbedding(nn.Module):
@@ -321,8 +354,26 @@ class WaltPositionEmbedding(nn.Module):
         return (time[:t, None] + space[None]).flatten(0, 1)
 
 
+class NearestConv2d(nn.Conv2d):
+    """3x3 depth-to-space convolution whose taps sum to nearest-neighbour upsampling: flat latents stay as they are.
+
+    A module of its own, so that what offloads or casts weights around module calls finds them used in one.
+    """
+
+    def __init__(self, channels: int, scale: int) -> None:
+        super().__init__(channels, channels * scale**2, 3, bias=False)
+        self.scale = scale
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """Frames `(B, C, h + 2, w + 2)`, padded by their neighbours, to `(B, C * scale^2, h, w)`."""
+        nearest = torch.eye(self.in_channels, dtype=self.weight.dtype, device=self.weight.device)
+        nearest = nearest.repeat_interleave(self.scale**2, dim=0)
+        missing = nearest - self.weight.sum(dim=(2, 3))
+        return F.conv2d(frames, self.weight + F.pad(missing[:, :, None, None], (1, 1, 1, 1)))
+
+
 class WaltTransformer3DModel(
-    ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalModelMixin, CacheMixin, AttentionMixin
+    HubCardMixin, ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalModelMixin, CacheMixin, AttentionMixin
 ):
     """Predicts v of noisy latents, layer by layer alternating spatial and spatiotemporal windows.
 
@@ -365,6 +416,9 @@ class WaltTransformer3DModel(
     _no_split_modules = ["WaltSpatialBlock", "WaltSpatioTemporalBlock"]
     _repeated_blocks = ["WaltSpatialBlock", "WaltSpatioTemporalBlock"]
     _skip_keys = ["text_cache"]  # filled in place: offload hooks must not pass a copy
+    # The MLP's tokens are split over the ranks by diffusers; the windows of attention by `_layout`, since a rank must
+    # have whole ones, of any sizes.
+    _cp_plan = context_parallel_plan("transformer_blocks.*.ff", "hidden_states", "transformer_blocks.*.ff.net.2")
     _skip_layerwise_casting_patterns = [
         "patch_embed",
         "pos_embed",
@@ -430,10 +484,12 @@ class WaltTransformer3DModel(
         if low_res_channels is not None:
             channels += low_res_channels
             large = low_res_channels * low_res_scale**2
-            self.low_res_embed = nn.Conv2d(low_res_channels, large, 3, padding=1, bias=sigma_data is None)
-            if sigma_data is not None:
+            if sigma_data is None:
+                self.low_res_embed = nn.Conv2d(low_res_channels, large, 3, padding=1)
+            else:
+                self.low_res_embed = NearestConv2d(low_res_channels, low_res_scale)
                 # A lone first frame's latent is of another kind than one of four frames.
-                self.low_res_embed_first = nn.Conv2d(low_res_channels, large, 3, padding=1, bias=False)
+                self.low_res_embed_first = NearestConv2d(low_res_channels, low_res_scale)
             self.noise_level_embedder = TimestepEmbedding(256, width)
         self.patch_embed = nn.Linear(channels * patch_size**2, width)
         self.pos_embed = WaltPositionEmbedding(grid, width) if absolute_positions else None
@@ -485,10 +541,9 @@ class WaltTransformer3DModel(
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
-        """All initial values, in one place. Draws nothing on the meta device.
+        """Random initial values, in one place. Draws nothing on the meta device.
 
-        Linear layers are Xavier uniform with zero bias; tables and small embeddings normal 0.02; and zero wherever a
-        residual branch ends (gates, cross-attention output, prediction), so that a new model is the identity.
+        Linear layers are Xavier uniform with zero bias; tables and small embeddings normal 0.02.
         Not DiT's normal 0.02 for the timestep embedders: an embedding of order 0.02 makes the modulation learn the
         noise level some ten times slower, and v-prediction needs gains of 1 / sigma at low noise.
         """
@@ -504,28 +559,40 @@ class WaltTransformer3DModel(
             nn.init.normal_(self.class_embedder.weight, std=0.02)
         # Unit variance from the noisy latents alone: the other input channels are mostly zeros.
         nn.init.normal_(self.patch_embed.weight, std=(self.config.in_channels * self.config.patch_size**2) ** -0.5)
+        for block in self.transformer_blocks:
+            assert isinstance(block, _WaltBlock)
+            if block.adaln_down is not None:
+                nn.init.normal_(block.adaln_down.weight, std=0.02)
+            if block.attn.relative_bias is not None:
+                nn.init.normal_(block.attn.relative_bias.table, std=0.02)
+
+    def close_branches(self) -> None:
+        """Zeroes what ends a residual branch (gates, cross-attention output, mixing, prediction): the start of training.
+
+        The model is then the identity with output 0 (adaLN-Zero), or nearest-neighbour upsampling where `sigma_data`
+        estimates clean latents from low-resolution ones. `walt train` does this to a model it builds; a new model has
+        open branches, as models of diffusers do, so that adapters and caches have an effect on it.
+        """
         if self.config.sigma_data is not None and self.low_res_embed is not None:
-            # Nearest-neighbour upsampling to begin with: the estimate starts from the low-resolution latents.
             nn.init.zeros_(self.low_res_embed.weight)
             nn.init.zeros_(self.low_res_embed_first.weight)
         zero: list[nn.Module | None] = [self.adaln, self.adaln_out, self.proj_out]
         for block in self.transformer_blocks:
             assert isinstance(block, _WaltBlock)
             zero += [block.adaln, block.adaln_up]
-            if block.adaln_down is not None:
-                nn.init.normal_(block.adaln_down.weight, std=0.02)
             if block.cross_attn is not None:
                 zero.append(block.cross_attn.to_out[0])
             if block.local is not None:
                 nn.init.zeros_(block.local.space.weight)
                 nn.init.zeros_(block.local.time)
-            if block.attn.relative_bias is not None:
-                nn.init.normal_(block.attn.relative_bias.table, std=0.02)
         for linear in zero:
             if isinstance(linear, nn.Linear):
                 nn.init.zeros_(linear.weight)
                 if linear.bias is not None:
                     nn.init.zeros_(linear.bias)
+
+    def _resolve_parallel_config(self, config: Any) -> Any:
+        return parallel_config_on_cpu(self, config) or super()._resolve_parallel_config(config)
 
     @apply_lora_scale("attention_kwargs")
     def forward(
@@ -640,7 +707,8 @@ class WaltTransformer3DModel(
         window = self._spatiotemporal if temporal else self._spatial
         by_shape = config.relative_positions == "bias"
         shift = _half(window) if odd else (0, 0, 0)
-        place = partial(_place, kept=dropped, device=device)
+        group = context_group(self)
+        place = partial(_place, kept=dropped, device=device, group=group)
         plan = place(plan_windows(grids, window, shift, identity_images=identity, by_shape=by_shape))
         cross_plan = None
         if text_lengths is not None:
@@ -655,7 +723,8 @@ class WaltTransformer3DModel(
                 cos, sin = dropped.take(cos), dropped.take(sin)
             rotary = (plan.gather(cos), plan.gather(sin))
         lengths = dropped_lengths(grids, dropped)
-        return Layout(lengths, grids, plan, cross_plan, rotary, dropped, _samples_of(lengths, device))
+        padding = 0 if group is None else -sum(lengths) % group.size()
+        return Layout(lengths, grids, plan, cross_plan, rotary, dropped, _samples_of(lengths, device), padding)
 
     def _low_resolution(self, noisy: list[Tensor], low_res: Samples | None) -> list[list[Tensor]]:
         """Depth-to-space convolution of the low-resolution latents, frame by frame (papers 1.6)."""
@@ -685,16 +754,10 @@ class WaltTransformer3DModel(
             large = self.low_res_embed(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
         else:
             padded = F.pad(frames.flatten(0, 1), (1, 1, 1, 1), mode="replicate").unflatten(0, frames.shape[:2])
-            first = F.conv2d(padded[:, 0], self._upsampler(self.low_res_embed_first))[:, None]
-            later = F.conv2d(padded[:, 1:].flatten(0, 1), self._upsampler(self.low_res_embed))
+            first = self.low_res_embed_first(padded[:, 0])[:, None]
+            later = self.low_res_embed(padded[:, 1:].flatten(0, 1))
             large = torch.cat([first, later.unflatten(0, padded[:, 1:].shape[:2])], dim=1)
         return F.pixel_shuffle(large, self.config.low_res_scale).transpose(1, 2)
-
-    def _upsampler(self, conv: nn.Conv2d) -> Tensor:
-        """Weights of `conv` whose taps sum to nearest-neighbour upsampling, so that flat latents stay as they are."""
-        nearest = torch.eye(conv.in_channels, dtype=conv.weight.dtype, device=conv.weight.device)
-        nearest = nearest.repeat_interleave(self.config.low_res_scale**2, dim=0)
-        return conv.weight + F.pad((nearest - conv.weight.sum(dim=(2, 3)))[:, :, None, None], (1, 1, 1, 1))
 
     @torch.no_grad()
     def fit_low_res_embed(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
@@ -731,7 +794,7 @@ class WaltTransformer3DModel(
                 ridge = 1e-4 * count * torch.eye(len(square), dtype=square.dtype, device=square.device)
                 taps = torch.linalg.solve(square + ridge, cross).T.unflatten(1, (-1, 8))
                 weight = torch.zeros(conv.weight.flatten(2).shape, dtype=taps.dtype, device=taps.device)
-                weight[..., [0, 1, 2, 3, 5, 6, 7, 8]] = taps  # what the middle must be follows (`_upsampler`)
+                weight[..., [0, 1, 2, 3, 5, 6, 7, 8]] = taps  # what the middle must be follows
                 conv.weight.copy_(weight.reshape(conv.weight.shape))
 
     def _spread(self, small: Tensor) -> Tensor:
@@ -806,9 +869,10 @@ class WaltTransformer3DModel(
         return self.text_norm(self.text_embedder(flat.to(dtype))), lengths
 
 
-def _place(plan: WindowPlan, kept: Kept | None, device: torch.device) -> WindowPlan:
-    """A plan on the device, of the kept tokens alone where some were dropped."""
-    return plan.to(device) if kept is None else drop_from_plan(plan, kept.mask, device)
+def _place(plan: WindowPlan, kept: Kept | None, device: torch.device, group: Any) -> WindowPlan:
+    """A plan on the device, of the kept tokens alone where some were dropped, and this rank's share of its windows."""
+    plan = plan.to(device) if kept is None else drop_from_plan(plan, kept.mask, device)
+    return plan if group is None else share_plan(plan, group)
 
 
 @lru_cache(maxsize=512)

@@ -46,6 +46,7 @@ class DataJob(Frozen):
     )
     seed: int = 0
     scenes: int = Field(default=1_000_000, gt=0, description="distinct scene seeds, cycled")
+    fps: Literal[8, 16] = Field(default=8, description="frame rate; shapes count their frames in it")
     latents: str | None = Field(
         default=None, description="folder of precomputed latents (walt encode); None: on the fly"
     )
@@ -104,7 +105,7 @@ AnyData = Annotated[DataJob | MediaJob, Field(discriminator="kind")]
 
 
 class OptimizerJob(Frozen):
-    kind: Literal["adamw", "adafactor"] = "adamw"
+    kind: Literal["adamw", "adafactor", "muon"] = "adamw"
     lr: float = Field(gt=0)
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = Field(default=0.0, ge=0)
@@ -213,7 +214,12 @@ class DiffusionJob(Frozen):
         default=(1, 2), min_length=1, description="latent frames given in frame prediction, drawn evenly"
     )
     mask_probability: float = Field(
-        default=0.0, ge=0, le=1, description="chance that random frames, or all but a random box, are given instead"
+        default=0.0, ge=0, le=1, description="chance that something of `mask_kinds` is given instead"
+    )
+    mask_kinds: tuple[Literal["frames", "first", "last", "both", "box", "moment", "inside"], ...] = Field(
+        default=("box", "frames"),
+        min_length=1,
+        description="drawn evenly; walt.conditioning.random_mask says what they are",
     )
     max_noise_level: int = Field(default=300, ge=0, lt=1000, description="t_max of the low-resolution augmentation")
     loss_weighting: Literal["token", "sample"] = "token"
@@ -241,7 +247,7 @@ class TokenDropJob(Frozen):
 
     The paper's warning: dropping made recognition cheaper to train, but using fewer tokens at inference by dropping is
     much worse than by resizing, and follow-up work advises against it for video generation, where it hurts fine detail
-    and consistency (papers.md 4.3, 4.5). Train the last steps without it.
+    and consistency (NaViT, section 3.3). Train the last steps without it.
     """
 
     schedule: Literal["constant", "beta", "resolution", "sigmoid"] = "constant"

@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from walt.attention import RelativeBias
-from walt.conditioning import draw_given_frames, drop, frame_mask, random_mask
+from walt.conditioning import (
+    draw_given_frames,
+    drop,
+    frame_mask,
+    frames_twice,
+    half_rate,
+    low_res_kind,
+    random_mask,
+)
 from walt.data.clips import Clips, Draw, stack_equal
 from walt.data.latents import LatentShards
 from walt.data.packing import Packer, draw_drop_rate, draw_kept, draw_size, fill_budget
@@ -34,14 +42,17 @@ NOISE_BINS = 5  # of the noise levels, in the held-out loss
 
 
 def build_model(cls: type[Any], config: dict[str, Any]) -> Any:
-    """`cls(**config)` with unknown names answered by the nearest known one."""
+    """`cls(**config)`, ready to be trained, with unknown names answered by the nearest known one."""
     import inspect
 
     known = [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
     for name in config:
         if name not in known:
             raise WaltError(f"model: {cls.__name__} has no {name!r}{suggest(name, known)}; known: {', '.join(known)}")
-    return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in config.items()})
+    model = cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in config.items()})
+    if hasattr(model, "close_branches"):
+        model.close_branches()
+    return model
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -383,7 +394,7 @@ def open_clips(job: DenoiserJob, vae: Any, captions: bool, report: Path) -> Clip
     """
     if not isinstance(job.data, MediaJob):
         return None
-    twins = job.model.get("low_res_channels") is not None
+    twins = low_res_kind(job.model) == "space"
     space, time = vae.spatial_compression_ratio * job.model.get("patch_size", 1), vae.temporal_compression_ratio
     return Clips(
         job.data,
@@ -421,6 +432,8 @@ class DenoiserObjective(Objective):
             add_lora(self.model, job.lora, job.init)
         config = self.model.config
         self.classes = read_classes(job.classes, config.num_classes)
+        if low_res_kind(config) == "time" and job.data.latents is not None:
+            raise WaltError("data.latents: a temporal stage encodes both frame rates as it trains, it needs pixels")
         held = job.run.heldout_clips if job.run.heldout_every else 0
         media = isinstance(job.data, MediaJob)
         self.shards = LatentShards(Path(job.data.latents), job, held) if job.data.latents and not media else None
@@ -434,7 +447,8 @@ class DenoiserObjective(Objective):
             raise WaltError(
                 "text_encoder: a model with text_dim needs text_encoder and text_tokenizer, others take none"
             )
-        self.super_resolution = config.get("low_res_channels") is not None
+        kind = low_res_kind(config)
+        self.super_resolution, self.temporal, self.twins = kind is not None, kind == "time", kind == "space"
         if (job.resolution is not None or job.token_drop is not None) and self.super_resolution:
             raise WaltError("resolution, token_drop: for base stages only, this model takes low-resolution latents")
         if (job.resolution is not None or job.token_drop is not None) and media:
@@ -466,7 +480,7 @@ class DenoiserObjective(Objective):
         self.counter = ForwardCounter(transformer, dict(self.model.config))
         if job.init is None and self.super_resolution and config.sigma_data is not None:
             self.model.fit_low_res_embed(
-                (self._latent(sample.low_res_video, sample.low_res), self._latent(sample.video, sample.latent))
+                (self._low_res(sample), self._latent(sample.video, sample.latent))
                 for i in range(job.low_res_batches)
                 for sample in self.batch(i, 0)
             )
@@ -501,7 +515,7 @@ class DenoiserObjective(Objective):
                 pack.append(Sample(None, None, latent, low_res, caption, shape.start, kept=kept))
             else:
                 assert self.scenes is not None
-                clip = self.scenes.clip(number, shape, self.super_resolution)
+                clip = self.scenes.clip(number, shape, self.twins)
                 pack.append(Sample(clip.video, clip.low_res, None, None, clip.caption, shape.start, kept=kept))
         return self._by_frame(pack)
 
@@ -559,6 +573,13 @@ class DenoiserObjective(Objective):
             return latent
         return normalize(latent, self.vae.config.latents_mean, self.vae.config.latents_std)
 
+    def _low_res(self, sample: Sample) -> Tensor:
+        """The normalised latent of what a super-resolution stage is told: the half-size twin, or half the frames."""
+        if not self.temporal:
+            return self._latent(sample.low_res_video, sample.low_res)
+        assert sample.video is not None
+        return self._latent(frames_twice(half_rate(sample.video)), None)
+
     def loss(
         self,
         model: nn.Module,
@@ -610,7 +631,8 @@ class DenoiserObjective(Objective):
         masks = [frame_mask(z, k) for z, k in zip(clean, given, strict=True)]
         if conditional and knobs.mask_probability:
             chosen = drop(len(clean), knobs.mask_probability, generator)
-            masks = [random_mask(m, generator) if yes else m for m, yes in zip(masks, chosen, strict=True)]
+            kinds = knobs.mask_kinds
+            masks = [random_mask(m, generator, kinds) if yes else m for m, yes in zip(masks, chosen, strict=True)]
         return masks
 
     def _told(
@@ -636,7 +658,7 @@ class DenoiserObjective(Objective):
                 [null if gone else label for gone, label in zip(lost, labels, strict=True)], device=self.device
             )
         if levels is not None:
-            low = [self._latent(sample.low_res_video, sample.low_res) for sample in batch]
+            low = [self._low_res(sample) for sample in batch]
             told["low_res_hidden_states"] = [
                 add_noise(self.scheduler, z, torch.randn(z.shape, generator=generator).to(self.device), int(t))
                 for z, t in zip(low, levels, strict=True)
@@ -711,7 +733,7 @@ class DenoiserObjective(Objective):
         if self.unseen is None:
             # Other seeds make other scenes.
             self.unseen = Scenes(self.job.data.model_copy(update={"seed": self.job.data.seed + HELD_OUT_SEED}))
-        clip = self.unseen.clip(number, self.job.shapes[shape], self.super_resolution)
+        clip = self.unseen.clip(number, self.job.shapes[shape], self.twins)
         return Sample(clip.video, clip.low_res, None, None, clip.caption, start)
 
     @torch.no_grad()

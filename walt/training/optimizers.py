@@ -13,12 +13,15 @@ from torch import Tensor, nn
 
 from walt.training.adafactor import Adafactor
 from walt.training.job import OptimizerJob, RunJob
+from walt.training.muon import Muon
 
 
 def make_optimizer(job: OptimizerJob, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
-    """AdamW, or Adafactor; `betas` belong to AdamW."""
+    """AdamW, Adafactor or Muon; `betas` belong to AdamW, and to what Muon leaves to it."""
     if job.kind == "adafactor":
         return Adafactor(parameters, lr=job.lr, weight_decay=job.weight_decay)
+    if job.kind == "muon":
+        return Muon(parameters, lr=job.lr, betas=job.betas, weight_decay=job.weight_decay)
     return torch.optim.AdamW(parameters, lr=job.lr, betas=job.betas, weight_decay=job.weight_decay)
 
 

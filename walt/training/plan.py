@@ -275,6 +275,9 @@ def _memory(job: Any, model: nn.Module, trained: list[str], ranks: int, activati
     learnt = 4.0 * sum(parameters[name].numel() for name in trained) / share
     if job.optimizer.kind == "adamw":
         moments = 2 * learnt
+    elif job.optimizer.kind == "muon":  # one for a matrix
+        shapes = [parameters[name].shape for name in trained]
+        moments = 4.0 * sum(math.prod(s) * (1 if len(s) > 1 else 2) for s in shapes) / share
     else:  # a row and a column of every matrix
         shapes = [parameters[name].shape for name in trained]
         moments = 4.0 * sum(

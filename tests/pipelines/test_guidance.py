@@ -1,0 +1,45 @@
+"""Guidance schedules and thresholds in the pipelines."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests import tiny
+from walt.errors import WaltError
+
+
+def test_guidance_options_of_a_pipeline() -> None:
+    """Oscillating guidance is a call whose scale a callback changes; its unguided steps compute half the samples."""
+    pipe = tiny.base_pipeline()
+    call: dict[str, Any] = {"num_inference_steps": 6, "guidance_scale": 7.0, "output_type": "pt", "num_frames": 5}
+    rows: list[int] = []
+    hook = pipe.transformer.register_forward_pre_hook(lambda model, args: rows.append(len(args[0])) if args else None)
+    pipe.set_guidance(schedule="oscillating", hold=2)
+    oscillating = pipe("a rocket", generator=tiny.seeded(0), **call).frames
+    hook.remove()
+    assert rows == [2, 2, 1, 2, 1, 2]
+
+    def by_hand(pipe: Any, step: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        pipe._guidance_scale = 7.0 if step + 1 < 2 or (step + 1 - 2) % 2 else 1.0
+        return {}
+
+    pipe.set_guidance()
+    expected = pipe("a rocket", generator=tiny.seeded(0), callback_on_step_end=by_hand, **call).frames
+    torch.testing.assert_close(oscillating, expected, rtol=0, atol=1e-5)
+    plain = pipe("a rocket", generator=tiny.seeded(0), **call).frames
+    assert not torch.allclose(oscillating, plain, atol=1e-3)
+    with pytest.raises(WaltError, match=r'set_guidance has no "powr" \(did you mean "power"\?\)'):
+        pipe.set_guidance(powr=3)
+
+
+def test_thresholds_bound_the_latents_of_every_stage() -> None:
+    pipe = tiny.cascade()
+    call: dict[str, Any] = {"num_frames": 5, "output_type": "latent", "guidance_scale": 8.0, "stages": 2}
+    free = pipe("a rocket", generator=tiny.seeded(0), **call).frames
+    pipe.set_guidance(threshold=0.4)
+    bounded = pipe("a rocket", generator=tiny.seeded(0), **call).frames
+    # The last step of a zero-SNR schedule gives its predicted clean latents, but for the noise that is left (sigma 0.01).
+    assert float(free.abs().max()) > 0.6 and float(bounded.abs().max()) < 0.45

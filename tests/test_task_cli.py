@@ -1,0 +1,140 @@
+"""`walt animate`, `extend`, `fill`, ...: files, exit codes, one-line errors."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests import tiny
+from walt import cli
+from walt.media import read_image, read_video, write_image, write_video
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.cascade_folder(tmp_path_factory.mktemp("model") / "cascade")
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> Path:
+    """Pictures, a video of 9 frames at 6 a second and masks, 16 x 16."""
+    rng = np.random.default_rng(0)
+    clip = rng.integers(0, 255, (9, 2, 2, 3), np.uint8).repeat(8, 1).repeat(8, 2)
+    write_image(clip[0], tmp_path / "a.png")
+    write_image(clip[1], tmp_path / "b.png")
+    write_image(clip[0].repeat(2, 0), tmp_path / "tall.png")
+    write_video(clip, tmp_path / "clip.mp4", 6)
+    mask = np.zeros((16, 16, 3), np.uint8)
+    mask[:, 8:] = 255
+    write_image(mask, tmp_path / "mask.png")
+    return tmp_path
+
+
+def run(*arguments: object) -> int:
+    return cli.main([str(argument) for argument in arguments])
+
+
+def error_of(capsys: pytest.CaptureFixture[str]) -> str:
+    lines = [line for line in capsys.readouterr().err.strip().splitlines() if line.startswith("walt: error: ")]
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def test_every_task_writes_its_file(model: Path, inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    clip, a, b = inputs / "clip.mp4", inputs / "a.png", inputs / "b.png"
+    tasks: dict[str, tuple[tuple[object, ...], int]] = {
+        "animate": ((a, "--last", b, "--frames", 9), 9),
+        "interpolate": ((a, b, a, "--at", 0, 1, 6), 7),
+        "predict": ((clip, "--frames", 9), 9),
+        "extend": ((clip, "--frames", 3), 12),
+        "loop": ((clip, "--frames", 4), 13),
+        "connect": ((clip, clip, "--frames", 4), 22),
+        "fill": ((clip, "--box", "0,0,8,8", "--time", "2,5"), 9),
+        "outpaint": ((clip, "--left", 8), 9),
+        "edit": ((clip, "--strength", 1, "--mask", inputs / "mask.png"), 9),
+    }
+    for name, (arguments, frames) in tasks.items():
+        output = inputs / f"{name}.mp4"
+        code = run(name, "a cat", *arguments, "-o", output, "--model", model, "--stages", 1, "--steps", 1)
+        assert code == 0, (name, capsys.readouterr().err)
+        made, fps = read_video(output)
+        assert made.shape == (frames, 16, 24 if name == "outpaint" else 16, 3), name
+        assert fps == (8 if name in ("animate", "interpolate") else 6), name
+    assert "edit.mp4: 9 frames of 16x16, seed 0" in capsys.readouterr().out
+
+
+def test_fill_keeps_the_rest_through_all_stages(model: Path, inputs: Path) -> None:
+    """The picture has the size of the last stage: outside the box its own pixels come back."""
+    large = np.random.default_rng(1).integers(0, 255, (32, 32, 3), np.uint8)
+    write_image(large, inputs / "large.png")
+    arguments = ("large.png", "--box", "8,8,24,24", "-o", "filled.png", "--model", model, "--stages", 2, "--steps", 1)
+    code = run("fill", "a cat", *(inputs / str(a) if str(a).endswith(".png") else a for a in arguments))
+    assert code == 0
+    made = read_image(inputs / "filled.png")
+    outside = np.ones((32, 32), bool)
+    outside[8:24, 8:24] = False
+    assert np.array_equal(made[outside], large[outside]) and not np.array_equal(made, large)
+
+
+def test_upscale(model: Path, inputs: Path) -> None:
+    for arguments, size in ((("--scale", 2), 32), ((), 64)):
+        code = run(
+            "upscale", inputs / "clip.mp4", "-o", inputs / "x.mp4", "--prompt", "a cat", "--model", model, *arguments
+        )
+        made, fps = read_video(inputs / "x.mp4")
+        assert code == 0 and made.shape == (9, size, size, 3) and fps == 6
+    code = run("upscale", inputs / "tall.png", "-o", inputs / "x.png", "--prompt", "a", "--scale", 2, "--model", model)
+    assert code == 0 and read_image(inputs / "x.png").shape == (64, 32, 3)
+
+
+def test_directions_differ(model: Path, inputs: Path) -> None:
+    made = []
+    for option in ((), ("--backward",), ("--before",), ("--conditioning", "repaint")):
+        output = inputs / "x.mp4"
+        common = ("-o", output, "--model", model, "--stages", 1, "--steps", 1, "--frames", 4)
+        assert run("extend", "a cat", inputs / "clip.mp4", *common, *option) == 0
+        made.append(read_video(output)[0])
+    assert all(not np.array_equal(made[i], made[j]) for i in range(3) for j in range(i))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("animate", "a", "no.png"), 'there is no file "'),
+        (("animate", " ", "a.png"), "the prompt is empty"),
+        (("animate", "a", "clip.mp4"), "a picture is needed, not a video of 9 frames"),
+        (("animate", "a", "a.png", "--last", "tall.png"), "has the sizes 16x16 and 32x16"),
+        (("animate", "a", "a.png", "--frames", 18), "nearest are 17 and 29"),
+        (("animate", "a", "a.png", "--height", 17, "--stages", 2), "must be a multiple of 2"),
+        (("animate", "a", "a.png", "--stages", 2, "--resample-steps", 3), "resample_steps above 1 needs"),
+        (("interpolate", "a", "a.png", "b.png", "--at", 0), "one frame for each of the 2 pictures"),
+        (("predict", "a", "clip.mp4", "--given", 10), "--given must be from 1 to the video's 9 frames"),
+        (("predict", "a", "clip.mp4", "--given", 4), "does not fill latents"),
+        (("extend", "a", "clip.mp4", "--backward", "--before"), "give one"),
+        (("loop", "a", "clip.mp4", "--frames", 6), "must be a multiple of 4"),
+        (("fill", "a", "clip.mp4"), "give --mask or --box"),
+        (("fill", "a", "clip.mp4", "--box", "0,0,99,8"), "does not lie in the 16x16 pixels"),
+        (("fill", "a", "clip.mp4", "--box", "1,2"), "takes 4 whole numbers"),
+        (("fill", "a", "clip.mp4", "--mask", "mask.png", "--time", "5,9"), "does not lie in the 9 frames"),
+        (("fill", "a", "clip.mp4", "--mask", "tall.png"), "of the same size"),
+        (("outpaint", "a", "clip.mp4"), "needs pixels to add"),
+        (("edit", "a", "clip.mp4", "--strength", 2), "strength must be a number from 0 to 1"),
+        (("edit", "a", "clip.mp4", "--fps", 0), "--fps must be positive"),
+        (("upscale", "no.mp4"), "there is no file"),
+        (("upscale", "a.png"), "must both be videos, or both pictures"),
+        (("upscale", "clip.mp4", "--scale", 3, "--prompt", "a"), "scale must be 2, 4"),
+        (("upscale", "clip.mp4"), "give the prompt of the video"),
+    ],
+)
+def test_errors_are_one_line_and_leave_nothing(
+    model: Path, inputs: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[object, ...], message: str
+) -> None:
+    before = sorted(os.listdir(inputs))
+    files = (inputs / str(a) if str(a).endswith((".png", ".mp4")) else a for a in arguments)
+    steps = () if arguments[0] == "upscale" else ("--steps", 1)
+    assert run(*files, "-o", inputs / "out.mp4", "--model", model, *steps) in (1, 2)
+    assert message in error_of(capsys)
+    assert sorted(os.listdir(inputs)) == before
