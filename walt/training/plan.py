@@ -137,7 +137,7 @@ MEASURED_FLOPS = 1e11  # about as many operations are timed: a second or a few o
 MEASURED_SECONDS = 10.0  # after which a measurement is not repeated
 PACKS = 16  # packs that a mean is taken over
 REHEARSED = 3  # steps of a small recipe that are timed
-REHEARSED_SECONDS = 10.0  # at the rate of a matrix product: what counts as small
+REHEARSED_FLOPS = 1e12  # of a pack: what counts as small
 
 
 def make_plan(
@@ -195,7 +195,7 @@ def make_plan(
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         half = job.run.precision == "bf16" and _has_bfloat16(device)
         matmul = peak_rate(device, torch.bfloat16 if half else torch.float32)
-        small = flops / packs <= REHEARSED_SECONDS * (matmul or 0.0)
+        small = flops / packs <= REHEARSED_FLOPS
         objective = build() if build is not None and small else None
         if (
             objective is not None and getattr(objective, "quantizer", None) is None
