@@ -27,6 +27,7 @@ from benchmarks.measure import Goal, finish
 from walt.cli import load_cascade, model_folder
 from walt.data.emoji import COLOURS
 from walt.data.scenes import Scenes
+from walt.evaluation.metrics import join_ratio
 from walt.evaluation.tracks import find_subject, nearest_colour
 from walt.media import write_image
 from walt.pipelines.pipeline_walt_condition import WaltConditionPipeline
@@ -41,18 +42,12 @@ def psnr(a: Tensor, b: Tensor) -> float:
     return min(99.0, float(-10 * torch.log10((a - b).square().mean().clamp_min(1e-12))))
 
 
-def joins(video: Tensor, places: list[int], ratio: int = 4, around: int = 8) -> tuple[float, float]:
-    """The largest ratio over `places` (first frames after a join) of `(T, 3, H, W)`: to all differences, and to those of
-    latent borders."""
-    differences = video.diff(dim=0).abs().mean(dim=(1, 2, 3))
-    found = []
-    for place in places:
-        near = [i for i in range(place - around, place + around) if 0 < i < len(video) and i not in places]
-        border = [i for i in near if (i - place) % ratio == 0]
-        value = differences[place - 1]
-        every, same = (differences[[i - 1 for i in group]].median() for group in (near, border or near))
-        found.append((float(value / every), float(value / same)))
-    return max(a for a, _ in found), max(b for _, b in found)
+def joins(video: Tensor, places: list[int]) -> tuple[float, float]:
+    """The largest ratio over `places` (first frames after a join) of `(T, 3, H, W)`: to all differences around, and to those
+    where latents end."""
+    batch = video.transpose(0, 1)[None]
+    ratios = [[float(join_ratio(batch, place, 4, period)) for place in places] for period in (1, 4)]
+    return max(ratios[0]), max(ratios[1])
 
 
 def border_jump(video: Tensor, box: tuple[int, int, int, int]) -> float:
@@ -95,6 +90,7 @@ def main() -> int:
     parser.add_argument("--json")
     args = parser.parse_args()
     cascade = load_cascade(model_folder(args.model), torch.float32, torch.device("cpu"))
+    torch.set_grad_enabled(False)
     parts = [getattr(cascade, name) for name in ("tokenizer", "text_encoder", "vae", "transformer", "scheduler")]
     pipe = WaltConditionPipeline(*parts)
     pipe.set_progress_bar_config(disable=True)

@@ -177,9 +177,16 @@ def base() -> DenoiserJob:
                 Shape(frames=17, height=128, width=224, cut=96, weight=1),
                 *images.shapes[:3],
             ),
-            "optimizer": images.optimizer.model_copy(update={"lr": 5e-4, "final_lr_ratio": 0.02}),
+            "diffusion": images.diffusion.model_copy(
+                update={
+                    "mask_probability": 0.1,
+                    "mask_kinds": ("frames", "first", "last", "both", "box", "moment", "inside"),
+                }
+            ),
+            # At equal steps of so small a batch Muon was well ahead of AdamW, at 1.7 times the time.
+            "optimizer": images.optimizer.model_copy(update={"kind": "muon", "lr": 8e-4, "final_lr_ratio": 0.02}),
             "run": images.run.model_copy(
-                update={"output": "runs/emoji-base", "steps": 3500, "ema_decay": 0.998, "seed": 1}
+                update={"output": "runs/emoji-base", "steps": 2700, "ema_decay": 0.998, "seed": 1}
             ),
         }
     )
@@ -227,7 +234,7 @@ def _super_resolution(output: str, patch: int, height: int, cut: int, steps: int
             max_noise_level=20,
             timestep_logit_normal=(-0.8, 1.0),
         ),
-        optimizer=OptimizerJob(lr=1.5e-3, betas=(0.9, 0.99), weight_decay=0.01, warmup_steps=50),
+        optimizer=OptimizerJob(kind="muon", lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01, warmup_steps=50),
         run=RunJob(output=output, steps=steps, ema_decay=0.995, checkpoint_every=100),
     )
 

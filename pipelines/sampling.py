@@ -416,14 +416,15 @@ def denoise_stream(
             )
         past = None if last is None else last[:, :, -overlap:]
         known = None if given.known is None else given.known.window(window.start, window.length)
-        if first is not None and context.anchor_every and k % context.anchor_every == 0:
+        anchored = context.anchor_every > 0 and k % context.anchor_every == 0
+        if first is not None and anchored and (known is None or not bool(known.mask.any())):
             known = Known.ending(first, window.length, ratio)
         if known is not None and past is not None:
             known = known.after(past)
         source: Tensor | None = None
         if known is not None and bool(known.mask.any()):
             source, mask = known_latents(known, lambda video: encode_video(vae, video).to(device), shape, ratio)
-            conditions = replace(conditions, **tell(transformer, source, mask, given.conditioning))
+            conditions = tell(conditions, transformer, source, mask, given.conditioning)
         elif past is not None:
             clean = encode_video(vae, past).to(device)
             source, mask = clean.new_zeros(len(seeds), *shape), clean.new_zeros(len(seeds), 1, *shape[1:])
@@ -431,13 +432,11 @@ def denoise_stream(
             conditions = replace(conditions, frame_latents=source, frame_mask=mask)
         if k and context.noise_level and conditions.frame_latents is not None:
             noise = seeded_noise(seeds, k, CONTEXT_NOISE, shape, device)
-            clean = conditions.frame_latents
-            kept = (clean, conditions.frame_mask) if conditions.kept_mask is None else ()
-            conditions = replace(
-                conditions,
-                frame_latents=add_noise(pipe.scheduler, clean, noise, context.noise_level),
-                **dict(zip(("kept_latents", "kept_mask"), kept, strict=False)),
-            )
+            told = conditions.frame_latents
+            if conditions.kept_mask is None:
+                conditions = replace(conditions, kept_latents=told, kept_mask=conditions.frame_mask)
+            told = add_noise(pipe.scheduler, told, noise, context.noise_level)
+            conditions = replace(conditions, frame_latents=told)
         if latents is None:
             noise = seeded_noise(seeds, k, START_NOISE, shape, device)
         else:
@@ -501,20 +500,19 @@ def _windows(
         yield _Window(start, frames.shape[2], valid, last, frames)
 
 
-def tell(transformer: Any, latents: Tensor, mask: Tensor, conditioning: str) -> dict[str, Tensor]:
-    """Fields of Conditions for known `latents` (where `mask` is 1), told to the denoiser or put in place alone."""
+def tell(conditions: Conditions, transformer: Any, latents: Tensor, mask: Tensor, conditioning: str) -> Conditions:
+    """`conditions` with known `latents` (where `mask` is 1), told to the denoiser or put in place alone."""
     if conditioning == "model":
-        return {"frame_latents": latents, "frame_mask": mask}
-    told: dict[str, Tensor] = {"kept_latents": latents, "kept_mask": mask}
-    if transformer.config.frame_conditioning:
-        # What every such denoiser has learnt: one or two whole frames at the beginning, the same in all samples.
-        whole = mask.amin(dim=(0, 1, 3, 4))
-        count = int(whole[:OVERLAP_LATENTS].cumprod(0).sum())
-        if count:
-            leading = torch.zeros_like(mask)
-            leading[:, :, :count] = 1
-            told |= {"frame_latents": latents * leading, "frame_mask": leading}
-    return told
+        return replace(conditions, frame_latents=latents, frame_mask=mask)
+    kept = replace(conditions, kept_latents=latents, kept_mask=mask)
+    # What every denoiser with frame_conditioning has learnt: one or two whole frames at the beginning.
+    whole = mask.amin(dim=(0, 1, 3, 4))
+    count = int(whole[:OVERLAP_LATENTS].cumprod(0).sum())
+    if not count or not transformer.config.frame_conditioning:
+        return kept
+    leading = torch.zeros_like(mask)
+    leading[:, :, :count] = 1
+    return replace(kept, frame_latents=latents * leading, frame_mask=leading)
 
 
 # -- checks ------------------------------------------------------------------------------------------------------------

@@ -175,7 +175,11 @@ def test_full_disk_is_one_line(
     assert os.listdir(tmp_path) == []
 
 
-def test_ctrl_c_leaves_no_file(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("sent", "code", "said"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "stopped by SIGTERM: nothing was written")],
+)
+def test_a_signal_leaves_no_file(model: Path, tmp_path: Path, sent: signal.Signals, code: int, said: str) -> None:
     arguments = ["sample", "a", "-o", str(tmp_path / "x.mp4"), "--model", str(model), "--steps", "1000"]
     process = subprocess.Popen(
         [sys.executable, "-m", "walt.cli", *arguments],
@@ -186,12 +190,10 @@ def test_ctrl_c_leaves_no_file(model: Path, tmp_path: Path) -> None:
     assert process.stderr is not None
     seen = process.stderr.readline()  # the prompt is printed when sampling begins
     time.sleep(1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     _, rest = process.communicate(timeout=240)
-    assert process.returncode == 130, rest
-    assert (
-        seen.strip() == "a" and rest.strip().splitlines()[-1] == "walt: error: interrupted" and "Traceback" not in rest
-    )
+    assert process.returncode == code, rest
+    assert seen.strip() == "a" and rest.strip().splitlines()[-1] == f"walt: error: {said}" and "Traceback" not in rest
     assert os.listdir(tmp_path) == []
 
 

@@ -275,6 +275,7 @@ def _sample_prepare(args: argparse.Namespace) -> None:
     args.model = model_folder(args.model)
 
 
+@task_commands.stoppable()
 def _sample_run(args: argparse.Namespace) -> None:
     import torch
 

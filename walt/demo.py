@@ -95,6 +95,10 @@ class Field(NamedTuple):
     lacks: Callable[[Any], str | None] | None = None  # why a model has no choice here: its first option holds
 
 
+def _always(pipe: Any) -> bool:
+    return True
+
+
 class Task(NamedTuple):
     """One tab.
 
@@ -107,7 +111,7 @@ class Task(NamedTuple):
     fields: dict[str, Field]
     lacks: Callable[[Any], str | None]
     make: Make
-    prompt: bool = True  # whether it is told in words
+    told: Callable[[Any], bool] = _always  # whether this model is told in words
     length: bool = True  # whether the number of frames is chosen
     size: bool = True  # whether the size is chosen
 
@@ -125,6 +129,10 @@ def _nothing(pipe: Any) -> str | None:
 
 def _no_upscaling(pipe: Any) -> str | None:
     return None if len(pipe.transformers) > 1 else "this model has no super-resolution stage"
+
+
+def _stages_take_text(pipe: Any) -> bool:
+    return any(model.config.text_dim is not None for model in pipe.transformers[1:])
 
 
 def _no_frames(pipe: Any) -> str | None:
@@ -350,7 +358,7 @@ TASKS: dict[str, Task] = {
         {"video": Field("video", "Video"), "scale": Field("choice", "Times", options=(2, 4))},
         _no_upscaling,
         _upscale,
-        prompt=False,
+        told=_stages_take_text,
         length=False,
         size=False,
     ),
@@ -466,6 +474,7 @@ class Studio:
     def check(
         self,
         task: str,
+        given: dict[str, Any],
         prompt: str,
         negative_prompt: str,
         size: str,
@@ -474,15 +483,17 @@ class Studio:
         steps: float,
         later_steps: float,
         guidance: float,
-        given: dict[str, Any],
     ) -> Request:
-        """A Request from the page's values. They may come from any program: a WaltError for what is not allowed."""
+        """A Request from the page's values, `given` those of the task's own fields.
+
+        They may come from any program: a WaltError for what is not allowed.
+        """
         limits = self.limits
         if task not in TASKS:
             raise WaltError(f'there is no task "{task}"')
         if lacks := TASKS[task].lacks(self.pipe):
             raise WaltError(f"{TASKS[task].title}: {lacks}")
-        if not isinstance(prompt, str) or (TASKS[task].prompt and not prompt.strip()):
+        if not isinstance(prompt, str) or (TASKS[task].told(self.pipe) and not prompt.strip()):
             raise WaltError("write a prompt first")
         if size not in self.sizes:
             raise WaltError(f'there is no size "{size}"; there are {", ".join(self.sizes)}')

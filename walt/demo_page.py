@@ -132,11 +132,10 @@ def build_page(studio: Studio, words: dict[str, Any]) -> Any:
             progress: gr.Progress = gr.Progress(),  # noqa: B008 - Gradio finds it by its default
             *values: Any,
         ) -> list[Any]:
-            task, results, *values = values
-            own, rest = values[: len(components)], values[len(components) :]
+            task, results, own = values[0], values[1], values[2 : 2 + len(components)]
             given = {key[1]: value for key, value in zip(components, own, strict=True) if key[0] == task}
             try:
-                asked = studio.check(task, *rest, given=given)
+                asked = studio.check(task, given, *values[2 + len(components) :])
                 result = studio.run(
                     str(request.session_hash),
                     task,
@@ -185,16 +184,21 @@ def build_page(studio: Studio, words: dict[str, Any]) -> Any:
         page.unload(leave)
         for key, tab in tabs:
             tab.select(
-                partial(_show, key), None, [name, prompt, size, frames], queue=False, show_progress="hidden", **private
+                partial(_show, key, pipe),
+                None,
+                [name, prompt, size, frames],
+                queue=False,
+                show_progress="hidden",
+                **private,
             )
     page.queue(default_concurrency_limit=1, max_size=16, api_open=False)
     return page
 
 
-def _show(key: str) -> list[Any]:
+def _show(key: str, pipe: Any) -> list[Any]:
     """What changes when the tab of a task is chosen: of the shared fields those that it uses are shown."""
     task = TASKS[key]
-    return [key, gr.Textbox(visible=task.prompt), gr.Dropdown(visible=task.size), gr.Dropdown(visible=task.length)]
+    return [key, gr.Textbox(visible=task.told(pipe)), gr.Dropdown(visible=task.size), gr.Dropdown(visible=task.length)]
 
 
 def _component(elem_id: str, field_: Field, visible: bool) -> Any:
@@ -243,14 +247,13 @@ class Guard:
                 body += message.get("body", b"")
                 more = message.get("more_body", False) and len(body) <= 2**20
             refused = len(body) > 2**20 or _names_an_address(body)
+            messages: list[Any] = [{"type": "http.request", "body": body, "more_body": False}]
             rest = receive
 
-            async def receive() -> Any:
-                nonlocal body
-                if body is None:
-                    return await rest()
-                message, body = {"type": "http.request", "body": body, "more_body": False}, None
-                return message
+            async def again() -> Any:
+                return messages.pop() if messages else await rest()
+
+            receive = again
 
         if refused:
             await send({"type": "http.response.start", "status": 403, "headers": [(b"content-type", b"text/plain")]})

@@ -238,7 +238,7 @@ def stream_video(path: str | Path, frames: int = 16) -> Iterator[Pixels]:
                 raise WaltError(f'cannot read "{path}": it holds no video')
             stream = container.streams.video[0]
             for frame in container.decode(stream):
-                held.append(frame.to_ndarray(format="rgb24"))
+                held.append(np.asarray(frame.to_ndarray(format="rgb24"), np.uint8))
                 count += 1
                 if len(held) == frames:
                     yield np.stack(held)

@@ -7,12 +7,15 @@ Like cli.py this file may import anything.
 from __future__ import annotations
 
 import argparse
+import signal
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from walt.errors import WaltError
+from walt.errors import Terminated, WaltError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -188,6 +191,24 @@ def _read(path: str) -> Input:
     return Input(read_image(path)[None], None) if is_image_path(path) else Input(*read_video(path))
 
 
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """SIGTERM raises Terminated inside, as Ctrl-C raises KeyboardInterrupt, so that what is half written is removed."""
+
+    def stop(*_: object) -> None:
+        raise Terminated("stopped by SIGTERM: nothing was written")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@stoppable()
 def run(args: argparse.Namespace) -> None:
     """Makes the frames with the base stage, enlarges them, and writes them as they come."""
     import torch
@@ -243,6 +264,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"{args.output}: {count} frame{'s' * (count != 1)} of {size[1]}x{size[0]}, seed {args.seed}")
 
 
+@stoppable()
 def run_upscale(args: argparse.Namespace) -> None:
     """Enlarges a file chunk by chunk: neither the video nor the result is ever held as a whole."""
     import torch

@@ -116,5 +116,14 @@ def test_join_ratio_is_one_for_steady_motion_and_grows_with_a_jump() -> None:
     jump = steady.clone()
     jump[:, :, 17:] += 0.02
     assert join_ratio(jump, 17).item() == pytest.approx(3.0, rel=1e-3)
+    for border in range(5, 29, 4):
+        if border != 17:
+            jump[:, :, border:] += 0.02
+    assert join_ratio(jump, 17).item() == pytest.approx(3.0, rel=1e-3)
+    assert join_ratio(jump, 17, period=4).item() == pytest.approx(1.0, rel=1e-3), (
+        "no more than other borders of latents"
+    )
     with pytest.raises(WaltError, match="join must be from 2 to 27"):
         join_ratio(steady, 28)
+    with pytest.raises(WaltError, match="join must be from 5 to 24"):
+        join_ratio(steady, 4, period=4)

@@ -377,6 +377,35 @@ def test_mask_kinds_give_what_their_tasks_need() -> None:
         assert random_mask(torch.zeros(1, 1, 1, 1), generator, (kind,)).sum() == 0
 
 
+def test_the_recipe_of_all_tasks_trains_on_all_masks(tmp_path: Path) -> None:
+    """emoji.base_tasks changes what is told and nothing of the network; given latents carry no loss."""
+    first, tasks = load_job("emoji.base", []), load_job("emoji.base_tasks", [])
+    assert isinstance(first, DenoiserJob) and isinstance(tasks, DenoiserJob)
+    assert (
+        tasks.model == first.model
+        and tasks.shapes == first.shapes
+        and set(tasks.diffusion.mask_kinds) == set(MASK_KINDS)
+    )
+    job = small_job(save_tokenizer(tmp_path / "vae"), tmp_path / "run", 2)
+    knobs = tasks.diffusion.model_copy(update={"mask_probability": 1.0, "self_conditioning_probability": 0.0})
+    objective = build_objective(job.model_copy(update={"diffusion": knobs}))
+    seen: list[torch.Tensor] = []
+    inner = objective._errors
+
+    def watch(model: Any, clean: Any, noise: Any, steps: Any, masks: Any, told: Any, twice: bool) -> Any:
+        errors, sizes = inner(model, clean, noise, steps, masks, told, twice)
+        seen.extend(masks)
+        assert [float(s) for s in sizes] == [float((1 - m).sum()) for m in masks]
+        assert all(m is n for m, n in zip(masks, told["frame_mask"], strict=True))
+        return errors, sizes
+
+    objective._errors = watch
+    for step in range(8):
+        loss, _ = objective.loss(objective.model, objective.batch(step, 0), torch.Generator().manual_seed(step))
+        assert bool(loss.isfinite())
+    assert all(set(mask.unique().tolist()) == {0.0, 1.0} for mask in seen if mask.numel() > 1)
+
+
 def test_given_frames_are_drawn_from_their_choices() -> None:
     generator = torch.Generator().manual_seed(0)
     drawn = draw_given_frames([5] * 300, [0] * 300, 0.9, 0.1, generator, (2,))

@@ -120,7 +120,8 @@ def describe(pipe: Any, frames: int, device: torch.device, dtype: torch.dtype) -
     speed = measure_speed(device, dtype)
     weights = sum(part.megabytes for part in parts) * 1e6
     height, width = pipe.default_size(count)
-    video = 3 * frames * height * width * 4 * 3  # the joined video, its chunks, and the pixels being written
+    # A chunk, the one before it, and the pixels being written: a long video is never held as a whole.
+    video = 3 * min(frames, 2 * chunk_length(frames, pipe.vae_scale_factor_temporal)) * height * width * 4 * 3
     seconds = sum(stage.flops for stage in stages) / (EFFICIENCY * speed)
     return Facts(parts, stages, speed, seconds, RUNTIME_BYTES + weights + largest + video)
 

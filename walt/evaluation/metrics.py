@@ -148,13 +148,15 @@ def _check_pair(video: Tensor, target: Tensor) -> None:
         raise WaltError(f"target: expected the video's shape {tuple(video.shape)}, got {tuple(target.shape)}")
 
 
-def join_ratio(video: Tensor, join: int, neighbours: int = 4) -> Tensor:
+def join_ratio(video: Tensor, join: int, neighbours: int = 4, period: int = 1) -> Tensor:
     """How much a chunk join shows: the frame difference across it over the median of its neighbours' differences.
 
     Args:
         video: `(B, C, T, H, W)`.
         join: first frame of the later chunk's own frames (17 in a 29-frame video).
         neighbours: differences on each side that the median is taken of.
+        period: how many frames these are apart. 4 compares a join with the borders of latents around it: a denoiser's
+            errors differ from latent to latent, so the picture may move there everywhere, joins or not.
 
     Returns:
         `(B,)`; 1 is a join like any other pair of frames.
@@ -163,12 +165,12 @@ def join_ratio(video: Tensor, join: int, neighbours: int = 4) -> Tensor:
         WaltError: not a video, or no difference on one side of the join.
     """
     _check_video(video, "video")
-    if not 1 < join < video.shape[2] - 1:
+    if not period < join < video.shape[2] - period:
         raise WaltError(
-            f"join must be from 2 to {video.shape[2] - 2} in a video of {video.shape[2]} frames, got {join}"
+            f"join must be from {1 + period} to {video.shape[2] - 1 - period} in a video of {video.shape[2]} frames, "
+            f"got {join}"
         )
     differences = _wide(video).diff(dim=2).abs().mean(dim=(1, 3, 4))
-    around = torch.cat(
-        [differences[:, max(0, join - 1 - neighbours) : join - 1], differences[:, join : join + neighbours]], dim=1
-    )
-    return differences[:, join - 1] / around.median(dim=1).values.clamp_min(1e-12)
+    around = [join - 1 + side * period * (i + 1) for i in range(neighbours) for side in (-1, 1)]
+    around = [i for i in around if 0 <= i < differences.shape[1]]
+    return differences[:, join - 1] / differences[:, around].median(dim=1).values.clamp_min(1e-12)
