@@ -118,7 +118,8 @@ def test_a_rank_of_images_alone_does_not_stop_sharded_training(tmp_path: Path) -
 @pytest.mark.parametrize("kind", ["emoji", "media"])
 def test_two_ranks_encode_what_one_does_and_make_only_what_is_missing(tmp_path: Path, kind: str) -> None:
     vae = save_tokenizer(tmp_path / "vae")
-    shapes = "shapes=[{frames: 9, height: 32, width: 64}, {frames: 1, height: 32, width: 64}]"
+    size = "height: 64, width: 128" if kind == "emoji" else "height: 32, width: 64"
+    shapes = f"shapes=[{{frames: 9, {size}}}, {{frames: 1, {size}}}]"
     fields = ["emoji.super_resolution_1", f"tokenizer={vae}", shapes]
     if kind == "emoji":
         fields += [f"data.source={SPRITES}", "data.subjects=[rocket, frog, sun]", "-n", "40,5"]
