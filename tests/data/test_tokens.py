@@ -35,6 +35,7 @@ def codes(video: Tensor) -> Tensor:
 def test_frames_are_those_of_the_recipe(tmp_path: Path) -> None:
     scenes = NuwaScenes(make(tmp_path, clip=NuwaClip(frames=3, height=48, width=40, start=2, frame_step=5)))
     clip = scenes.get("clip", 7)
+    assert clip.sketch is not None
     scene = scenes.theatre.scene(7, 29)
     video = to_video(scenes.theatre.render(scene, 48, 40, 2, 11)[0])[:, ::5].transpose(0, 1)
     assert torch.equal(clip.video, video) and clip.caption == scene.caption
@@ -42,6 +43,7 @@ def test_frames_are_those_of_the_recipe(tmp_path: Path) -> None:
         clip.sketch, torch.from_numpy(draw_sketch(scenes.theatre, scene, 48, 40, 2, 11)[::5].astype(int))
     )
     still = scenes.get("still", 7)
+    assert still.sketch is not None
     assert still.video.shape == (1, 3, 48, 40) and still.sketch.shape == (1, 48, 40)
     with pytest.raises(WaltError, match="end at frame 32, but a scene has 29"):
         NuwaScenes(make(tmp_path, clip=NuwaClip(frames=9)))
