@@ -511,7 +511,7 @@ def test_recipes_take_media_from_the_command_line(tmp_path: Path) -> None:
     assert job.data.sources == (SourceJob(path="videos", weight=2),)
     with pytest.raises(WaltError, match=r"data\.media\.sources\.0\.path"):
         load_job("emoji.base", ["data.kind=media", "data.sources=[{pth: videos}]"])
-    with pytest.raises(WaltError, match=r"unknown field .data\.fps"):
+    with pytest.raises(WaltError, match=r"fps: input should be 8 or 16, got 12"):
         load_job("emoji.base", ["data.fps=12"])
 
 
