@@ -148,7 +148,7 @@ def test_refusals(files: Any) -> None:
     with pytest.raises(WaltError, match="for transformer_3, which this pipeline has not"):
         pipe.load_lora_weights(one, component="transformer_3")
     with pytest.raises(
-        WaltError, match="takes the layers of transformer, transformer_2, transformer_3, .*; got vae_lora"
+        WaltError, match=r"takes the layers of transformer, transformer_2, transformer_3, .*; got vae_lora"
     ):
         pipe.save_lora_weights("nowhere", vae_lora_layers={"a": torch.zeros(1)})
     with pytest.raises(ValueError, match="Invalid LoRA checkpoint"):
