@@ -193,9 +193,9 @@ def base() -> DenoiserJob:
 
 
 def base_tasks() -> DenoiserJob:
-    """`base` goes on with every mask that walt's tasks need: the same network, told more kinds of given latents.
+    """`base` goes on with the masks of walt's tasks five times as often: the same network.
 
-    Half of the clips get such a mask; of the others a third is continued as before, so that nothing is unlearnt. Reads
+    Half of the samples get such a mask; of the others a third is continued as before, so that nothing is unlearnt. Reads
     the same latents as `base`.
     """
     first = base()

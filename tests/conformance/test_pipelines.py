@@ -222,7 +222,7 @@ def test_push_brings_our_card(pipe: Any, hub: SimpleNamespace, tmp_path: Path) -
     enlarges = isinstance(pipe, WaltSuperResolutionPipeline)
     assert facts["pipeline_tag"] == ("video-to-video" if enlarges else "text-to-video")
     parsed: Any = huggingface_hub.ModelCard(card).data
-    assert parsed.library_name == "diffusers"
+    assert parsed.to_dict()["library_name"] == "diffusers"
     snippet = card.split("```python\n")[1].split("```")[0]
     assert snippet.startswith("import walt") and 'from_pretrained("me/small-videos")' in snippet
     compile(snippet, "snippet", "exec")
