@@ -494,11 +494,11 @@ class NuwaPipeline(SamplingPipeline):
 
     def _encode(self, pixels: Tensor) -> Tensor:
         """`(P, 3, T, H, W)` in [-1, 1] to tokens `(P, T, h, w[, S])`; one by one, so that no rounding depends on P."""
-        frames = pixels.transpose(1, 2).to(self.vq.device, self.vq.dtype)
+        frames = pixels.transpose(1, 2).to(self._execution_device, self.vq.dtype)
         return torch.stack([self.vq.encode_indices(video) for video in frames])
 
     def _encode_sketch(self, maps: Tensor) -> Tensor:
-        return torch.stack([self.vq_seg.encode_indices(one.to(self.vq_seg.device)) for one in maps])
+        return torch.stack([self.vq_seg.encode_indices(one.to(self._execution_device)) for one in maps])
 
     def _known(
         self, given: Given | None, shape: tuple[int, int, int], count: int, each: int, device: torch.device
