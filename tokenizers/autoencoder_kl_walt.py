@@ -460,6 +460,55 @@ class LappedProjection(nn.Module):
         return torch.cat(made, dim=2) if len(made) > 1 else made[0]
 
 
+class MixingBlock(nn.Module):
+    """ConvNeXt's block (Liu et al. 2022, section 2), causal: a 5x5 depthwise convolution and the two positions before,
+    then norm and a two-layer MLP over channels, added to its input.
+
+    Ten times cheaper per parameter's reach than a 3x3x3 convolution: nearly all of its work is matrix products.
+    """
+
+    SIDE = 5
+    BEFORE = 2
+
+    def __init__(self, channels: int, norm: str) -> None:
+        super().__init__()
+        self.space = nn.Conv2d(channels, channels, self.SIDE, padding=self.SIDE // 2, groups=channels)
+        self.time = nn.Parameter(torch.randn(self.BEFORE, channels) * 0.2)
+        self.norm = make_norm(norm, channels)
+        self.mlp_in = nn.Linear(channels, 4 * channels)
+        self.mlp_out = nn.Linear(4 * channels, channels)
+        nn.init.normal_(self.mlp_out.weight, std=0.01)
+        nn.init.zeros_(self.mlp_out.bias)
+
+    def forward(self, x: Tensor, past: Past = None, carry: Carry | None = None) -> tuple[Tensor, Past]:
+        present: Past = None
+        border = self.SIDE // 2
+        if carry is not None:
+            x = carry.window(x, (1 + self.BEFORE, self.SIDE), (1, 1))
+            if not x.shape[3]:
+                return x, None
+        else:
+            x = torch.cat([past[0], x], dim=2) if past else F.pad(x, (0, 0, 0, 0, self.BEFORE, 0))
+            if past is not None:
+                present = (x[:, :, -self.BEFORE :].clone(),)
+            border = 0
+        # With a carry the rows above and below are in x, else the convolution pads them.
+        inner = x[..., border : x.shape[3] - border, :]
+        now = inner[:, :, self.BEFORE :]
+        frames = x[:, :, self.BEFORE :].transpose(1, 2)
+        padding = (0 if carry is not None else self.SIDE // 2, self.SIDE // 2)
+        y = F.conv2d(frames.flatten(0, 1), self.space.weight, self.space.bias, padding=padding, groups=x.shape[1])
+        y = y.unflatten(0, frames.shape[:2]).transpose(1, 2)
+        for ago, weight in enumerate(self.time, start=1):
+            y = y + weight.view(1, -1, 1, 1, 1) * inner[:, :, self.BEFORE - ago : inner.shape[2] - ago]
+        y = self.mlp_in(self.norm(y).movedim(1, -1))
+        return now + self.mlp_out(F.gelu(y, approximate="tanh")).movedim(-1, 1), present
+
+    def carry(self, height: int, past: Past, owned: bool) -> Carry:
+        """For a frame of `height` rows that passes in stripes."""
+        return Carry(height, past, owned)
+
+
 @dataclass(frozen=True)
 class Stripes:
     """How a frame passes a network in stripes of rows.
@@ -606,8 +655,99 @@ class Encoder3d(_Stack):
         return None if pasts[0] is None else tuple(carry.present for carry in way.carries)
 
 
-class Decoder3d(_Stack):
-    """`(B, in_channels, t, h, w)` latents -> `(B, out_channels, T, H, W)` blocks of the front end."""
+class _Decoder(_Stack):
+    """`(B, in_channels, t, h, w)` latents -> `(B, out_channels, T, H, W)` blocks of the front end.
+
+    A network beside a linear shortcut, both optional in effect; the sum may be shrunk (`DetailShrinkage`).
+    """
+
+    conv_in: CausalConv3d
+    layers: nn.ModuleList
+    shortcut: BlockProjection | LappedProjection | None
+    shrinkage: DetailShrinkage | None
+    last: nn.Module
+
+    def forward(self, z: Tensor, past: Past = None, stripes: Stripes | None = None) -> tuple[Tensor, Past]:
+        """The blocks and the new past; with `stripes` their `emit` gets the blocks."""
+        first = _begins(past)
+        pasts = self._pasts(past, len(self.layers) + 3)
+        # The last past is a lapped shortcut's: the latent before.
+        before = None if _begins(pasts[-1]) else pasts[-1][0]
+        pasts[-1] = (z[:, :, -1:].clone(),) if isinstance(self.shortcut, LappedProjection) else ()
+        pasts[-1] = None if past is None else pasts[-1]
+        if stripes is not None:
+            return z, self._in_stripes(z, pasts, stripes, first, before)
+        x, pasts[0] = self.conv_in(_layout(z), pasts[0])
+        for i, layer in enumerate(self.layers):
+            if isinstance(layer, Adaptation):
+                x = layer(x, z, first)
+            else:
+                x, pasts[i + 1] = self._run(layer, x, pasts[i + 1])
+        x, pasts[-2] = self._finish(x, pasts[-2], first)
+        if self.shortcut is not None:
+            x = x + self._straight(z, first, before)
+        if self.shrinkage is not None:
+            x = self.shrinkage(x, first)
+        return x, None if past is None else tuple(pasts)
+
+    def silence(self) -> None:
+        """The network's output becomes zero: the shortcut alone speaks, until training changes that."""
+        for name, weight in self.last.named_parameters():
+            nn.init.zeros_(weight)
+
+    @property
+    def last_weight(self) -> Tensor:
+        """The weight that every pixel's gradient passes (an adaptive GAN weight compares gradients there)."""
+        raise NotImplementedError
+
+    def _finish(self, x: Tensor, past: Past, first: bool) -> tuple[Tensor, Past]:
+        """From the last layer's output to blocks."""
+        raise NotImplementedError
+
+    def _finish_in_stripes(self, way: _Way, past: Past, first: bool) -> None:
+        raise NotImplementedError
+
+    def _straight(self, z: Tensor, first: bool, before: Tensor | None, rows: slice = slice(None)) -> Tensor:
+        """What the shortcut makes of these latent rows."""
+        if isinstance(self.shortcut, LappedProjection):
+            return cast(Tensor, self.shortcut(z, before, rows))
+        assert self.shortcut is not None
+        return cast(Tensor, self.shortcut(z[..., rows, :], first))
+
+    def _in_stripes(self, z: Tensor, pasts: list[Past], stripes: Stripes, first: bool, before: Tensor | None) -> Past:
+        way = _Way(stripes, 1)
+        way.layer(self.conv_in, pasts[0], before=_layout)
+        for layer, past in zip(self.layers, pasts[1:-2], strict=True):
+            if isinstance(layer, Adaptation):
+                way.carries.append(Carry(way.height, None))  # keeps the layers' places; has no past
+                way.counted(_adapting(layer, z, first))
+                continue
+            way.layer(layer, past)
+            if isinstance(layer, Upsample):
+                way.scaled(2)
+        self._finish_in_stripes(way, pasts[-2], first)
+        shortcut, shrinkage = self.shortcut, self.shrinkage
+        if shortcut is not None:
+
+            def straight(x: Tensor, top: int) -> Tensor:
+                rows, skip = _covering(top, x.shape[3], shortcut.space)
+                return x + self._straight(z, first, before, rows)[..., skip : skip + x.shape[3], :]
+
+            way.counted(straight)
+        if shrinkage is not None:
+            cells = Queue()
+
+            def shrink(x: Tensor) -> Tensor:
+                ready = cells.put(x) // shrinkage.space * shrinkage.space
+                return shrinkage(cells.take(ready), first) if ready else x[..., :0, :]
+
+            way.add(shrink)
+        way.go(1)
+        return None if pasts[-1] is None else (*(carry.present for carry in way.carries), pasts[-1])
+
+
+class Decoder3d(_Decoder):
+    """The paper's: residual blocks level by level, depth to space between them."""
 
     def __init__(
         self,
@@ -639,78 +779,79 @@ class Decoder3d(_Stack):
         self.layers = nn.ModuleList(layers)
         self.norm_out = make_norm(norm, width)
         self.conv_out = CausalConv3d(width, out_channels)
-        self.shortcut: BlockProjection | LappedProjection | None = None
-        if shortcut and overlap:
-            cell = math.prod(times), 2 ** (len(widths) - 1)
-            self.shortcut = LappedProjection(out_channels, in_channels, *cell, overlap)
-        elif shortcut:
-            self.shortcut = _shortcut(out_channels, in_channels, widths, times, expand=True)
+        self.shortcut = _decoder_shortcut(in_channels, out_channels, times, shortcut, overlap)
         self.shrinkage = shrinkage
 
-    def forward(self, z: Tensor, past: Past = None, stripes: Stripes | None = None) -> tuple[Tensor, Past]:
-        """The blocks and the new past; with `stripes` their `emit` gets the blocks."""
-        first = _begins(past)
-        pasts = self._pasts(past, len(self.layers) + 3)
-        # The last past is a lapped shortcut's: the latent before.
-        before = None if _begins(pasts[-1]) else pasts[-1][0]
-        pasts[-1] = (z[:, :, -1:].clone(),) if isinstance(self.shortcut, LappedProjection) else ()
-        pasts[-1] = None if past is None else pasts[-1]
-        if stripes is not None:
-            return z, self._in_stripes(z, pasts, stripes, first, before)
-        x, pasts[0] = self.conv_in(_layout(z), pasts[0])
-        for i, layer in enumerate(self.layers):
-            if isinstance(layer, Adaptation):
-                x = layer(x, z, first)
-            else:
-                x, pasts[i + 1] = self._run(layer, x, pasts[i + 1])
-        x, pasts[-2] = self.conv_out(_activate(self.norm_out, x), pasts[-2])
-        if self.shortcut is not None:
-            x = x + self._straight(z, first, before)
-        if self.shrinkage is not None:
-            x = self.shrinkage(x, first)
-        return x, None if past is None else tuple(pasts)
+    @property
+    def last(self) -> nn.Module:  # type: ignore[override]
+        return self.conv_out
 
-    def _straight(self, z: Tensor, first: bool, before: Tensor | None, rows: slice = slice(None)) -> Tensor:
-        """What the shortcut makes of these latent rows."""
-        if isinstance(self.shortcut, LappedProjection):
-            return cast(Tensor, self.shortcut(z, before, rows))
-        assert self.shortcut is not None
-        return cast(Tensor, self.shortcut(z[..., rows, :], first))
+    @property
+    def last_weight(self) -> Tensor:
+        return self.conv_out.weight
 
-    def _in_stripes(self, z: Tensor, pasts: list[Past], stripes: Stripes, first: bool, before: Tensor | None) -> Past:
-        way = _Way(stripes, 1)
-        way.layer(self.conv_in, pasts[0], before=_layout)
-        for layer, past in zip(self.layers, pasts[1:-2], strict=True):
-            if isinstance(layer, Adaptation):
-                way.carries.append(Carry(way.height, None))  # keeps the layers' places; has no past
-                way.counted(_adapting(layer, z, first))
-                continue
-            way.layer(layer, past)
-            if isinstance(layer, Upsample):
-                way.scaled(2)
-        way.layer(self.conv_out, pasts[-2], before=lambda x: _activate(self.norm_out, x))
-        shortcut, shrinkage = self.shortcut, self.shrinkage
-        if shortcut is not None:
+    def _finish(self, x: Tensor, past: Past, first: bool) -> tuple[Tensor, Past]:
+        return cast(tuple[Tensor, Past], self.conv_out(_activate(self.norm_out, x), past))
 
-            def straight(x: Tensor, top: int) -> Tensor:
-                rows, skip = _covering(top, x.shape[3], shortcut.space)
-                return x + self._straight(z, first, before, rows)[..., skip : skip + x.shape[3], :]
+    def _finish_in_stripes(self, way: _Way, past: Past, first: bool) -> None:
+        way.layer(self.conv_out, past, before=lambda x: _activate(self.norm_out, x))
 
-            way.counted(straight)
-        if shrinkage is not None:
-            cells = Queue()
 
-            def shrink(x: Tensor) -> Tensor:
-                ready = cells.put(x) // shrinkage.space * shrinkage.space
-                return shrinkage(cells.take(ready), first) if ready else x[..., :0, :]
+class MixingDecoder3d(_Decoder):
+    """All work at the latent's own resolution: `MixingBlock`s, then a linear map of each position to its cell's blocks.
 
-            way.add(shrink)
-        way.go(1)
-        return None if pasts[-1] is None else (*(carry.present for carry in way.carries), pasts[-1])
+    A residual decoder spends most of its work on the finest level; here every multiplication is spent where a position
+    sees most of the picture, which suits a small world, and a small machine.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        width: int,
+        depth: int,
+        times: Sequence[int],
+        norm: str,
+        shortcut: bool,
+        overlap: int,
+        shrinkage: DetailShrinkage | None,
+    ) -> None:
+        super().__init__()
+        self.conv_in = CausalConv3d(in_channels, width)
+        self.layers = nn.ModuleList([MixingBlock(width, norm) for _ in range(depth)])
+        self.norm_out = make_norm(norm, width)
+        self.head = BlockProjection(out_channels, width, math.prod(times), 2 ** len(times), expand=True)
+        self.shortcut = _decoder_shortcut(in_channels, out_channels, times, shortcut, overlap)
+        self.shrinkage = shrinkage
+
+    @property
+    def last(self) -> nn.Module:  # type: ignore[override]
+        return self.head
+
+    @property
+    def last_weight(self) -> Tensor:
+        return self.head.later.weight
+
+    def _finish(self, x: Tensor, past: Past, first: bool) -> tuple[Tensor, Past]:
+        return self.head(self.norm_out(x), first), past
+
+    def _finish_in_stripes(self, way: _Way, past: Past, first: bool) -> None:
+        way.carries.append(Carry(way.height, None))
+        way.add(lambda x: self.head(self.norm_out(x), first))
+        way.scaled(self.head.space)
 
 
 def _adapting(layer: Adaptation, z: Tensor, first: bool) -> Callable[[Tensor, int], Tensor]:
     return lambda x, top: cast(Tensor, layer(x, z, first, top))
+
+
+def _decoder_shortcut(
+    latent: int, blocks: int, times: Sequence[int], shortcut: bool, overlap: int
+) -> BlockProjection | LappedProjection | None:
+    cell = math.prod(times), 2 ** len(times)
+    if shortcut and overlap:
+        return LappedProjection(blocks, latent, *cell, overlap)
+    return BlockProjection(blocks, latent, *cell, expand=True) if shortcut else None
 
 
 def _shortcut(blocks: int, latent: int, widths: Sequence[int], times: Sequence[int], expand: bool) -> BlockProjection:
@@ -736,6 +877,8 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin, FromOriginalM
             4, 3, 2 levels for patch 1, 2, 4, so that space shrinks 8x in all.
         temporal_downsample: per step between levels, whether time is halved too; with the patch 4x in all.
         layers_per_block: residual blocks per level (MAGVIT-v2: 4).
+        decoder_mixers: blocks of a decoder that works at the latent's resolution (`MixingDecoder3d`), in place of the
+            paper's residual one; `decoder_widths` then has one width. 0: the paper's.
         patch_size: 1 (the paper), 2 or 4: the lossless causal front end.
         front_end: "haar" or "space_to_depth".
         norm: "channel" (per position) or "group" (the paper's; refuses streaming).
@@ -774,6 +917,7 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin, FromOriginalM
         decoder_widths: tuple[int, ...] = (128, 256, 256, 512),
         temporal_downsample: tuple[bool, ...] = (False, True, True),
         layers_per_block: int = 4,
+        decoder_mixers: int = 0,
         patch_size: int = 1,
         front_end: str = "haar",
         norm: str = "channel",
@@ -791,7 +935,9 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin, FromOriginalM
         scale_factor_spatial: int | None = None,
     ) -> None:
         super().__init__()
-        _check_config(patch_size, front_end, norm, adaptation, encoder_widths, decoder_widths, temporal_downsample)
+        _check_config(
+            patch_size, front_end, norm, adaptation, encoder_widths, decoder_widths, temporal_downsample, decoder_mixers
+        )
         for name, values in (("latents_mean", latents_mean), ("latents_std", latents_std)):
             if values is not None and len(values) != latent_channels:
                 raise WaltError(f"{name} has {len(values)} values, the latent has {latent_channels} channels")
@@ -816,25 +962,39 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin, FromOriginalM
         self.encoder = Encoder3d(blocks, latent_channels, encoder_widths, times, layers_per_block, norm, block_shortcut)
         shrinkage = None
         if detail_threshold:
-            space = 2 ** (len(decoder_widths) - 1)
+            space = 2 ** len(times)
             shrinkage = DetailShrinkage(in_channels, patch_size, math.prod(times), space, detail_threshold)
         self.quantize: Quantizer | None = None
         if quantizer is not None:
             self.quantize = make_quantizer(quantizer, latent_channels, quantizer_config)
         elif quantizer_config is not None:
             raise WaltError("quantizer_config: there is no quantizer to configure")
-        self.decoder = Decoder3d(
-            latent_channels,
-            blocks,
-            decoder_widths,
-            times,
-            layers_per_block,
-            norm,
-            adaptation,
-            block_shortcut,
-            shortcut_overlap,
-            shrinkage,
-        )
+        self.decoder: _Decoder
+        if decoder_mixers:
+            self.decoder = MixingDecoder3d(
+                latent_channels,
+                blocks,
+                decoder_widths[0],
+                decoder_mixers,
+                times,
+                norm,
+                block_shortcut,
+                shortcut_overlap,
+                shrinkage,
+            )
+        else:
+            self.decoder = Decoder3d(
+                latent_channels,
+                blocks,
+                decoder_widths,
+                times,
+                layers_per_block,
+                norm,
+                adaptation,
+                block_shortcut,
+                shortcut_overlap,
+                shrinkage,
+            )
         self.use_slicing = False
         self.use_tiling = False
         self.use_framewise_encoding = False
@@ -1074,9 +1234,9 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin, FromOriginalM
         cast(Tensor, decode.first.bias).copy_(fold(mean[None])[0] / time)
         decode.later.weight.copy_(later_up)
         cast(Tensor, decode.later.bias).copy_(later_mean - later_basis @ (later_basis.T @ (later_mean - mean)))
-        for layer in (self.encoder.conv_out, self.decoder.conv_out):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(cast(Tensor, layer.bias))
+        nn.init.zeros_(self.encoder.conv_out.weight)
+        nn.init.zeros_(cast(Tensor, self.encoder.conv_out.bias))
+        self.decoder.silence()
 
     @torch.no_grad()
     def fit_decoder_shortcut(
@@ -1125,8 +1285,7 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin, FromOriginalM
             solution = torch.linalg.solve(square, cross)
             layer.weight.copy_(solution[:-1].T.reshape(layer.weight.shape))
             cast(Tensor, layer.bias).copy_(solution[-1])
-        nn.init.zeros_(self.decoder.conv_out.weight)
-        nn.init.zeros_(cast(Tensor, self.decoder.conv_out.bias))
+        self.decoder.silence()
 
     # -- streams -----------------------------------------------------------------------------------------------------
 
@@ -1340,7 +1499,7 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin, FromOriginalM
             raise WaltError(f"latents must be (B, {c}, t, h, w), got shape {tuple(z.shape)}")
 
 
-def _convolutions(network: Encoder3d | Decoder3d, times: Sequence[int]) -> Iterator[tuple[int, int, int, int]]:
+def _convolutions(network: Encoder3d | _Decoder, times: Sequence[int]) -> Iterator[tuple[int, int, int, int]]:
     """In order: channels in, channels out, and how many times finer than the latent its output is in space and time."""
     levels = len(times)
     level = 0 if isinstance(network, Encoder3d) else levels
@@ -1348,8 +1507,11 @@ def _convolutions(network: Encoder3d | Decoder3d, times: Sequence[int]) -> Itera
     def scales() -> tuple[int, int]:
         return 2 ** (levels - level), math.prod(times[level:])
 
-    for layer in (network.conv_in, *network.layers, network.conv_out):
-        if isinstance(layer, ResidualBlock):
+    for layer in (network.conv_in, *network.layers, getattr(network, "conv_out", None)):
+        if isinstance(layer, MixingBlock):
+            # The MLP's hidden values weigh most.
+            yield layer.mlp_in.in_features, layer.mlp_in.out_features, *scales()
+        elif isinstance(layer, ResidualBlock):
             for conv in (layer.conv1, layer.conv2):
                 yield conv.in_channels, conv.out_channels, *scales()
         elif isinstance(layer, Upsample):
@@ -1377,6 +1539,7 @@ def _check_config(
     encoder_widths: Sequence[int],
     decoder_widths: Sequence[int],
     temporal_downsample: Sequence[bool],
+    decoder_mixers: int,
 ) -> None:
     allowed = {"front_end": ("haar", "space_to_depth"), "norm": ("channel", "group"), "adaptation": ("local", "global")}
     for name, value in (("front_end", front_end), ("norm", norm), ("adaptation", adaptation)):
@@ -1384,7 +1547,14 @@ def _check_config(
             raise WaltError(f"{name} must be one of {allowed[name]}, got {value!r}")
     if patch not in (1, 2, 4):
         raise WaltError(f"patch_size must be 1, 2 or 4, got {patch}")
-    if len(encoder_widths) != len(decoder_widths):
+    if decoder_mixers < 0 or (decoder_mixers and (norm != "channel" or adaptation != "local")):
+        raise WaltError(
+            "decoder_mixers must be 0, or above 0 with norm='channel' and adaptation='local', got "
+            f"{decoder_mixers} with {norm!r} and {adaptation!r}"
+        )
+    if decoder_mixers and len(decoder_widths) != 1:
+        raise WaltError(f"decoder_widths: one width with decoder_mixers={decoder_mixers}, got {tuple(decoder_widths)}")
+    if not decoder_mixers and len(encoder_widths) != len(decoder_widths):
         raise WaltError(f"encoder_widths and decoder_widths differ in length: {encoder_widths}, {decoder_widths}")
     if len(temporal_downsample) != len(encoder_widths) - 1:
         raise WaltError(

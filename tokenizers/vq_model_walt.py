@@ -276,9 +276,9 @@ class WaltVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         scale = float(variance[-features:].mean().clamp_min(1e-12).sqrt())
         encode.first.weight.copy_(basis.T / scale)
         cast(Tensor, encode.first.bias).copy_(-(basis.T @ mean) / scale)
-        for layer in (self.encoder.conv_out, self.decoder.conv_out):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(cast(Tensor, layer.bias))
+        nn.init.zeros_(self.encoder.conv_out.weight)
+        nn.init.zeros_(cast(Tensor, self.encoder.conv_out.bias))
+        self.decoder.silence()
         self.quantize.fit((rows - mean) @ basis / scale)
         if isinstance(decode, LappedProjection):
             self._fit_lapped(decode, frames)

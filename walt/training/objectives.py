@@ -135,17 +135,26 @@ class TokenizerObjective(Objective):
                 raise WaltError(f"model.in_channels: background and subjects are {classes} classes, got {given}")
 
     def _start_from(self, folder: str) -> None:
-        """Takes over a trained tokenizer; a decoder shortcut that it has otherwise, or not at all, is fitted anew."""
+        """Takes over a trained tokenizer, but for a decoder of another kind; its shortcut is fitted anew if it differs."""
         trained = load_folder(type(self.model), folder, "init")
-        overlap = self.model.config.get("shortcut_overlap", 0)
-        refit = trained.config.get("shortcut_overlap", 0) != overlap
-        weights = {k: v for k, v in trained.state_dict().items() if not (refit and k.startswith("decoder.shortcut."))}
-        kept = {k: v for k, v in self.model.state_dict().items() if k not in weights} if refit else {}
+        ours, theirs = dict(self.model.config), dict(trained.config)
+        overlap = ours.get("shortcut_overlap", 0)
+        rebuilt = ours.get("decoder_mixers", 0) != theirs.get("decoder_mixers", 0)
+        refit = theirs.get("shortcut_overlap", 0) != overlap
+
+        def ours_alone(name: str) -> bool:
+            shortcut = name.startswith("decoder.shortcut.")
+            return refit if shortcut else rebuilt and name.startswith("decoder.")
+
+        weights = {name: value for name, value in trained.state_dict().items() if not ours_alone(name)}
+        kept = {name: value for name, value in self.model.state_dict().items() if ours_alone(name)}
         copy_weights(self.model, weights | kept, folder)
         if self.quantizer is None:
             self.model.register_to_config(
                 latents_mean=trained.config.latents_mean, latents_std=trained.config.latents_std
             )
+        if rebuilt and ours.get("block_shortcut"):
+            self.model.decoder.silence()
         if refit and overlap:
             generator = torch.Generator().manual_seed(self.job.run.seed)
             videos = (video for i in range(self.job.shortcut_batches) for video in self.batch(i, 0))
@@ -231,7 +240,7 @@ class TokenizerObjective(Objective):
             loss = loss + weights.perceptual * distance
             seen["lpips"] = distance.detach()
         if weights.adversarial is not None and step >= weights.adversarial.start:
-            last = self.model.decoder.conv_out.weight
+            last = self.model.decoder.last_weight
             fooling, figures = self.adversary.fool([output for output, _ in outputs], loss, last)
             loss = loss + fooling
             seen.update(figures)
