@@ -80,12 +80,12 @@ def decoder() -> TokenizerJob:
                 Shape(frames=1, height=256, width=448, cut=128, weight=2),
                 Shape(frames=1, height=512, width=896, cut=128, weight=2),
             ),
-            "batch_pixels": 6 * 17 * 96 * 96,
-            "loss": first.loss.model_copy(update={"latent_noise": 0.3, "perceptual_frames": 1}),
+            "batch_pixels": 4 * 17 * 96 * 96,
+            "loss": first.loss.model_copy(update={"latent_noise": 0.3, "perceptual": 0.0, "perceptual_weights": None}),
             "optimizer": first.optimizer.model_copy(
                 update={"kind": "muon", "lr": 2e-3, "weight_decay": 0.01, "warmup_steps": 30, "final_lr_ratio": 0.02}
             ),
-            "run": first.run.model_copy(update={"output": "runs/emoji-decoder", "steps": 1800, "ema_decay": 0.99}),
+            "run": first.run.model_copy(update={"output": "runs/emoji-decoder", "steps": 2000, "ema_decay": 0.99}),
         }
     )
 

@@ -470,11 +470,11 @@ class MixingBlock(nn.Module):
     SIDE = 5
     BEFORE = 2
 
-    def __init__(self, channels: int, norm: str) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
         self.space = nn.Conv2d(channels, channels, self.SIDE, padding=self.SIDE // 2, groups=channels)
         self.time = nn.Parameter(torch.randn(self.BEFORE, channels) * 0.2)
-        self.norm = make_norm(norm, channels)
+        self.norm = nn.RMSNorm(channels, eps=1e-6)
         self.mlp_in = nn.Linear(channels, 4 * channels)
         self.mlp_out = nn.Linear(4 * channels, channels)
         nn.init.normal_(self.mlp_out.weight, std=0.01)
@@ -488,10 +488,13 @@ class MixingBlock(nn.Module):
             if not x.shape[3]:
                 return x, None
         else:
-            x = torch.cat([past[0], x], dim=2) if past else F.pad(x, (0, 0, 0, 0, self.BEFORE, 0))
+            before = past[0] if past else torch.zeros_like(x[:, :, :1]).expand(-1, -1, self.BEFORE, -1, -1)
+            x = torch.cat([before, x], dim=2)
             if past is not None:
                 present = (x[:, :, -self.BEFORE :].clone(),)
             border = 0
+        # A position's channels side by side, also with gradients: most of the work is on them.
+        x = x.contiguous(memory_format=torch.channels_last_3d)
         # With a carry the rows above and below are in x, else the convolution pads them.
         inner = x[..., border : x.shape[3] - border, :]
         now = inner[:, :, self.BEFORE :]
@@ -501,7 +504,7 @@ class MixingBlock(nn.Module):
         y = y.unflatten(0, frames.shape[:2]).transpose(1, 2)
         for ago, weight in enumerate(self.time, start=1):
             y = y + weight.view(1, -1, 1, 1, 1) * inner[:, :, self.BEFORE - ago : inner.shape[2] - ago]
-        y = self.mlp_in(self.norm(y).movedim(1, -1))
+        y = self.mlp_in(self.norm(y.movedim(1, -1)))
         return now + self.mlp_out(F.gelu(y, approximate="tanh")).movedim(-1, 1), present
 
     def carry(self, height: int, past: Past, owned: bool) -> Carry:
@@ -818,7 +821,7 @@ class MixingDecoder3d(_Decoder):
     ) -> None:
         super().__init__()
         self.conv_in = CausalConv3d(in_channels, width)
-        self.layers = nn.ModuleList([MixingBlock(width, norm) for _ in range(depth)])
+        self.layers = nn.ModuleList([MixingBlock(width) for _ in range(depth)])
         self.norm_out = make_norm(norm, width)
         self.head = BlockProjection(out_channels, width, math.prod(times), 2 ** len(times), expand=True)
         self.shortcut = _decoder_shortcut(in_channels, out_channels, times, shortcut, overlap)
@@ -1041,7 +1044,10 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin, FromOriginalM
         """
         self._check_video(sample, first=True)
         self._check_pixels(sample)
-        z = self._encode(sample)
+        # A frozen encoder keeps nothing for a backward.
+        learns = sample.requires_grad or any(weight.requires_grad for weight in self.encoder.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
+            z = self._encode(sample)
         if self.quantize is not None:
             if noise is not None:
                 raise WaltError("noise: codes take none")
