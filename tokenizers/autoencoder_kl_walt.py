@@ -668,7 +668,6 @@ class _Decoder(_Stack):
     layers: nn.ModuleList
     shortcut: BlockProjection | LappedProjection | None
     shrinkage: DetailShrinkage | None
-    last: nn.Module
 
     def forward(self, z: Tensor, past: Past = None, stripes: Stripes | None = None) -> tuple[Tensor, Past]:
         """The blocks and the new past; with `stripes` their `emit` gets the blocks."""
@@ -695,8 +694,13 @@ class _Decoder(_Stack):
 
     def silence(self) -> None:
         """The network's output becomes zero: the shortcut alone speaks, until training changes that."""
-        for name, weight in self.last.named_parameters():
+        for weight in self.last.parameters():
             nn.init.zeros_(weight)
+
+    @property
+    def last(self) -> nn.Module:
+        """What makes the blocks out of the last layer's output."""
+        raise NotImplementedError
 
     @property
     def last_weight(self) -> Tensor:
@@ -786,7 +790,7 @@ class Decoder3d(_Decoder):
         self.shrinkage = shrinkage
 
     @property
-    def last(self) -> nn.Module:  # type: ignore[override]
+    def last(self) -> nn.Module:
         return self.conv_out
 
     @property
@@ -828,7 +832,7 @@ class MixingDecoder3d(_Decoder):
         self.shrinkage = shrinkage
 
     @property
-    def last(self) -> nn.Module:  # type: ignore[override]
+    def last(self) -> nn.Module:
         return self.head
 
     @property
@@ -907,7 +911,7 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin, FromOriginalM
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["ResidualBlock"]
+    _no_split_modules = ["ResidualBlock", "MixingBlock"]
     _skip_layerwise_casting_patterns = ["norm"]
     _group_offload_block_modules = ["encoder", "decoder"]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from walt.errors import WaltError
-from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt, DetailShrinkage, Patcher
+from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt, DetailShrinkage, MixingBlock, Patcher
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "paper": {"encoder_widths": (4, 4, 8, 8), "decoder_widths": (4, 4, 8, 8)},
@@ -35,6 +35,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "decoder_widths": (4, 8),
         "temporal_downsample": (False,),
         "patch_size": 4,
+        "detail_threshold": 0.05,
+    },
+    "mixing": {
+        "encoder_widths": (8, 8),
+        "decoder_widths": (12,),
+        "decoder_mixers": 2,
+        "temporal_downsample": (False,),
+        "patch_size": 4,
+        "block_shortcut": True,
+        "shortcut_overlap": 1,
         "detail_threshold": 0.05,
     },
 }
@@ -228,6 +238,10 @@ def test_bad_latents_and_configs() -> None:
         ({"norm": "layer"}, "norm must be one of"),
         ({"temporal_downsample": (True, True)}, "one entry per step"),
         ({"latents_mean": (0.0,) * 4}, "8 channels"),
+        ({"decoder_mixers": 2}, r"decoder_widths: one width with decoder_mixers=2, got \(4, 8\)"),
+        ({"decoder_mixers": -1}, "decoder_mixers must be 0"),
+        ({"decoder_mixers": 2, "decoder_widths": (8,), "norm": "group"}, "decoder_mixers must be 0"),
+        ({"decoder_widths": (8,)}, "differ in length"),
         ({"detail_threshold": -0.1}, "detail_threshold must be 0"),
         ({"detail_threshold": 0.1, "front_end": "space_to_depth"}, "detail_threshold must be 0"),
     ):
@@ -369,3 +383,30 @@ def test_lapped_shortcut_refuses_what_it_cannot_do() -> None:
         make("shortcut").fit_decoder_shortcut([clip()])
     with pytest.raises(WaltError, match="one frame"):
         make("lapped").fit_decoder_shortcut([clip(1)])
+
+
+@torch.no_grad()
+def test_mixing_block_is_convnext_s_with_two_positions_before() -> None:
+    torch.manual_seed(0)
+    block, x = MixingBlock(6).double(), torch.randn(2, 6, 4, 7, 5).double()
+    y = torch.empty_like(x)
+    for t in range(4):
+        mixed = torch.nn.functional.conv2d(x[:, :, t], block.space.weight, block.space.bias, padding=2, groups=6)
+        for ago in (1, 2):
+            if t >= ago:
+                mixed = mixed + block.time[ago - 1].view(1, -1, 1, 1) * x[:, :, t - ago]
+        rows = mixed.movedim(1, -1)
+        rows = rows / (rows.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt() * block.norm.weight
+        hidden = rows @ block.mlp_in.weight.T + block.mlp_in.bias
+        hidden = 0.5 * hidden * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (hidden + 0.044715 * hidden**3)))
+        y[:, :, t] = x[:, :, t] + (hidden @ block.mlp_out.weight.T + block.mlp_out.bias).movedim(-1, 1)
+    assert (block(x)[0] - y).abs().max() < 1e-12
+
+
+def test_a_frozen_encoder_records_nothing() -> None:
+    model = make("mixing")
+    model.encoder.requires_grad_(False)
+    video, latent = model(clip(5), noise=torch.zeros(1, 8, 2, 2, 3).double(), return_dict=False)
+    assert video.requires_grad and not latent.requires_grad
+    asked = clip(5).requires_grad_()
+    assert model(asked, noise=torch.zeros(1, 8, 2, 2, 3).double(), return_dict=False)[1].requires_grad

@@ -185,6 +185,25 @@ def test_frozen_encoder_keeps_latents_and_changes_the_decoder(tmp_path: Path) ->
     assert configs[0]["latents_std"] == configs[1]["latents_std"]
 
 
+def test_another_decoder_takes_over_encoder_and_shortcut(tmp_path: Path) -> None:
+    shape = {"block_shortcut": True}
+    job = tokenizer_job(tmp_path / "a", steps=2)
+    first = run(job.model_copy(update={"model": {**job.model, **shape}}))
+    mixing = {**job.model, **shape, "decoder_widths": (8,), "decoder_mixers": 1}
+    then = tokenizer_job(tmp_path / "b", steps=1).model_copy(
+        update={"init": str(first), "freeze_encoder": True, "model": mixing}
+    )
+    start = build_objective(then).model.state_dict()
+    trained = load_file(first / "diffusion_pytorch_model.safetensors")
+    for name, value in start.items():
+        if name.startswith(("encoder.", "decoder.shortcut.")):
+            assert torch.equal(value, trained[name]), name
+        elif name.startswith("decoder.head."):
+            # It starts as the shortcut alone.
+            assert not value.any(), name
+    run(then)
+
+
 def test_denoiser_job_learns(tmp_path: Path) -> None:
     knobs = DiffusionJob(self_conditioning_probability=0.0)
     job = denoiser_job(save_tokenizer(tmp_path / "vae"), tmp_path / "run", steps=60, diffusion=knobs)
