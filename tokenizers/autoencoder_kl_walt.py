@@ -1436,10 +1436,10 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin, FromOriginalM
         times = [2 if down else 1 for down in self.config["temporal_downsample"]]
         at_once, streaming = min(count, plan.frames or count), stream or plan.frames is not None
         carried = past = busiest = weights = 0
-        for narrow, wide, space, time in _convolutions(cast(Any, network), times):
+        for narrow, wide, taps, space, time in _convolutions(cast(Any, network), times):
             frames = at_once * time + 2
             row, rows = width * space * frames, min(height, plan.rows or height) * space
-            weights = max(weights, 27 * narrow * wide)
+            weights = max(weights, taps * narrow * wide)
             if plan.rows:
                 carried += 4 * narrow * row  # two rows of its input, two of a shortcut
             if streaming:
@@ -1509,8 +1509,8 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin, FromOriginalM
             raise WaltError(f"latents must be (B, {c}, t, h, w), got shape {tuple(z.shape)}")
 
 
-def _convolutions(network: Encoder3d | _Decoder, times: Sequence[int]) -> Iterator[tuple[int, int, int, int]]:
-    """In order: channels in, channels out, and how many times finer than the latent its output is in space and time."""
+def _convolutions(network: Encoder3d | _Decoder, times: Sequence[int]) -> Iterator[tuple[int, int, int, int, int]]:
+    """In order: channels in, channels out, taps, and how many times finer than the latent its output is in space and time."""
     levels = len(times)
     level = 0 if isinstance(network, Encoder3d) else levels
 
@@ -1520,15 +1520,15 @@ def _convolutions(network: Encoder3d | _Decoder, times: Sequence[int]) -> Iterat
     for layer in (network.conv_in, *network.layers, getattr(network, "conv_out", None)):
         if isinstance(layer, MixingBlock):
             # The MLP's hidden values weigh most.
-            yield layer.mlp_in.in_features, layer.mlp_in.out_features, *scales()
+            yield layer.mlp_in.in_features, layer.mlp_in.out_features, 1, *scales()
         elif isinstance(layer, ResidualBlock):
             for conv in (layer.conv1, layer.conv2):
-                yield conv.in_channels, conv.out_channels, *scales()
+                yield conv.in_channels, conv.out_channels, 27, *scales()
         elif isinstance(layer, Upsample):
-            yield layer.conv.in_channels, layer.conv.out_channels, *scales()
+            yield layer.conv.in_channels, layer.conv.out_channels, 27, *scales()
             level -= 1
         elif isinstance(layer, CausalConv3d):
-            yield layer.in_channels, layer.out_channels, *scales()
+            yield layer.in_channels, layer.out_channels, 27, *scales()
             level += layer.stride[1] - 1
 
 
