@@ -86,6 +86,25 @@ def test_a_request_is_made_as_the_pipeline_would(studio: demo.Studio, pipe: Any)
     assert (studio.folder / "alone.mp4").read_bytes() == result.path.read_bytes()
 
 
+@pytest.mark.parametrize("task", ["text", "edit"])
+def test_guidance_is_spread_and_bounded(task: str, studio: demo.Studio, uploads: dict[str, Path]) -> None:
+    """And what one request sets does not stay for the next."""
+    given: Any = {"video": uploads["video"], "strength": 1.0} if task == "edit" else None
+    made = []
+    for options in (
+        {},
+        {"schedule": "oscillating", "hold": 0, "low": 0.0},
+        {"schedule": "power-cosine"},
+        {"threshold": 0.3},
+        {"threshold": 0.01, "percentile": 0.5},
+        {},
+    ):
+        request = ask(studio, task, given, guidance=20.0, **options)
+        made.append(read_video(studio.run("me", task, request, silent).path)[0])
+    assert all(not np.array_equal(made[i], made[j]) for i in range(5) for j in range(i))
+    assert np.array_equal(made[0], made[5])
+
+
 def test_a_still_is_a_png(studio: demo.Studio) -> None:
     result = studio.run("me", "text", ask(studio, frames=1), silent)
     assert result.still and result.path.suffix == ".png" and read_image(result.path).shape == (16, 16, 3)
@@ -189,6 +208,14 @@ def test_sizes_stay_within_the_limit(pipe: Any, tmp_path: Path) -> None:
         ({"later_steps": 1.5}, "super-resolution steps must be a whole number"),
         ({"guidance": 31}, "guidance must be from 0 to 30"),
         ({"guidance": None}, "guidance must be from 0 to 30"),
+        ({"schedule": "cosine"}, "guidance schedule must be one of constant, oscillating, power-cosine"),
+        ({"schedule": ["x"]}, "guidance schedule must be one of constant, oscillating, power-cosine"),
+        ({"hold": 2.5}, "steps at full guidance must be a whole number from 0 to 10, got 2.5"),
+        ({"low": float("nan")}, "low guidance must be from 0 to 30, got nan"),
+        ({"power": 0}, "power of power-cosine guidance must be positive"),
+        ({"threshold": "3"}, "threshold must be from 0 to 100, got 3"),
+        ({"percentile": 0.9}, "go with a threshold"),
+        ({"percentile": 1, "threshold": 3}, "percentile must be between 0 and 1"),
         ({"task": "nothing"}, 'there is no task "nothing"'),
         ({"task": "upscale", "given": {"scale": 2}}, "Upscale: give the video first"),
         ({"task": "upscale", "given": {"video": "x.mp4", "scale": 8}}, "Times must be one of 2, 4, got 8"),

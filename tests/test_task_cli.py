@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+from itertools import combinations
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 
 from tests import tiny
 from walt import cli
+from walt.diffusion import GuidanceOptions, ScaleSchedule
 from walt.media import read_image, read_video, write_image, write_video
 
 
@@ -100,6 +104,50 @@ def test_directions_differ(model: Path, inputs: Path) -> None:
     assert all(not np.array_equal(made[i], made[j]) for i in range(3) for j in range(i))
 
 
+@pytest.mark.parametrize("stages", [1, 2])
+def test_guidance_is_spread_and_bounded_in_every_task(stages: int, model: Path, inputs: Path) -> None:
+    """`--guidance-low 0` right away leads every other step away from the prompt; a threshold bounds what is made."""
+    clip, picture = inputs / "clip.mp4", inputs / "a.png"
+    tasks: dict[str, tuple[object, ...]] = {
+        "animate": ("a cat", picture, "--frames", 5),
+        "interpolate": ("a cat", picture, inputs / "b.png"),
+        "predict": ("a cat", clip, "--frames", 9),
+        "extend": ("a cat", clip, "--frames", 4),
+        "loop": ("a cat", clip, "--frames", 4),
+        "connect": ("a cat", clip, clip, "--frames", 4),
+        "fill": ("a cat", clip, "--box", "0,0,8,8"),
+        "outpaint": ("a cat", clip, "--left", 8),
+        "edit": ("a cat", clip, "--strength", 1),
+        "upscale": (clip, "--prompt", "a cat", "--scale", 2),
+    }
+    options: tuple[tuple[object, ...], ...] = (
+        (),
+        ("--guidance-schedule", "oscillating", "--guidance-hold", 0, "--guidance-low", 0),
+        ("--guidance-schedule", "power-cosine"),
+        ("--threshold", 0.3),
+        ("--threshold", 0.01, "--threshold-percentile", 0.5),
+    )
+    output = inputs / "x.mp4"
+    for name in tasks if stages == 1 else ("edit",):
+        made = []
+        for option in options if name == "edit" else options[:2]:
+            common = ("-o", output, "--model", model, "--steps", 2, "--guidance", 20)
+            common += () if name == "upscale" else ("--stages", stages)
+            assert run(name, *tasks[name], *common, *option) == 0, (name, option)
+            made.append(read_video(output)[0])
+        assert all(not np.array_equal(*pair) for pair in combinations(made, 2)), name
+
+
+def test_guidance_options_are_those_of_the_pipelines() -> None:
+    """The parser names the schedules itself, without torch."""
+    parser = argparse.ArgumentParser()
+    cli.add_guidance(parser.add_argument)
+    assert parser.parse_args([]).guidance_schedule == "constant"
+    assert cli.guidance_options(parser.parse_args([])) == GuidanceOptions()
+    (schedule,) = (action for action in parser._actions if action.dest == "guidance_schedule")
+    assert schedule.choices == get_args(ScaleSchedule)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -123,6 +171,14 @@ def test_directions_differ(model: Path, inputs: Path) -> None:
         (("outpaint", "a", "clip.mp4"), "needs pixels to add"),
         (("edit", "a", "clip.mp4", "--strength", 2), "strength must be a number from 0 to 1"),
         (("edit", "a", "clip.mp4", "--fps", 0), "--fps must be positive"),
+        (("loop", "a", "clip.mp4", "--guidance-schedule", "cosine"), "invalid choice: 'cosine'"),
+        (("loop", "a", "clip.mp4", "--guidance-hold", -1), "hold and low of oscillating guidance must be at least 0"),
+        (("loop", "a", "clip.mp4", "--guidance-low", "nan"), "hold and low of oscillating guidance must be at least 0"),
+        (("fill", "a", "clip.mp4", "--guidance-power", 0), "power of power-cosine guidance must be positive, got 0.0"),
+        (("edit", "a", "clip.mp4", "--threshold", -2), "threshold of predicted latents must be positive, got -2.0"),
+        (("edit", "a", "clip.mp4", "--threshold-percentile", 0.9), "go with a threshold"),
+        (("edit", "a", "clip.mp4", "--guidance", "nan"), "--guidance must be at least 0, got nan"),
+        (("upscale", "clip.mp4", "--threshold", 0), "threshold of predicted latents must be positive"),
         (("upscale", "no.mp4"), "there is no file"),
         (("upscale", "a.png"), "must both be videos, or both pictures"),
         (("upscale", "clip.mp4", "--scale", 3, "--prompt", "a"), "scale must be 2, 4"),

@@ -458,4 +458,7 @@ COMMANDS: dict[str, Command] = {
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # Not `main` of this copy: the commands import walt.cli, and its UsageError must be the one that is caught.
+    from walt import cli
+
+    sys.exit(cli.main())

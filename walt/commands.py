@@ -640,6 +640,12 @@ def export(args: argparse.Namespace) -> None:
     from walt.tokenizers.text import load_text_encoder
     from walt.training.objectives import load_folder
 
+    output = Path(args.output)
+    if output.exists() and not output.is_dir():
+        raise WaltError(f'cannot write the folder "{output}": it is a file')
+    kept = {"README.md", "__init__.py", "__pycache__"}
+    if output.is_dir() and not (output / "model_index.json").is_file() and {f.name for f in output.iterdir()} - kept:
+        raise WaltError(f'"{output}" holds other files than a model, and would be replaced: name a new folder')
     stages = {
         name: load_folder(WaltTransformer3DModel, folder, name).half()
         for name, folder in (("transformer", args.base), ("transformer_2", args.sr1), ("transformer_3", args.sr2))
@@ -659,7 +665,6 @@ def export(args: argparse.Namespace) -> None:
         noise_level=args.noise_level,
         **stages,
     )
-    output = Path(args.output)
     temporary = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     save_parts(pipe, temporary)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from walt.diffusion import GuidanceOptions
     from walt.media import Pixels
 
 EXTRA = "demo"
@@ -48,7 +49,7 @@ class Request:
     """A checked request: `files` and `choices` hold what the task's own fields were given, by the field's name.
 
     `height` and `width` are those of the last of `stages`; `steps` and `guidance` have one number per stage. `most` and
-    `side` are the limits on frames and pixels a side.
+    `side` are the limits on frames and pixels a side; `options` say how guidance is spread over the steps and bounded.
     """
 
     prompt: str
@@ -60,6 +61,7 @@ class Request:
     seed: int
     steps: list[int]
     guidance: list[float]
+    options: GuidanceOptions
     most: int
     side: int
     files: dict[str, Path] = field(default_factory=dict)
@@ -196,6 +198,7 @@ def _conditioned(make: Callable[[Any, Request, dict[str, Any]], Any]) -> Make:
 
         base = WaltConditionPipeline(pipe.tokenizer, pipe.text_encoder, pipe.vae, pipe.transformer, pipe.scheduler)
         base.set_progress_bar_config(disable=True)
+        base.set_guidance(request.options)
         call = {
             "prompt": request.prompt,
             "negative_prompt": request.negative_prompt,
@@ -483,11 +486,20 @@ class Studio:
         steps: float,
         later_steps: float,
         guidance: float,
+        schedule: str = "constant",
+        hold: float = 5,
+        low: float = 1.0,
+        power: float = 4.0,
+        threshold: float = 0.0,
+        percentile: float = 0.0,
     ) -> Request:
         """A Request from the page's values, `given` those of the task's own fields.
 
-        They may come from any program: a WaltError for what is not allowed.
+        Those from `schedule` on are the fields of a `GuidanceOptions`; 0 is no threshold, and no percentile. They
+        may come from any program: a WaltError for what is not allowed.
         """
+        from walt.diffusion import GuidanceOptions
+
         limits = self.limits
         if task not in TASKS:
             raise WaltError(f'there is no task "{task}"')
@@ -505,6 +517,16 @@ class Studio:
             whole(name, value, 1, limits.steps)
         if not isinstance(guidance, int | float) or not 0 <= guidance <= 30:
             raise WaltError(f"guidance must be from 0 to 30, got {guidance}")
+        whole("steps at full guidance", hold, 0, limits.steps)
+        for name, value, most in (
+            ("low guidance", low, 30),
+            ("power", power, 100),
+            ("threshold", threshold, 100),
+            ("percentile", percentile, 1),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
+                raise WaltError(f"{name} must be from 0 to {most}, got {value}")
+        options = GuidanceOptions(schedule, int(hold), low, power, threshold or None, percentile or None)  # type: ignore[arg-type]
         files, choices = self._fields(TASKS[task], given)
         scale = float(self.pipe.config.super_resolution_guidance_scale)
         return Request(
@@ -517,6 +539,7 @@ class Studio:
             seed=int(seed),
             steps=[int(steps)] + [int(later_steps)] * (stages - 1),
             guidance=[float(guidance)] + [scale] * (stages - 1),
+            options=options,
             most=limits.frames,
             side=limits.side,
             files=files,
@@ -565,6 +588,7 @@ class Studio:
                 if stop.is_set():
                     raise Cancelled
                 start = time.perf_counter()
+                self.pipe.set_guidance(request.options)
                 pieces = map(to_pixels, TASKS[task].make(self.pipe, request, step))
                 first, second = next(pieces), next(pieces, None)
                 still = len(first) == 1 and second is None

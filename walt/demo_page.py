@@ -11,12 +11,13 @@ import json
 import secrets
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import gradio as gr
 from starlette.middleware import Middleware
 
 from walt.demo import FPS, MAX_SEED, TASKS, Cancelled, Field, Limits, Studio, allowed_frames, example_prompts
+from walt.diffusion import GuidanceOptions, ScaleSchedule
 from walt.errors import WaltError
 
 LONGEST = 125  # frames in the list of lengths: the tab of long videos asks for seconds
@@ -87,6 +88,7 @@ def build_page(studio: Studio, words: dict[str, Any]) -> Any:
                             1, limits.steps, pipe.config.super_resolution_steps, step=1, label="Super-resolution steps"
                         )
                         guidance = gr.Slider(0, 30, pipe.config.base_guidance_scale, step=0.1, label="Guidance")
+                    spread = _guidance(limits)
                     dice = gr.Button("New seed", size="sm")
                 with gr.Row():
                     make = gr.Button("Generate", variant="primary", elem_id="make", scale=3)
@@ -161,7 +163,20 @@ def build_page(studio: Studio, words: dict[str, Any]) -> Any:
             studio.cancel(str(request.session_hash))
             return "Cancelled."
 
-        inputs = [name, kept, *components.values(), prompt, negative, size, frames, seed, steps, later, guidance]
+        inputs = [
+            name,
+            kept,
+            *components.values(),
+            prompt,
+            negative,
+            size,
+            frames,
+            seed,
+            steps,
+            later,
+            guidance,
+            *spread,
+        ]
         outputs = [video, image, download, gallery, status, kept]
         private: dict[str, Any] = {"api_visibility": "private"}
         running = gr.on(
@@ -199,6 +214,22 @@ def _show(key: str, pipe: Any) -> list[Any]:
     """What changes when the tab of a task is chosen: of the shared fields those that it uses are shown."""
     task = TASKS[key]
     return [key, gr.Textbox(visible=task.told(pipe)), gr.Dropdown(visible=task.size), gr.Dropdown(visible=task.length)]
+
+
+def _guidance(limits: Limits) -> list[Any]:
+    """How guidance is spread over the steps and bounded: the last values of `Studio.check`, in its order."""
+    plain = GuidanceOptions()
+    with gr.Row():
+        schedule = gr.Dropdown(
+            list(get_args(ScaleSchedule)), value=plain.schedule, label="Guidance over the steps", elem_id="schedule"
+        )
+        hold = gr.Slider(0, limits.steps, plain.hold, step=1, label="Oscillating: steps at full scale first")
+        low = gr.Slider(0, 30, plain.low, step=0.1, label="Oscillating: scale in turn")
+        power = gr.Slider(0.5, 20, plain.power, step=0.5, label="Power-cosine: weak for longer")
+    with gr.Row():
+        threshold = gr.Slider(0, 10, 0, step=0.1, label="Threshold in standard deviations (0: none)")
+        percentile = gr.Slider(0, 0.999, 0, step=0.001, label="Dynamic threshold's percentile (0: static)")
+    return [schedule, hold, low, power, threshold, percentile]
 
 
 def _component(elem_id: str, field_: Field, visible: bool) -> Any:

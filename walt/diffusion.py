@@ -194,7 +194,7 @@ class GuidanceOptions:
         if self.schedule not in get_args(ScaleSchedule):
             known = ", ".join(get_args(ScaleSchedule))
             raise WaltError(f"guidance schedule must be one of {known}, got {self.schedule!r}")
-        if self.hold < 0 or self.low < 0:
+        if not (self.hold >= 0 and self.low >= 0):
             raise WaltError(f"hold and low of oscillating guidance must be at least 0, got {self.hold} and {self.low}")
         if not self.power > 0:
             raise WaltError(f"power of power-cosine guidance must be positive, got {self.power}")

@@ -45,6 +45,8 @@ class Input(NamedTuple):
 
 def add(task: str, parser: argparse.ArgumentParser) -> None:
     """The arguments of `walt TASK`."""
+    from walt.cli import add_guidance
+
     add = parser.add_argument
     add("prompt", metavar="PROMPT", help="what to show")
     TASKS[task].arguments(add)
@@ -58,6 +60,7 @@ def add(task: str, parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="the same seed gives the same video (default: 0)")
     add("--steps", type=int, metavar="N", help="inference steps of the base stage (default: the model's)")
     add("--guidance", type=float, metavar="SCALE", help="guidance scale of the base stage (default: the model's)")
+    add_guidance(add)
     add(
         "--conditioning",
         choices=("model", "repaint"),
@@ -71,6 +74,8 @@ def add(task: str, parser: argparse.ArgumentParser) -> None:
 
 def add_upscale(parser: argparse.ArgumentParser) -> None:
     """The arguments of `walt upscale`."""
+    from walt.cli import add_guidance
+
     add = parser.add_argument
     add("video", metavar="FILE", help="a video of any length and size, or a picture")
     add("-o", "--output", required=True, metavar="FILE", help="x.mp4, or x.png for a still")
@@ -79,6 +84,8 @@ def add_upscale(parser: argparse.ArgumentParser) -> None:
     add("--model", metavar="FOLDER", help="a model folder (default: the embedded model)")
     add("--noise-level", type=int, metavar="T", help="0 to 999: more trusts the video less (default: the model's)")
     add("--steps", type=int, metavar="N", help="inference steps of each stage (default: the model's)")
+    add("--guidance", type=float, metavar="SCALE", help="guidance scale of each stage (default: the model's)")
+    add_guidance(add)
     add("--seed", type=int, default=0, help="the same seed gives the same video (default: 0)")
     add("--fps", type=float, help="frames per second of the file (default: the video's)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
@@ -151,7 +158,7 @@ def _edit(add: Add) -> None:
 
 def prepare(args: argparse.Namespace) -> None:
     """Checks everything that needs no weights and reads the inputs."""
-    from walt.cli import model_folder
+    from walt.cli import guidance_options, model_folder
     from walt.media import check_output
 
     args.output = check_output(args.output)
@@ -161,6 +168,9 @@ def prepare(args: argparse.Namespace) -> None:
         raise WaltError(f"--seed must be from 0 to 2**63 - 1, got {args.seed}")
     if args.steps is not None and not 1 <= args.steps <= 1000:
         raise WaltError(f"--steps must be from 1 to 1000, got {args.steps}")
+    if args.guidance is not None and not args.guidance >= 0:
+        raise WaltError(f"--guidance must be at least 0, got {args.guidance}")
+    args.options = guidance_options(args)
     if args.command == "upscale":
         from walt.media import is_image_path
 
@@ -227,6 +237,8 @@ def run(args: argparse.Namespace) -> None:
         cascade.tokenizer, cascade.text_encoder, cascade.vae, cascade.transformer, cascade.scheduler
     )
     pipe.set_progress_bar_config(disable=True)
+    for part in (pipe, cascade):
+        part.set_guidance(args.options)
     call: dict[str, Any] = {
         "negative_prompt": args.negative_prompt,
         "num_inference_steps": args.steps or cascade.config.base_steps,
@@ -274,6 +286,7 @@ def run_upscale(args: argparse.Namespace) -> None:
 
     device = choose_device(args.device)
     cascade = load_cascade(args.model, choose_dtype(args.dtype, device), device)
+    cascade.set_guidance(args.options)
     if is_image_path(args.video):
         pieces, fps = iter([read_image(args.video)[None]]), 8.0
     else:
@@ -285,6 +298,7 @@ def run_upscale(args: argparse.Namespace) -> None:
             args.prompt,
             args.scale,
             num_inference_steps=args.steps,
+            guidance_scale=args.guidance,
             noise_level=args.noise_level,
             generator=torch.Generator().manual_seed(args.seed),
             callback_on_step_end=bar.step,
@@ -320,7 +334,7 @@ def _pixels(piece: Tensor) -> Pixels:
 def _tensor(frames: Pixels) -> Tensor:
     import torch
 
-    return torch.from_numpy(frames).permute(0, 3, 1, 2)[None].float() / 255
+    return torch.tensor(frames).permute(0, 3, 1, 2)[None].float() / 255
 
 
 def _mask(args: argparse.Namespace) -> Any:

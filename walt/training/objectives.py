@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
@@ -938,6 +939,12 @@ def load_folder(cls: type[Any], folder: str, what: str) -> Any:
     if not (Path(folder) / "config.json").is_file():
         raise WaltError(f"{what}: no model in {folder!r} (config.json is missing)")
     try:
+        # diffusers would fill a model of another class with noise.
+        saved = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")).get("_class_name")
+        if saved is not None and saved != cls.__name__:
+            raise WaltError(f"{what}: {folder!r} is of class {saved}, {cls.__name__} is needed")
         return cls.from_pretrained(folder)
+    except WaltError:
+        raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise WaltError(f"{what}: {folder!r} cannot be loaded: {str(error).splitlines()[0]}") from error
