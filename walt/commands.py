@@ -708,7 +708,13 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--generated", metavar="DIR", help="video: the clips to judge, .mp4 or .png, all of one size")
     parser.add_argument("--reference", metavar="DIR", help="video: real clips (default: held-out scenes of --source)")
-    parser.add_argument("--network", default="MC3-18", help="video: a feature network's name or file (default: MC3-18)")
+    parser.add_argument(
+        "--network",
+        default="MC3-18",
+        metavar="NAME_OR_FILE",
+        help="video, nuwa: a feature network (default: MC3-18), or a TorchScript file such as i3d_torchscript.pt, which "
+        "is a program: only from a source you trust",
+    )
     parser.add_argument(
         "--features", default="cache/features", help="video: folder of the networks (walt data features)"
     )
@@ -839,6 +845,7 @@ def _evaluate_video(args: argparse.Namespace) -> None:
     console.print(table)
     frames, height, width, _ = shape
     console.print(f"against {count} real clips of {frames} frames, {height}x{width}, in {network.name}'s features")
+    console.print(f"sha256 of the network's file: {network.fingerprint}", soft_wrap=True)
     if args.json is not None:
         settings = {"reference_clips": count, "frames": frames, "height": height, "width": width}
         write_report(args.json, network, rows, settings)

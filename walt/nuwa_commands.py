@@ -398,9 +398,11 @@ def evaluate(args: argparse.Namespace, theatre: Any, image_network: Any) -> None
         results.append(TASKS[name](stage))
     figures = [figure for result in results for figure in result.figures]
     console.print(table(figures))
+    console.print(f"distances in {network.name}'s features; sha256 of its file: {network.fingerprint}", soft_wrap=True)
     write_sheet(args.output, results)
     if args.json is not None:
         settings = {"model": fingerprint(args.model), "count": args.count, "guidance": guidance, "top_p": args.top_p}
+        settings |= {"network": network.name, "network_sha256": network.fingerprint}
         write_report(args.json, figures, settings)
 
 

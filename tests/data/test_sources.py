@@ -10,6 +10,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -233,7 +234,6 @@ def test_a_shard_that_was_cut_off_keeps_what_is_whole(shards: Path, tmp_path: Pa
 
 
 def test_hugging_face_dataset(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
     features = datasets.Features({"picture": datasets.Image(), "text": datasets.Value("string")})
     rows = [{"bytes": media.image_bytes(media.noise(i)), "path": None} for i in range(5)]
     rows[3] = {"bytes": b"no picture", "path": None}

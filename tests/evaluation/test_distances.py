@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from scipy import linalg
 from torch import Tensor
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import KernelInceptionDistance
 
 from walt.errors import WaltError
 from walt.evaluation.distances import (
@@ -59,7 +62,6 @@ def test_statistics_of_parts_are_those_of_the_whole(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("n, m, d", [(60, 40, 5), (200, 300, 16)])
 def test_frechet_distance_is_scipys(n: int, m: int, d: int) -> None:
-    linalg = pytest.importorskip("scipy.linalg")
     x, y = samples(n, d, 1), samples(m, d, 2, shift=0.3)
     a, b = torch.cov(x.T).numpy(), torch.cov(y.T).numpy()
     root = linalg.sqrtm(a @ b).real
@@ -68,9 +70,8 @@ def test_frechet_distance_is_scipys(n: int, m: int, d: int) -> None:
 
 
 def test_frechet_distance_is_torchmetrics() -> None:
-    image = pytest.importorskip("torchmetrics.image.fid")
     x, y = samples(60, 5, 1), samples(40, 5, 2, shift=0.3)
-    metric = image.FrechetInceptionDistance(feature=Same(5)).set_dtype(torch.float64)
+    metric = FrechetInceptionDistance(feature=Same(5)).set_dtype(torch.float64)
     metric.update(x, real=True)
     metric.update(y, real=False)
     assert frechet(x, y) == pytest.approx(float(metric.compute()), rel=1e-6)
@@ -108,9 +109,8 @@ def test_mmd_is_the_double_loop(block: int) -> None:
 
 
 def test_subset_mmd_of_everything_is_torchmetrics() -> None:
-    image = pytest.importorskip("torchmetrics.image.kid")
     x, y = samples(20, 6, 7), samples(20, 6, 8, shift=0.5)
-    metric = image.KernelInceptionDistance(feature=Same(6), subsets=2, subset_size=20).set_dtype(torch.float64)
+    metric = KernelInceptionDistance(feature=Same(6), subsets=2, subset_size=20).set_dtype(torch.float64)
     metric.update(x, real=True)
     metric.update(y, real=False)
     mean, spread = subset_mmd(x, y, subsets=2, size=20)

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torchmetrics.functional.image import structural_similarity_index_measure
 
 from walt.errors import WaltError
 from walt.evaluation.metrics import high_frequency_energy, join_ratio, lpips, masked_psnr, psnr, ssim
@@ -26,12 +27,11 @@ def test_psnr_of_a_constant_error() -> None:
 
 
 def test_ssim_is_torchmetrics_where_the_window_fits() -> None:
-    functional = pytest.importorskip("torchmetrics.functional.image")
     video, target = noise(2, 3, 2, 16, 20), noise(2, 3, 2, 16, 20, seed=1)
     target = (target + video) / 2
     pictures = [z.transpose(1, 2).flatten(0, 1) for z in (video, target)]
     # torchmetrics mirrors the borders; without those 5 pixels its map is that of the places where the window fits.
-    _, places = functional.structural_similarity_index_measure(*pictures, data_range=2.0, return_full_image=True)
+    _, places = structural_similarity_index_measure(*pictures, data_range=2.0, return_full_image=True)
     expected = places[..., 5:-5, 5:-5].reshape(2, -1).mean(dim=1)
     assert torch.allclose(ssim(video, target), expected, rtol=1e-9)
 

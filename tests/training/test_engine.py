@@ -17,6 +17,7 @@ import pytest
 import torch
 from accelerate import init_empty_weights
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.data import media
 from tests.training.jobs import losses, save_tokenizer, saved, small_job, tokenizer_job
@@ -425,9 +426,6 @@ def test_a_checkpoint_older_than_a_field_is_still_of_its_recipe(tmp_path: Path) 
 
 
 def test_tensorboard_shows_figures_and_sheets(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     run(small_job(save_tokenizer(tmp_path / "vae"), tmp_path / "run", 3, tensorboard=True), sheet=draw_sheet)
     board = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     curve = losses(tmp_path / "run")

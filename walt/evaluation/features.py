@@ -1,7 +1,7 @@
 """Feature networks with pinned weights and preprocessing, for the distances of `walt.evaluation.distances`.
 
-None of them is I3D: distances in MC3-18's features are called FVD-MC3 and KVD-MC3, never FVD. Compare numbers only
-within one network.
+None of RECIPES is I3D: distances in MC3-18's features are called FVD-MC3 and KVD-MC3, never FVD. The official I3D and
+Inception are files that a user supplies (`walt.evaluation.scripted`). Compare numbers only within one network.
 
 Letters: B batch, T frames, H W pixels, d features.
 """
@@ -73,10 +73,7 @@ class Preparation:
         Raises:
             WaltError: not a colour video, or values outside [-1, 1].
         """
-        if video.ndim != 5 or video.shape[1] != 3 or not video.numel():
-            raise WaltError(f"video: expected (B, 3, T, H, W), got {tuple(video.shape)}")
-        if not bool(video.abs().max() <= 1):
-            raise WaltError("video: expected values in [-1, 1]")
+        check_video(video)
         length = video.shape[2]
         chosen = [(2 * i + 1) * length // (2 * self.frames) for i in range(self.frames)]
         pictures = rearrange(video[:, :, chosen].float(), "b c t h w -> (b t) c h w") / 2 + 0.5
@@ -84,6 +81,14 @@ class Preparation:
         scaled = F.interpolate(pictures, (self.size, self.size), mode=self.mode, antialias=True).clamp(0, 1)
         mean, std = (scaled.new_tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
         return rearrange((scaled - mean) / std, "(b t) c h w -> b c t h w", b=len(video))
+
+
+def check_video(video: Tensor) -> None:
+    """A WaltError for anything but `(B, 3, T, H, W)` in [-1, 1]."""
+    if video.ndim != 5 or video.shape[1] != 3 or not video.numel():
+        raise WaltError(f"video: expected (B, 3, T, H, W), got {tuple(video.shape)}")
+    if not bool(video.abs().max() <= 1):
+        raise WaltError("video: expected values in [-1, 1]")
 
 
 @dataclass(frozen=True)
@@ -118,13 +123,20 @@ class PretrainedNetwork:
         return output
 
 
-def load_feature_network(name_or_path: str | Path, folder: str | Path = FOLDER) -> PretrainedNetwork:
+def load_feature_network(name_or_path: str | Path, folder: str | Path = FOLDER) -> FeatureNetwork:
     """A network of RECIPES by name, from `folder`, or by the path of the file that `convert_features` wrote.
+
+    The path may also be of a TorchScript archive (`walt.evaluation.scripted`). That is a program, which is run: only for
+    files you trust.
 
     Raises:
         WaltError: an unknown name, no file, or a file that is none of the networks' (its sha256 is shown).
     """
+    from walt.evaluation.scripted import ScriptedNetwork, is_scripted
+
     path = feature_file(name_or_path, folder)
+    if is_scripted(path):
+        return ScriptedNetwork(path)
     try:
         with safe_open(path, "pt") as file:
             name = (file.metadata() or {}).get("network", "")
