@@ -131,7 +131,7 @@ def test_guidance_is_spread_and_bounded_in_every_task(stages: int, model: Path, 
     for name in tasks if stages == 1 else ("edit",):
         made = []
         for option in options if name == "edit" else options[:2]:
-            common = ("-o", output, "--model", model, "--steps", 2, "--guidance", 20)
+            common: tuple[object, ...] = ("-o", output, "--model", model, "--steps", 2, "--guidance", 20)
             common += () if name == "upscale" else ("--stages", stages)
             assert run(name, *tasks[name], *common, *option) == 0, (name, option)
             made.append(read_video(output)[0])

@@ -29,9 +29,9 @@ def test_psnr_of_a_constant_error() -> None:
 def test_ssim_is_torchmetrics_where_the_window_fits() -> None:
     video, target = noise(2, 3, 2, 16, 20), noise(2, 3, 2, 16, 20, seed=1)
     target = (target + video) / 2
-    pictures = [z.transpose(1, 2).flatten(0, 1) for z in (video, target)]
+    ours, theirs = (z.transpose(1, 2).flatten(0, 1) for z in (video, target))
     # torchmetrics mirrors the borders; without those 5 pixels its map is that of the places where the window fits.
-    _, places = structural_similarity_index_measure(*pictures, data_range=2.0, return_full_image=True)
+    _, places = structural_similarity_index_measure(ours, theirs, data_range=2.0, return_full_image=True)
     expected = places[..., 5:-5, 5:-5].reshape(2, -1).mean(dim=1)
     assert torch.allclose(ssim(video, target), expected, rtol=1e-9)
 

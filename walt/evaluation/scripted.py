@@ -134,7 +134,7 @@ def _load(path: Path, checksum: str) -> torch.jit.ScriptModule:
         with warnings.catch_warnings():
             # The published networks exist as TorchScript only, whatever PyTorch recommends for new ones.
             warnings.simplefilter("ignore", FutureWarning)
-            module: torch.jit.ScriptModule = torch.jit.load(path, map_location="cpu")  # type: ignore[no-untyped-call]
+            module: torch.jit.ScriptModule = torch.jit.load(path, map_location="cpu")
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).split(" This is an internal", 1)[0].splitlines()[0]
         raise WaltError(
@@ -144,8 +144,8 @@ def _load(path: Path, checksum: str) -> torch.jit.ScriptModule:
 
 
 def _recognise(module: torch.jit.ScriptModule, path: Path, checksum: str) -> Signature:
-    forward = getattr(module, "forward", None)
-    names = [argument.name for argument in forward.schema.arguments[1:]] if hasattr(forward, "schema") else []
+    schema = getattr(getattr(module, "forward", None), "schema", None)
+    names = [] if schema is None else [argument.name for argument in schema.arguments[1:]]
     for signature in (I3D, INCEPTION):
         if signature.fits(set(names)):
             return signature
