@@ -72,6 +72,13 @@ class WaltCascadePipeline(SamplingPipeline):
         super().__init__()
         if temporal_super_resolution is not None and low_res_kind(temporal_super_resolution.config) != "time":
             raise WaltError("temporal_super_resolution needs a transformer with low_res_channels and low_res_scale=1")
+        if transformer is not None and low_res_kind(transformer.config) is not None:
+            raise WaltError("transformer must be a base, without low_res_channels; this one enlarges what a base made")
+        for name, model in (("transformer_2", transformer_2), ("transformer_3", transformer_3)):
+            if model is not None and low_res_kind(model.config) != "space":
+                raise WaltError(
+                    f"{name} needs a super-resolution transformer, with low_res_channels and low_res_scale=2"
+                )
         self.register_modules(
             tokenizer=tokenizer,
             text_encoder=text_encoder,

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from walt.chunking import chunk_starts
 from walt.errors import WaltError
+from walt.task_commands import stoppable
 
 if TYPE_CHECKING:
     import torch
@@ -679,8 +680,9 @@ def prepare(args: argparse.Namespace) -> None:
     args.model = model_folder(args.model)
 
 
+@stoppable()
 def run(args: argparse.Namespace) -> None:
-    """Serves the page until Ctrl-C."""
+    """Serves the page until Ctrl-C or SIGTERM; what was uploaded and made is removed either way."""
     from walt.cli import choose_device, choose_dtype, load_cascade
 
     device = choose_device(args.device)
