@@ -61,6 +61,7 @@ def demo(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
         stderr=(tmp_path / "stderr").open("w"),
         text=True,
         env={**os.environ, "TMPDIR": str(tmp_path / "temporary")},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell job ignores it
     )
     try:
         yield process
