@@ -31,6 +31,8 @@ def inputs(tmp_path: Path) -> Path:
     write_image(clip[1], tmp_path / "b.png")
     write_image(clip[0].repeat(2, 0), tmp_path / "tall.png")
     write_video(clip, tmp_path / "clip.mp4", 6)
+    write_video(clip[:1], tmp_path / "one.mp4", 6)
+    (tmp_path / "junk.mp4").write_bytes(b"junk" * 9)
     mask = np.zeros((16, 16, 3), np.uint8)
     mask[:, 8:] = 255
     write_image(mask, tmp_path / "mask.png")
@@ -171,13 +173,23 @@ def test_guidance_options_are_those_of_the_pipelines() -> None:
         (("outpaint", "a", "clip.mp4"), "needs pixels to add"),
         (("edit", "a", "clip.mp4", "--strength", 2), "strength must be a number from 0 to 1"),
         (("edit", "a", "clip.mp4", "--fps", 0), "--fps must be positive"),
+        (("edit", "a", "clip.mp4", "--fps", "inf"), "--fps must be positive and finite, got inf"),
+        (("edit", "a", "clip.mp4", "--guidance", "inf"), "--guidance must be at least 0 and finite, got inf"),
+        (("edit", "a", "clip.mp4", "--time", "0,3"), "give --mask or --box"),
+        (("fill", "a", "clip.mp4", "--mask", "mask.png", "--box", "0,0,8,8"), "give --mask or --box, one of them"),
+        (("animate", "a", "a.png", "--height", -16), "--height must be at least 1 pixel, got -16"),
+        (("animate", "a", "a.png", "--width", 0), "--width must be at least 1 pixel, got 0"),
+        (("loop", "a", "one.mp4"), "needs a video of at least 9 frames, got 1: extend it first"),
+        (("predict", "a", "junk.mp4"), 'junk.mp4" as a video'),
+        (("upscale", "junk.mp4", "--prompt", "a"), 'junk.mp4": '),
+        (("upscale", "clip.mp4", "--prompt", " "), "--prompt is empty"),
         (("loop", "a", "clip.mp4", "--guidance-schedule", "cosine"), "invalid choice: 'cosine'"),
         (("loop", "a", "clip.mp4", "--guidance-hold", -1), "hold and low of oscillating guidance must be at least 0"),
         (("loop", "a", "clip.mp4", "--guidance-low", "nan"), "hold and low of oscillating guidance must be at least 0"),
         (("fill", "a", "clip.mp4", "--guidance-power", 0), "power of power-cosine guidance must be positive, got 0.0"),
         (("edit", "a", "clip.mp4", "--threshold", -2), "threshold of predicted latents must be positive, got -2.0"),
         (("edit", "a", "clip.mp4", "--threshold-percentile", 0.9), "go with a threshold"),
-        (("edit", "a", "clip.mp4", "--guidance", "nan"), "--guidance must be at least 0, got nan"),
+        (("edit", "a", "clip.mp4", "--guidance", "nan"), "--guidance must be at least 0 and finite, got nan"),
         (("upscale", "clip.mp4", "--threshold", 0), "threshold of predicted latents must be positive"),
         (("upscale", "no.mp4"), "there is no file"),
         (("upscale", "a.png"), "must both be videos, or both pictures"),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from importlib import resources
@@ -256,8 +257,8 @@ def _sample_prepare(args: argparse.Namespace) -> None:
         raise WaltError(
             f'--frames {args.frames} does not go with the still "{args.output}": leave it out or write an .mp4'
         )
-    if not args.fps > 0:
-        raise WaltError(f"--fps must be positive, got {args.fps}")
+    if not 0 < args.fps < math.inf:
+        raise WaltError(f"--fps must be positive and finite, got {args.fps}")
     if not 0 <= args.guidance_rescale <= 1:
         raise WaltError(f"--guidance-rescale must be from 0 to 1, got {args.guidance_rescale}")
     if not args.context_guidance >= 0 or args.anchor_every < 0:

@@ -7,6 +7,7 @@ Like cli.py this file may import anything.
 from __future__ import annotations
 
 import argparse
+import math
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -162,22 +163,31 @@ def prepare(args: argparse.Namespace) -> None:
     from walt.media import check_output
 
     args.output = check_output(args.output)
-    if args.fps is not None and not args.fps > 0:
-        raise WaltError(f"--fps must be positive, got {args.fps}")
+    if args.fps is not None and not 0 < args.fps < math.inf:
+        raise WaltError(f"--fps must be positive and finite, got {args.fps}")
     if not 0 <= args.seed < 2**63:
         raise WaltError(f"--seed must be from 0 to 2**63 - 1, got {args.seed}")
     if args.steps is not None and not 1 <= args.steps <= 1000:
         raise WaltError(f"--steps must be from 1 to 1000, got {args.steps}")
-    if args.guidance is not None and not args.guidance >= 0:
-        raise WaltError(f"--guidance must be at least 0, got {args.guidance}")
+    if args.guidance is not None and not 0 <= args.guidance < math.inf:
+        raise WaltError(f"--guidance must be at least 0 and finite, got {args.guidance}")
+    for name in ("height", "width"):
+        if getattr(args, name, None) is not None and getattr(args, name) < 1:
+            raise WaltError(f"--{name} must be at least 1 pixel, got {getattr(args, name)}")
     args.options = guidance_options(args)
     if args.command == "upscale":
-        from walt.media import is_image_path
+        from walt.media import is_image_path, probe
 
         if not Path(args.video).is_file():
             raise WaltError(f'there is no file "{args.video}"')
+        if args.prompt is not None and not args.prompt.strip():
+            raise WaltError("--prompt is empty: say what the video shows, or leave it out for stages that take no text")
         if is_image_path(args.video) != is_image_path(args.output):
             raise WaltError(f'"{args.video}" and "{args.output}" must both be videos, or both pictures')
+        try:
+            args.facts = probe(Path(args.video), Path(args.video).suffix.lower())
+        except WaltError as error:
+            raise WaltError(f'cannot read "{args.video}": {error}') from error
     else:
         if not args.prompt.strip():
             raise WaltError("the prompt is empty: say what to show")
@@ -282,7 +292,7 @@ def run_upscale(args: argparse.Namespace) -> None:
     import torch
 
     from walt.cli import choose_device, choose_dtype, load_cascade
-    from walt.media import is_image_path, probe, read_image, stream_video
+    from walt.media import is_image_path, read_image, stream_video
 
     device = choose_device(args.device)
     cascade = load_cascade(args.model, choose_dtype(args.dtype, device), device)
@@ -290,8 +300,7 @@ def run_upscale(args: argparse.Namespace) -> None:
     if is_image_path(args.video):
         pieces, fps = iter([read_image(args.video)[None]]), 8.0
     else:
-        pieces, facts = stream_video(args.video), probe(Path(args.video), Path(args.video).suffix.lower())
-        fps = facts.frames / facts.seconds
+        pieces, fps = stream_video(args.video), args.facts.frames / args.facts.seconds
     with _Bar("upscale") as bar:
         made = cascade.upscale_stream(
             (_tensor(piece) for piece in pieces),
@@ -343,7 +352,7 @@ def _mask(args: argparse.Namespace) -> Any:
 
     frames, height, width = args.video.frames.shape[:3]
     if (args.mask is None) == (args.box is None):
-        raise WaltError("say what is made anew: give --mask or --box")
+        raise WaltError("say what is made anew: give --mask or --box, one of them")
     if args.box is not None:
         numbers = _numbers("--box", args.box, 4)
         left, top, right, bottom = numbers
@@ -469,7 +478,8 @@ def _make_outpaint(args: argparse.Namespace, pipe: Any, call: dict[str, Any]) ->
 
 
 def _make_edit(args: argparse.Namespace, pipe: Any, call: dict[str, Any]) -> Any:
-    mask = _mask(args) if args.mask is not None or args.box is not None else None
+    region = any(value is not None for value in (args.mask, args.box, args.time))  # --time alone: _mask asks for more
+    mask = _mask(args) if region else None
     return pipe(args.prompt, video=args.video.frames, mask_video=mask, strength=args.strength, **call)
 
 
