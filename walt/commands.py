@@ -74,22 +74,27 @@ def _account(console: Console, clips: Any) -> None:
 def plan_job(job: Any, ranks: int = 1, rate: float | None = None) -> Any:
     """The plan of a recipe (`walt.training.plan.make_plan`) with the classes that it builds."""
     from walt.models.backbone import backbone
+    from walt.models.transformer_nuwa import NuwaTransformer3DModel
     from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt
-    from walt.training.job import DenoiserJob, TokenizerJob
+    from walt.training.job import NuwaJob, TokenizerJob
     from walt.training.plan import make_plan
 
-    if not isinstance(job, DenoiserJob) and getattr(job, "architecture", "") != "causal":
-        raise WaltError("--dry-run: plans denoisers and causal tokenizers, not NUWA or its frame-wise tokenizers")
-    cls = AutoencoderKLWalt if isinstance(job, TokenizerJob) else backbone(job.backbone)
+    cls: type[Any]
+    if isinstance(job, TokenizerJob):
+        if job.architecture != "causal":
+            raise WaltError("--dry-run: plans denoisers, NUWA and causal tokenizers, not frame-wise tokenizers")
+        cls = AutoencoderKLWalt
+    else:
+        cls = NuwaTransformer3DModel if isinstance(job, NuwaJob) else backbone(job.backbone)
     return make_plan(job, cls, AutoencoderKLWalt, ranks, rate, lambda: _rehearsal(job))
 
 
 def _rehearsal(job: Any) -> Any:
-    """The objective of a recipe for a dry run; None where a file is missing, and for a user's media, as these would
-    all be probed first."""
+    """The objective of a recipe for a dry run; None where a file is missing, for a user's media, as these would all be
+    probed first, and for NUWA's token folder, which would be filled."""
     from walt.training.job import MediaJob
 
-    if isinstance(job.data, MediaJob):
+    if isinstance(job.data, MediaJob) or getattr(job, "tokens", None) is not None:
         return None
     # Fits of the start say nothing about a step.
     short = {name: 1 for name in ("low_res_batches", "shortcut_batches") if hasattr(job, name)}

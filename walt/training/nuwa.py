@@ -23,6 +23,7 @@ from walt.errors import WaltError
 from walt.training.job import DataJob, MediaJob, NuwaJob, NuwaTask
 from walt.training.loop import Objective
 from walt.training.objectives import TextStates, build_model, start_from
+from walt.training.plan import ForwardCounter
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,23 @@ TASKS: dict[str, TaskKind] = {
     "sketch_to_image": TaskKind("sketch", "still"),
     "sketch_to_video": TaskKind("sketch", "clip"),
 }
+
+
+def trained_tasks(job: NuwaJob) -> dict[str, NuwaTask]:
+    """The tasks of a recipe that have a batch; a WaltError where none has."""
+    tasks = {name: task for name in TASKS if (task := getattr(job.tasks, name)).batch}
+    if not tasks:
+        raise WaltError("tasks: no task has a batch, so there is nothing to train")
+    return tasks
+
+
+def draw_tasks(tasks: dict[str, NuwaTask], rng: np.random.Generator) -> list[str]:
+    """The task of every sample of a pack: `batch` of each, a fraction by chance; never none at all."""
+    names: list[str] = []
+    while not names:
+        for name, task in tasks.items():
+            names += [name] * (int(task.batch) + int(rng.random() < task.batch % 1))
+    return names
 
 
 @dataclass(frozen=True)
@@ -69,10 +87,7 @@ class NuwaObjective(Objective):
 
     def __init__(self, job: NuwaJob, transformer: type[Any], vq: Any, vq_seg: Any, words: TextStates) -> None:
         self.job = job
-        self.tasks: dict[str, NuwaTask] = {name: getattr(job.tasks, name) for name in TASKS}
-        self.tasks = {name: task for name, task in self.tasks.items() if task.batch}
-        if not self.tasks:
-            raise WaltError("tasks: no task has a batch, so there is nothing to train")
+        self.tasks = trained_tasks(job)
         sketched = [name for name in self.tasks if TASKS[name].condition == "sketch"]
         if sketched and isinstance(job.data, MediaJob):
             raise WaltError(
@@ -100,6 +115,7 @@ class NuwaObjective(Objective):
         else:
             self.scenes = NuwaScenes(job)
         self.folder = TokenFolder(job, self.kinds) if job.tokens is not None else None
+        self.counter = ForwardCounter(transformer, dict(self.model.config))
 
     def to(self, device: torch.device) -> None:
         """Moves the frozen parts, and fills the token folder."""
@@ -115,10 +131,7 @@ class NuwaObjective(Objective):
         """`batch` samples of every task, a pure function of (recipe, step, rank); never none at all."""
         rng = np.random.default_rng((self.job.run.seed, step, rank))
         source = self.scenes if self.folder is None else self.folder
-        names: list[str] = []
-        while not names:
-            for name, task in self.tasks.items():
-                names += [name] * (int(task.batch) + int(rng.random() < task.batch % 1))
+        names = draw_tasks(self.tasks, rng)
         if self.clips is not None:
             # Places of their own in the stream for every step and lane, so that an epoch shows each clip about once.
             most = sum(math.ceil(task.batch) for task in self.tasks.values())
@@ -163,6 +176,18 @@ class NuwaObjective(Objective):
             total = total + self.tasks[name].weight * mean
             seen[name] = self.last_seen[name] = mean.detach()
         return total, seen
+
+    def flops(self, batch: list[Sample]) -> float | None:
+        """As if no condition were dropped: a sketch that is costs a little less."""
+        total = 0.0
+        for sample in batch:
+            if isinstance(sample.data, Tokens):
+                s, h, w = sample.data.video.shape[:3]
+            else:
+                space = self.vq.spatial_compression_ratio
+                s, h, w = len(sample.data.video), *(side // space for side in sample.data.video.shape[-2:])
+            total += self.counter((s, h, w, int(TASKS[sample.task].condition == "sketch")))
+        return total
 
     def _noisy(self, tokens: Tensor, generator: torch.Generator) -> Tensor:
         """What the model sees of `tokens` `(B, s, h, w[, S])`: of `token_noise` of the samples a part, from none to all

@@ -21,11 +21,12 @@ import numpy as np
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from walt.data.packing import fill_budget
 from walt.errors import WaltError
-from walt.training.job import DenoiserJob, OptimizerJob, TokenizerJob
+from walt.training.job import DenoiserJob, NuwaJob, OptimizerJob, TokenizerJob
 from walt.training.loop import Objective
 from walt.training.optimizers import Average, make_optimizer
 
@@ -60,7 +61,7 @@ class ForwardCounter:
     Samples of a pack do not meet, so a pack's operations are the sum over its samples.
 
     Args:
-        cls: a denoiser or a tokenizer.
+        cls: a denoiser, a tokenizer or NUWA.
         config: its config.
     """
 
@@ -70,7 +71,8 @@ class ForwardCounter:
         self.counts: dict[tuple[int, ...], float] = {}
 
     def __call__(self, size: tuple[int, ...]) -> float:
-        """Operations for one latent of grid `size` (t, h, w) of a denoiser, or one video of (T, H, W) of a tokenizer."""
+        """Operations for one latent of grid `size` (t, h, w) of a denoiser, one video of (T, H, W) of a tokenizer, or one
+        grid of tokens of NUWA with its condition: (s, h, w, 1) with a sketch, (s, h, w, 0) with a text."""
         if size not in self.counts:
             if self.twin is None:
                 self.twin = meta_twin(self.cls, self.config).requires_grad_(False)
@@ -88,9 +90,11 @@ def meta_twin(cls: type[Any], config: dict[str, Any]) -> Any:
 
 
 def meta_forward(twin: Any, size: tuple[int, ...]) -> Any:
-    """Runs a `meta_twin` on one sample of `size`; returns what it gives."""
+    """Runs a `meta_twin` on one sample of `size`; returns what it gives (NUWA: its loss, for which the logits are kept)."""
     config = twin.config
     with torch.device("meta"):
+        if _is_nuwa(config):
+            return _nuwa_loss(twin, [size])
         if not hasattr(config, "out_channels") or hasattr(config, "latent_channels"):
             return twin(torch.empty(1, 3, *size), return_dict=False)
         t, h, w = size
@@ -106,6 +110,24 @@ def meta_forward(twin: Any, size: tuple[int, ...]) -> Any:
         return twin([torch.empty(config.in_channels, t, h, w)], torch.zeros(1), **given).sample
 
 
+def _is_nuwa(config: Any) -> bool:
+    return hasattr(config, "num_layers_decoder")
+
+
+def _nuwa_loss(model: Any, sizes: Sequence[tuple[int, ...]]) -> Tensor:
+    """NUWA's loss on samples of one size `(s, h, w, sketched)`, on the default device."""
+    config, (s, h, w, sketched) = model.config, sizes[0]
+    more = (config.num_subcodes,) if config.num_subcodes > 1 else ()
+    tokens = torch.zeros(len(sizes), s, h, w, *more, dtype=torch.long)
+    given: dict[str, Any] = {}
+    if sketched:
+        given["sketch"] = torch.zeros(len(sizes), s, h, w, dtype=torch.long)
+    elif config.text_dim is not None:
+        given["text"] = [torch.zeros(TEXT_LENGTH, config.text_dim) for _ in sizes]
+    logits = model(tokens, **given)
+    return F.cross_entropy(logits.float().flatten(0, -2), tokens.flatten())
+
+
 @dataclass(frozen=True)
 class Plan:
     """What `walt train RECIPE --dry-run` prints. Bytes are of one rank, seconds and tokens of one step."""
@@ -115,7 +137,7 @@ class Plan:
     ranks: int
     packs: int  # per step, all ranks
     samples: float  # per step, all ranks: mean over packs
-    tokens: float  # of denoisers: per step, all ranks
+    tokens: float  # of denoisers and NUWA: per step, all ranks
     memory: dict[str, float]  # weights, gradients, optimizer, average, activations; and of FSDP the gathered block
     flops: float  # per step, all ranks
     matmul_rate: float | None  # of one rank, measured; None: a rate was given
@@ -141,7 +163,7 @@ REHEARSED_FLOPS = 1e12  # of a pack: what counts as small
 
 
 def make_plan(
-    job: DenoiserJob | TokenizerJob,
+    job: DenoiserJob | TokenizerJob | NuwaJob,
     cls: type[Any],
     autoencoder: type[Any],
     ranks: int = 1,
@@ -165,21 +187,10 @@ def make_plan(
     packs = job.run.packs or ranks
     if packs % ranks:
         raise WaltError(f"run.packs: {packs} packs per step do not divide among {ranks} ranks")
-    space, frames_per_latent = _spans(job, autoencoder)
     twin = _planned_twin(cls, job)
     counts = {name: p.numel() for name, p in twin.named_parameters()}
     trained = _trained(twin, job)
-    if isinstance(job, DenoiserJob):
-        patch = int(twin.config.patch_size)
-        sizes = [(1 + (s.frames - 1) // frames_per_latent, *_side(s, space)) for s in job.shapes]
-        cost = [t * h * w // patch**2 for t, h, w in sizes]
-        budget = job.batch_tokens
-    else:
-        sizes = [(s.frames, *_side(s, 1)) for s in job.shapes]
-        cost = [math.prod(size) for size in sizes]
-        budget = job.batch_pixels
-    weights = [shape.weight for shape in job.shapes]
-    drawn = [fill_budget(budget, cost, weights, np.random.default_rng((job.run.seed, i, 0))) for i in range(PACKS)]
+    sizes, cost, drawn = _packs(job, twin, autoencoder)
     samples = sum(map(len, drawn)) / PACKS
     counter = ForwardCounter(cls, dict(twin.config))
     forward = sum(counter(sizes[i]) for pack in drawn for i in pack) / PACKS
@@ -187,7 +198,7 @@ def make_plan(
     if isinstance(job, DenoiserJob) and twin.config.self_conditioning:
         passes += job.diffusion.self_conditioning_probability
     flops = forward * passes * packs
-    kept = [_activations(twin, size, job) for size in sizes]
+    kept = [_activations(cls, twin, size, job) for size in sizes]
     activations = max(sum(kept[i] for i in pack) for pack in drawn)
     matmul: float | None = None
     process, seconds = 0.0, dict[str, float]()
@@ -220,7 +231,7 @@ def make_plan(
         ranks=ranks,
         packs=packs,
         samples=samples * packs,
-        tokens=per_pack * packs if isinstance(job, DenoiserJob) else 0.0,
+        tokens=0.0 if isinstance(job, TokenizerJob) else per_pack * packs,
         memory=_memory(job, twin, trained, ranks, activations) | ({"process": process} if process else {}),
         flops=flops,
         matmul_rate=matmul,
@@ -230,10 +241,59 @@ def make_plan(
     )
 
 
-def _spans(job: Any, autoencoder: type[Any]) -> tuple[int, int]:
-    """How many pixels and frames a latent of the recipe's tokenizer spans; of a tokenizer's recipe 1, as it sees video."""
-    if isinstance(job, TokenizerJob):
-        return 1, 1
+def _packs(
+    job: DenoiserJob | TokenizerJob | NuwaJob, twin: Any, autoencoder: type[Any]
+) -> tuple[list[tuple[int, ...]], list[int], list[list[int]]]:
+    """The sizes of samples, as `ForwardCounter` takes them; what each costs of a pack's budget (tokens, pixels); and
+    PACKS packs as indices of sizes."""
+    if isinstance(job, NuwaJob):
+        from walt.training.nuwa import TASKS, draw_tasks, trained_tasks
+
+        tasks, space = trained_tasks(job), _nuwa_span(job, twin)
+        clip = job.clip
+        grids = [
+            (
+                clip.frames if TASKS[name].target == "clip" else 1,
+                clip.height // space,
+                clip.width // space,
+                int(TASKS[name].condition == "sketch"),
+            )
+            for name in tasks
+        ]
+        rngs = [np.random.default_rng((job.run.seed, step, 0)) for step in range(PACKS)]
+        places = {name: place for place, name in enumerate(tasks)}
+        codes = [math.prod(grid[:3]) * int(twin.config.num_subcodes) for grid in grids]
+        return [*grids], codes, [[places[name] for name in draw_tasks(tasks, rng)] for rng in rngs]
+    sizes: list[tuple[int, ...]]
+    if isinstance(job, DenoiserJob):
+        space, frames_per_latent = _spans(job, autoencoder)
+        patch = int(twin.config.patch_size)
+        sizes = [(1 + (s.frames - 1) // frames_per_latent, *_side(s, space)) for s in job.shapes]
+        cost = [math.prod(size) // patch**2 for size in sizes]
+        budget = job.batch_tokens
+    else:
+        sizes = [(s.frames, *_side(s, 1)) for s in job.shapes]
+        cost = [math.prod(size) for size in sizes]
+        budget = job.batch_pixels
+    weights = [shape.weight for shape in job.shapes]
+    rngs = [np.random.default_rng((job.run.seed, i, 0)) for i in range(PACKS)]
+    return sizes, cost, [fill_budget(budget, cost, weights, rng) for rng in rngs]
+
+
+def _nuwa_span(job: NuwaJob, twin: Any) -> int:
+    """Pixels that a token spans: of the recipe's tokenizer, or, where that is not trained yet, as its model expects."""
+    from walt.tokenizers.vq_model_walt import WaltVQModel
+
+    config = Path(job.tokenizer) / "config.json"
+    if config.is_file():
+        with init_empty_weights():
+            vq = WaltVQModel.from_config(json.loads(config.read_text()))
+        return int(vq.spatial_compression_ratio)
+    return max(1, job.clip.height // int(twin.config.sample_size[1]))
+
+
+def _spans(job: DenoiserJob, autoencoder: type[Any]) -> tuple[int, int]:
+    """How many pixels and frames a latent of the recipe's tokenizer spans."""
     config = Path(job.tokenizer) / "config.json"
     if config.is_file():
         with init_empty_weights():
@@ -314,9 +374,17 @@ def _shards(job: Any, model: nn.Module, ranks: int) -> list[tuple[str, int, int]
     return [*found, ("the rest", left, -(-left // ranks))]
 
 
-def _activations(model: Any, size: tuple[int, ...], job: Any) -> float:
+def _activations(cls: type[Any], model: Any, size: tuple[int, ...], job: Any) -> float:
     """Bytes that autograd keeps of one sample's forward pass; with gradient checkpointing the inputs of the blocks, and
     all of one block."""
+    if isinstance(job, NuwaJob) and job.run.gradient_checkpointing:
+        config = model.config
+        width = config.num_attention_heads * config.attention_head_dim
+        # Of the decoder two, as the last of its blocks has half the states; each gets the contents and the queries.
+        few = job.model_copy(update={"run": job.run.model_copy(update={"gradient_checkpointing": False})})
+        whole = _activations(cls, _planned_twin(cls, job, **_few_layers(job)), size, few)
+        states = 2 * config.num_layers_decoder + size[3] * config.num_layers_encoder
+        return whole + 4.0 * math.prod(size[:3]) * width * states
     kept: dict[int, Tensor] = {}
     parameters = {id(p) for p in model.parameters()}
 
@@ -419,16 +487,24 @@ def _pass(objective: Objective, job: Any, pack: Any, number: int, device: torch.
     return forwards
 
 
+def _few_layers(job: Any) -> dict[str, int]:
+    """What makes a model small whose layers are alike."""
+    if isinstance(job, DenoiserJob):
+        return {"num_layers": 2}
+    if isinstance(job, NuwaJob):
+        return {"num_layers_encoder": min(1, job.model.get("num_layers_encoder", 1)), "num_layers_decoder": 2}
+    return {}
+
+
 def _measure(
     cls: type[Any], job: Any, sizes: Sequence[tuple[int, ...]], pack: list[int], device: torch.device, half: bool
 ) -> _Measured:
     """Two layers of the model on a pack of random samples, or as many of them as are worth their time."""
     from walt.training.objectives import build_model
 
-    few = {"num_layers": 2} if isinstance(job, DenoiserJob) else {}
     torch.manual_seed(0)
     process = _resident() if device.type == "cpu" else 0.0
-    model = build_model(cls, {**job.model, **few}).to(device).train()
+    model = build_model(cls, {**job.model, **_few_layers(job)}).to(device).train()
     if getattr(job, "freeze_encoder", False):
         model.encoder.requires_grad_(False)
     counter = ForwardCounter(cls, dict(model.config))
@@ -478,6 +554,14 @@ def _has_bfloat16(device: torch.device) -> bool:
 def _sample_call(model: Any, sizes: list[tuple[int, ...]], device: torch.device) -> Callable[[], Tensor]:
     """A forward pass of random samples of `sizes`, to a scalar."""
     config = model.config
+    if _is_nuwa(config):
+        alike = [[size for size in sizes if size == one] for one in sorted(set(sizes))]
+
+        def nuwa() -> Tensor:
+            with device:
+                return torch.stack([_nuwa_loss(model, group) for group in alike]).sum()
+
+        return nuwa
     if not hasattr(config, "patch_size") or hasattr(config, "latent_channels"):
         groups: dict[tuple[int, ...], int] = {}
         for size in sizes:
