@@ -11,7 +11,7 @@ import torch
 
 from tests.data import media
 from tests.training.jobs import nuwa_job, save_nuwa_parts
-from walt.commands import build_objective, draw_sheet
+from walt.commands import build_objective, draw_sheet, plan_job
 from walt.errors import WaltError
 from walt.training.job import MediaJob, NuwaClip, NuwaJob, NuwaTask, NuwaTasks, SourceJob, load_job
 from walt.training.loop import train
@@ -89,6 +89,15 @@ def test_batches_are_pure_and_kept_tokens_give_the_same_loss(parts: Path, tmp_pa
     assert losses[0] == losses[1] == losses[2]
     captions = [[sample.data.caption for sample in fly.batch(step, 0)] for step in (1, 2)]
     assert captions[0] != captions[1]
+
+
+def test_plan_counts_parameters_and_operations(parts: Path) -> None:
+    made = objective(parts)
+    plan = plan_job(made.job, rate=1e9)
+    assert plan.parameters == plan.trained == sum(p.numel() for p in made.model.parameters())
+    counted = [made.flops(made.batch(step, 0)) for step in range(4)]
+    assert all(counted) and plan.flops > 2.5 * min(count for count in counted if count)
+    assert plan.tokens > 0 and plan.memory["activations"] > 0
 
 
 def test_token_noise_hides_neighbours_from_some_samples(parts: Path) -> None:
