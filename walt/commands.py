@@ -76,6 +76,7 @@ def plan_job(job: Any, ranks: int = 1, rate: float | None = None) -> Any:
     from walt.models.backbone import backbone
     from walt.models.transformer_nuwa import NuwaTransformer3DModel
     from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt
+    from walt.tokenizers.vq_model_walt import WaltVQModel
     from walt.training.job import NuwaJob, TokenizerJob
     from walt.training.plan import make_plan
 
@@ -86,7 +87,8 @@ def plan_job(job: Any, ranks: int = 1, rate: float | None = None) -> Any:
         cls = AutoencoderKLWalt
     else:
         cls = NuwaTransformer3DModel if isinstance(job, NuwaJob) else backbone(job.backbone)
-    return make_plan(job, cls, AutoencoderKLWalt, ranks, rate, lambda: _rehearsal(job))
+    autoencoder = WaltVQModel if isinstance(job, NuwaJob) else AutoencoderKLWalt
+    return make_plan(job, cls, autoencoder, ranks, rate, lambda: _rehearsal(job))
 
 
 def _rehearsal(job: Any) -> Any:

@@ -249,7 +249,7 @@ def _packs(
     if isinstance(job, NuwaJob):
         from walt.training.nuwa import TASKS, draw_tasks, trained_tasks
 
-        tasks, space = trained_tasks(job), _nuwa_span(job, twin)
+        tasks, space = trained_tasks(job), _nuwa_span(job, twin, autoencoder)
         clip = job.clip
         grids = [
             (
@@ -280,14 +280,12 @@ def _packs(
     return sizes, cost, [fill_budget(budget, cost, weights, rng) for rng in rngs]
 
 
-def _nuwa_span(job: NuwaJob, twin: Any) -> int:
+def _nuwa_span(job: NuwaJob, twin: Any, autoencoder: type[Any]) -> int:
     """Pixels that a token spans: of the recipe's tokenizer, or, where that is not trained yet, as its model expects."""
-    from walt.tokenizers.vq_model_walt import WaltVQModel
-
     config = Path(job.tokenizer) / "config.json"
     if config.is_file():
         with init_empty_weights():
-            vq = WaltVQModel.from_config(json.loads(config.read_text()))
+            vq = autoencoder.from_config(json.loads(config.read_text()))
         return int(vq.spatial_compression_ratio)
     return max(1, job.clip.height // int(twin.config.sample_size[1]))
 
