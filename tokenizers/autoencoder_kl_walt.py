@@ -462,9 +462,9 @@ class LappedProjection(nn.Module):
 
 class MixingBlock(nn.Module):
     """ConvNeXt's block (Liu et al. 2022, section 2), causal: a 5x5 depthwise convolution and the two positions before,
-    then norm and a two-layer MLP over channels, added to its input.
+    then norm and a two-layer MLP over channels, added to its input: `(B, C, t, h, w)` to the same.
 
-    Ten times cheaper per parameter's reach than a 3x3x3 convolution: nearly all of its work is matrix products.
+    It reaches as far as a convolution of that size, and nearly all of its work is matrix products.
     """
 
     SIDE = 5
