@@ -483,7 +483,7 @@ def choose_backend(backend: Any, query: Tensor, plan: WindowPlan, biased: bool) 
         half = query.dtype in (torch.float16, torch.bfloat16)
         if query.is_cuda and half and not biased and len(plan.groups) > 1 and _has_varlen():
             return AttentionBackendName("walt_varlen")
-        if query.device.type == "cpu" and query.dtype == torch.bfloat16 and _has_bfloat16_units():
+        if query.device.type == "cpu" and query.dtype == torch.bfloat16 and has_bfloat16_units(query.device):
             return AttentionBackendName("walt_blocked")
         return active
     if biased and active.value in NO_BIAS:
@@ -505,9 +505,13 @@ def _has_varlen() -> bool:
     return bool(torch.cuda.get_device_capability() >= (8, 0))
 
 
-@lru_cache(maxsize=1)
-def _has_bfloat16_units() -> bool:
-    return bool(torch.cpu._is_avx512_bf16_supported())
+@lru_cache(maxsize=8)
+def has_bfloat16_units(device: torch.device) -> bool:
+    """Whether `device` computes in bfloat16 (CUDA, AVX512-BF16, AMX). Others emulate it, slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return device.type == "cpu" and any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
 
 
 @lru_cache(maxsize=512)

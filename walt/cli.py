@@ -129,13 +129,9 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        # On other CPUs bfloat16 runs, but emulated and slower than float32.
-        probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        fast = device.type == "cpu" and any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
-    return torch.bfloat16 if fast else torch.float32
+    from walt.attention import has_bfloat16_units
+
+    return torch.bfloat16 if has_bfloat16_units(device) else torch.float32
 
 
 def load_cascade(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:

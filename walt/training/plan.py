@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from walt.attention import has_bfloat16_units
 from walt.data.packing import fill_budget
 from walt.errors import WaltError
 from walt.training.job import DenoiserJob, NuwaJob, OptimizerJob, TokenizerJob
@@ -204,7 +205,7 @@ def make_plan(
     process, seconds = 0.0, dict[str, float]()
     if rate is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        half = job.run.precision == "bf16" and _has_bfloat16(device)
+        half = job.run.precision == "bf16" and has_bfloat16_units(device)
         matmul = peak_rate(device, torch.bfloat16 if half else torch.float32)
         small = flops / packs <= REHEARSED_FLOPS
         objective = build() if build is not None and small else None
@@ -539,14 +540,6 @@ def _resident() -> float:
         return float(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize())
     except (OSError, ValueError, IndexError):
         return 0.0
-
-
-def _has_bfloat16(device: torch.device) -> bool:
-    """Whether the device computes in bfloat16; other CPUs emulate it, a hundred times slower."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
 
 
 def _sample_call(model: Any, sizes: list[tuple[int, ...]], device: torch.device) -> Callable[[], Tensor]:
