@@ -505,7 +505,6 @@ def _has_varlen() -> bool:
     return bool(torch.cuda.get_device_capability() >= (8, 0))
 
 
-@lru_cache(maxsize=8)
 def has_bfloat16_units(device: torch.device) -> bool:
     """Whether `device` computes in bfloat16 (CUDA, AVX512-BF16, AMX). Others emulate it, slower than float32."""
     if device.type == "cuda":

@@ -10,7 +10,7 @@ import json
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -708,6 +708,12 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=float, help="nuwa: sampling among the likeliest tokens (default: the model's)")
     parser.add_argument("--batch", type=int, default=8, help="prompts: clips sampled at a time")
     parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16"),
+        help="of the cascade (default: the fastest right one)",
+    )
+    parser.add_argument(
         "--subject-share", type=float, default=0.75, help="prompts: goal, as a share of the real clips' (default: 0.75)"
     )
     parser.add_argument(
@@ -805,7 +811,7 @@ def evaluate(args: argparse.Namespace) -> int | None:
         nuwa_commands.evaluate(args, _held_out(args), _image_network(args.image_network))
         return None
     device = choose_device("auto")
-    pipe = load_cascade(args.model, choose_dtype("auto", device), device)
+    pipe = load_cascade(args.model, choose_dtype(args.dtype, device), device)
     with torch.no_grad():
         table: dict[str, Callable[[argparse.Namespace, Any], int | None]] = {
             "super-resolution": _evaluate_stages,
@@ -880,6 +886,9 @@ def _evaluate_stages(args: argparse.Namespace, pipe: Any) -> None:
         video, _ = theatre.render(scene, height, height * 7 // 4, frames=args.frames)
         return to_video(video)[None]
 
+    def seen(low: Tensor) -> Tensor:
+        return cast(Tensor, pipe.vae(low.to(pipe.vae.dtype)).sample.float().clamp(-1, 1))
+
     def stage(transformer: Any) -> Callable[[Tensor], Tensor]:
         upscale = WaltSuperResolutionPipeline(vae=pipe.vae, transformer=transformer, scheduler=pipe.scheduler)
         upscale.set_progress_bar_config(disable=True)
@@ -913,7 +922,7 @@ def _evaluate_stages(args: argparse.Namespace, pipe: Any) -> None:
         pairs = [(real(scene, height), real(scene, 2 * height)) for scene in scenes]
         sources = {
             "real": pairs,
-            "real, as the stage sees it": [(pipe.vae(low).sample.clamp(-1, 1), high) for low, high in pairs],
+            "real, as the stage sees it": [(seen(low), high) for low, high in pairs],
             "generated": [(made(scene), high) for scene, (_, high) in zip(scenes, pairs, strict=True)],
         }
         console.print(f"super-resolution {number}, {height} -> {2 * height} lines")
@@ -934,7 +943,7 @@ def _evaluate_tokenizer(args: argparse.Namespace, pipe: Any) -> None:
         for seed in range(args.count):
             video, alpha = theatre.render(theatre.scene(seed), height, width, frames=args.frames)
             x = to_video(video)[None]
-            y = pipe.vae(x).sample.float().clamp(-1, 1)
+            y = pipe.vae(x.to(pipe.vae.dtype)).sample.float().clamp(-1, 1)
             mask = torch.from_numpy(alpha)[None, None] > 0
             rows.append((float(psnr(y, x).mean()), float(masked_psnr(y, x, mask).mean())))
         whole, inside = (sum(column) / len(rows) for column in zip(*rows, strict=True))

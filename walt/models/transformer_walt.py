@@ -6,6 +6,7 @@ Inside, a pack is always `(L, D)`; a `(B, C, t, h, w)` batch is a pack of equal 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -337,6 +338,29 @@ class WaltPositionEmbedding(nn.Module):
         self.space = nn.Parameter(torch.zeros(grid[1] * grid[2], width))
         self.time = nn.Parameter(torch.zeros(grid[0], width))
 
+    @torch.no_grad()
+    def start(self) -> None:
+        """Sine and cosine of column, row (of three quarters of the width, half each) and frame (of the rest).
+
+        Frequencies go from half a wave over the table to half a wave from one entry to the next, evenly in octaves:
+        those of language models (up to 10,000 entries a wave) hardly tell the few entries of a latent apart.
+        """
+        frames, rows, columns = self.grid
+        width = self.space.shape[1]
+        half = 3 * width // 16 * 2
+
+        def waves(size: int, count: int) -> Tensor:
+            place = torch.arange(count, device=self.space.device) + 0.5
+            octaves = torch.linspace(1, 0, -(-size // 2), device=place.device)
+            angle = place[:, None] * (math.pi * max(1, count) ** -octaves)
+            return torch.cat([angle.cos(), angle.sin()], dim=1)[:, :size]
+
+        self.space.zero_()
+        self.space[:, :half] = waves(half, columns).repeat(rows, 1)
+        self.space[:, half : 2 * half] = waves(half, rows).repeat_interleave(columns, 0)
+        self.time.zero_()
+        self.time[:, 2 * half :] = waves(width - 2 * half, frames)
+
     def forward(self, grids: tuple[Grid, ...]) -> Tensor:
         """Embeddings `(L, D)` of a pack."""
         tables = {grid: self._table(*grid) for grid in dict.fromkeys(grids)}
@@ -543,7 +567,9 @@ class WaltTransformer3DModel(
     def initialize_weights(self) -> None:
         """Random initial values, in one place. Draws nothing on the meta device.
 
-        Linear layers are Xavier uniform with zero bias; tables and small embeddings normal 0.02.
+        Linear layers are Xavier uniform with zero bias; small embeddings normal 0.02. Positions start as sine and cosine,
+        as large as the noisy latents beside them: at high noise, where it is decided what happens where, a token knows
+        its place by them alone, and tables of order 0.02 grow too slowly to be heard.
         Not DiT's normal 0.02 for the timestep embedders: an embedding of order 0.02 makes the modulation learn the
         noise level some ten times slower, and v-prediction needs gains of 1 / sigma at low noise.
         """
@@ -553,8 +579,7 @@ class WaltTransformer3DModel(
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         if self.pos_embed is not None:
-            nn.init.normal_(self.pos_embed.space, std=0.02)
-            nn.init.normal_(self.pos_embed.time, std=0.02)
+            self.pos_embed.start()
         if self.class_embedder is not None:
             nn.init.normal_(self.class_embedder.weight, std=0.02)
         # Unit variance from the noisy latents alone: the other input channels are mostly zeros.

@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from walt.attention import has_bfloat16_units
-
 # Of the quintic iteration that brings singular values near 1 (Jordan et al. 2024).
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
@@ -22,10 +20,10 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
     """The nearest orthogonal matrix, roughly: `(m, n)` with singular values in about 0.7 .. 1.2. Zero stays zero.
 
-    In bfloat16 where the device has units for it, else in the matrix's own type: a GPU, some CPUs.
+    In bfloat16 on a GPU, else in the matrix's own type.
     """
     a, b, c = COEFFICIENTS
-    x = matrix.to(torch.bfloat16) if has_bfloat16_units(matrix.device) else matrix
+    x = matrix.to(torch.bfloat16) if matrix.is_cuda else matrix
     wide = x.shape[0] <= x.shape[1]
     x = x if wide else x.T
     x = x / (x.norm() + 1e-7)
