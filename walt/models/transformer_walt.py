@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import FromOriginalModelMixin, PeftAdapterMixin
-from diffusers.models.activations import GELU
-from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
+from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -29,9 +28,10 @@ from walt.card import HubCardMixin
 from walt.diffusion import signal_level
 from walt.dropping import Kept, drop_from_plan, dropped_lengths, kept_tokens
 from walt.errors import WaltError
-from walt.fused import add_frames, gated_add, gelu, modulate, rotate
+from walt.fused import add_frames, gated_add, modulate, project, rotate
 from walt.latents import Grid, pack, token_counts, unpack
 from walt.models.backbone import (
+    MLP,
     Samples,
     check_labels,
     check_latents,
@@ -92,12 +92,12 @@ class WaltAttnProcessor:
         first = plan.singles  # tokens alone in their window need no query and no key
         rest = x[first:] if first else x
         if not attn.fused_projections:
-            query, key, value = attn.to_q(rest), attn.to_k(rest), attn.to_v(x)
+            query, key, value = project(attn.to_q, rest), project(attn.to_k, rest), project(attn.to_v, x)
         elif attn.is_cross_attention:
-            key, value = attn.to_kv(x).chunk(2, dim=-1)
-            query, key = attn.to_q(rest), key[first:]
+            key, value = project(attn.to_kv, x).chunk(2, dim=-1)
+            query, key = project(attn.to_q, rest), key[first:]
         else:
-            query, key, value = attn.to_qkv(x).chunk(3, dim=-1)
+            query, key, value = project(attn.to_qkv, x).chunk(3, dim=-1)
             query, key = query[first:], key[first:]
         value = attn.split_heads(value)
         query = attn.norm_q(attn.split_heads(query))
@@ -129,7 +129,7 @@ class WaltAttnProcessor:
             bias=attn.relative_bias,
             backend=self._attention_backend,
         )
-        return plan.scatter(attn.to_out[0](out.flatten(1)))
+        return plan.scatter(project(attn.to_out[0], out.flatten(1)))
 
 
 class WaltAttention(nn.Module, AttentionModuleMixin):
@@ -213,11 +213,6 @@ class LocalMixing(nn.Module):
         return add_frames(mixed, y, self.time)
 
 
-class _GELU(GELU):
-    def gelu(self, gate: Tensor) -> Tensor:
-        return gelu(gate)
-
-
 class _WaltBlock(nn.Module):
     """Windowed self-attention, cross-attention to text, MLP; the two kinds differ in the windows of their layout.
 
@@ -244,8 +239,7 @@ class _WaltBlock(nn.Module):
         self.cross_attn = WaltAttention(width, heads, qk_norm, True, None) if cross_attention else None
         self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.local = LocalMixing(width) if local_mixing else None
-        self.ff = FeedForward(width, inner_dim=ffn_dim, activation_fn="gelu-approximate")
-        self.ff.net[0].__class__ = _GELU  # a new one would draw initial weights for nothing
+        self.ff = MLP(width, ffn_dim)
         self.adaln = nn.Linear(width, 6 * width) if adaln == "full" else None
         self.adaln_down = nn.Linear(width, rank, bias=False) if adaln == "lora" else None
         self.adaln_up = nn.Linear(rank, 6 * width, bias=False) if adaln == "lora" else None
