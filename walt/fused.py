@@ -31,7 +31,7 @@ def project(layer: nn.Module, x: Tensor) -> Tensor:
     assert isinstance(layer, nn.Linear)
     if torch.is_grad_enabled():
         return cast(Tensor, _Linear.apply(x, layer.weight, layer.bias))
-    return _product(x, layer.weight, layer.bias)
+    return product(x, layer.weight, layer.bias)
 
 
 def mlp(up: nn.Module, down: nn.Module, x: Tensor) -> Tensor:
@@ -46,11 +46,55 @@ def mlp(up: nn.Module, down: nn.Module, x: Tensor) -> Tensor:
     out = []
     for rows in x.split(step):
         if _fuses_gelu():
-            wide = _product(rows, up.weight, up.bias, "gelu", "tanh")
+            wide = product(rows, up.weight, up.bias, "gelu", "tanh")
         else:
-            wide = gelu(_product(rows, up.weight, up.bias))
+            wide = gelu(product(rows, up.weight, up.bias))
         out.append(project(down, wide))
     return out[0] if len(out) == 1 else torch.cat(out)
+
+
+def norm_modulate(
+    norm: nn.LayerNorm, x: Tensor, scale: Tensor, shift: Tensor, lengths: Lengths, samples: Tensor | None = None
+) -> Tensor:
+    """`modulate(norm(x), ...)` of a norm without weights; one pass without gradients on a CPU."""
+    ours = not torch.is_grad_enabled() and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    if not ours or not x.dtype == scale.dtype == shift.dtype:
+        return modulate(norm(x), scale, shift, lengths, samples)
+    gain = 1 + scale
+    parts = [
+        F.layer_norm(part, norm.normalized_shape, gain[i], shift[i], norm.eps)
+        for i, part in enumerate(x.split(lengths) if len(lengths) > 1 else (x,))
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def norm_rotate(norm: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`rotate(norm(x), cos, sin)` in the dtype of `x`: the norm over each head of `(L, N, d)`, then the rotation.
+
+    Without gradients on a CPU it is computed in float32, some rows at a time, the norm's weights put into the rotation:
+    torch's LayerNorm is slow on rows as short as a head.
+    """
+    half = x.dtype in (torch.float32, torch.bfloat16) and cos.dtype == torch.float32
+    ours = not torch.is_grad_enabled() and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    if not (half and ours and type(norm) is nn.LayerNorm and norm.elementwise_affine and norm.bias is not None):
+        return rotate(norm(x), cos, sin).to(x.dtype)
+    w1, w2 = norm.weight.float().chunk(2)
+    b1, b2 = norm.bias.float().chunk(2)
+    tables = (w1 * cos, w2 * sin, w2 * cos, w1 * sin, b1 * cos - b2 * sin, b2 * cos + b1 * sin)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    step = max(1, 2 * _CHUNK // x[0].numel())
+    for rows, o, *parts in zip(*(t.split(step) for t in (x, out, *tables)), strict=True):
+        y = rows.float()
+        y = y - y.mean(-1, keepdim=True)
+        spread = torch.linalg.vector_norm(y, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        y.mul_(spread.add_(norm.eps).rsqrt_())
+        turned = o if o.dtype == y.dtype else torch.empty_like(y)
+        (a, b), (first, second) = y.chunk(2, dim=-1), turned.chunk(2, dim=-1)
+        torch.addcmul(parts[4], a, parts[0], out=first).addcmul_(b, parts[1], value=-1)
+        torch.addcmul(parts[5], b, parts[2], out=second).addcmul_(a, parts[3])
+        if turned is not o:
+            o.copy_(turned)
+    return out
 
 
 def modulate(x: Tensor, scale: Tensor, shift: Tensor, lengths: Lengths, samples: Tensor | None = None) -> Tensor:
@@ -144,8 +188,23 @@ def _fuses_gelu() -> bool:
     return bool(torch.backends.cpu.get_cpu_capability() == "AVX512")
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none", form: str = "") -> Tensor:
-    """`x weight^T + bias` by oneDNN, and an activation of its result."""
+def product_is_faster(x: Tensor) -> bool:
+    """Whether `product` beats torch's own products of several small matrices: float32 with AVX-512, on few threads, as
+    each of them is one call."""
+    return (
+        type(x) is Tensor
+        and x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and _fuses_gelu()
+        and torch.float32 in _onednn_types()
+        and torch.get_num_threads() <= 4
+    )
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none", form: str = "") -> Tensor:
+    """`x weight^T + bias` by oneDNN, and an activation of its result. It knows no gradient."""
+    if not weight.is_contiguous() and not weight.t().is_contiguous():
+        weight = weight.contiguous()  # rows cut out of a larger matrix would go to a slow reference form
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], form)
     return out
 
@@ -160,7 +219,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _product(x, weight, bias)
+        return product(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -28,7 +28,7 @@ from walt.card import HubCardMixin
 from walt.diffusion import signal_level
 from walt.dropping import Kept, drop_from_plan, dropped_lengths, kept_tokens
 from walt.errors import WaltError
-from walt.fused import add_frames, gated_add, modulate, project, rotate
+from walt.fused import add_frames, gated_add, norm_modulate, norm_rotate, project
 from walt.latents import Grid, pack, token_counts, unpack
 from walt.models.backbone import (
     MLP,
@@ -100,11 +100,12 @@ class WaltAttnProcessor:
             query, key, value = project(attn.to_qkv, x).chunk(3, dim=-1)
             query, key = query[first:], key[first:]
         value = attn.split_heads(value)
-        query = attn.norm_q(attn.split_heads(query))
-        key = attn.norm_k(attn.split_heads(key))
+        query, key = attn.split_heads(query), attn.split_heads(key)
         if rotary is not None:
-            cos, sin = rotary
-            query, key = rotate(query, cos[first:], sin[first:]), rotate(key, cos[first:], sin[first:])
+            cos, sin = rotary[0][first:], rotary[1][first:]
+            query, key = norm_rotate(attn.norm_q, query, cos, sin), norm_rotate(attn.norm_k, key, cos, sin)
+        else:
+            query, key = attn.norm_q(query), attn.norm_k(key)
 
         context_key = context_value = None
         if text_pair:
@@ -270,11 +271,11 @@ class _WaltBlock(nn.Module):
         assert modulation is not None
         scale1, shift1, gate1, scale2, shift2, gate2 = modulation.chunk(6, dim=-1)
         x = hidden_states
-        y = modulate(self.norm1(x), scale1, shift1, layout.lengths, layout.samples)
+        y = norm_modulate(self.norm1, x, scale1, shift1, layout.lengths, layout.samples)
         x = gated_add(x, self.attn(y, None, layout.plan, layout.rotation), gate1, layout.lengths, layout.samples)
         if self.cross_attn is not None and self.norm_cross is not None:
             x = x + self.cross_attn(self.norm_cross(x), encoder_hidden_states, layout.cross_plan, text_pair=text_pair)
-        y = modulate(self.norm2(x), scale2, shift2, layout.lengths, layout.samples)
+        y = norm_modulate(self.norm2, x, scale2, shift2, layout.lengths, layout.samples)
         if self.local is not None:
             dropped = layout.dropped
             y = self.local(y, layout.grids) if dropped is None else self.local.among(y, layout.grids, dropped)
@@ -679,7 +680,7 @@ class WaltTransformer3DModel(
                 x = block(x, text, embedding, modulation, layouts[kind], pair)
 
         scale, shift = self.adaln_out(F.silu(embedding)).chunk(2, dim=-1)
-        x = self.proj_out(modulate(self.norm_out(x), scale, shift, dropped_lengths(grids, dropped))).to(dtype)
+        x = self.proj_out(norm_modulate(self.norm_out, x, scale, shift, dropped_lengths(grids, dropped))).to(dtype)
         out = unpack(x if dropped is None else dropped.put_back(x), grids, self.config.patch_size)
         if self.config.sigma_data is not None:
             levels = per_sample("timestep", timestep, batch, device)
