@@ -29,8 +29,8 @@ from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_a
 from torch import Tensor, library, nn
 
 from walt.errors import WaltError
-from walt.fused import product, product_is_faster
 from walt.latents import Grid, positions, token_counts
+from walt.linear import product, product_is_faster
 from walt.register import active_attention_backend
 
 Window = tuple[int | None, int | None, int | None]

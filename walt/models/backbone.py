@@ -16,7 +16,7 @@ from diffusers.models.attention import FeedForward
 from torch import Tensor
 
 from walt.errors import WaltError, suggest
-from walt.fused import mlp
+from walt.linear import mlp
 
 Samples = Tensor | Sequence[Tensor]
 """A batch with B first, or a list of B samples of any sizes."""
@@ -97,7 +97,7 @@ class Backbone(Protocol):
 
 
 class MLP(FeedForward):
-    """diffusers' feed-forward layer with GELU in its tanh form, on the faster products of `walt.fused`."""
+    """diffusers' feed-forward layer with GELU in its tanh form, on the faster products of `walt.linear`."""
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__(width, inner_dim=inner, activation_fn="gelu-approximate")

@@ -28,8 +28,9 @@ from walt.card import HubCardMixin
 from walt.diffusion import signal_level
 from walt.dropping import Kept, drop_from_plan, dropped_lengths, kept_tokens
 from walt.errors import WaltError
-from walt.fused import add_frames, gated_add, norm_modulate, norm_rotate, project
+from walt.fused import add_frames, gated_add, norm_modulate, norm_rotate
 from walt.latents import Grid, pack, token_counts, unpack
+from walt.linear import project
 from walt.models.backbone import (
     MLP,
     Samples,
