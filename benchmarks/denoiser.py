@@ -9,7 +9,8 @@ seconds, so that other load on the machine does not count.
 
     python benchmarks/denoiser.py --quick                    a minute: 5x16x16, forward
     python benchmarks/denoiser.py --latents 5x64x112:2 --layers 2 --repeats 2
-    python benchmarks/denoiser.py --plot docs/step_time.png  step time against tokens, windowed and full
+    python benchmarks/denoiser.py --width 1024 --layers 2 --dtype bfloat16 --models "walt windowed"
+    python benchmarks/denoiser.py --plot docs/step_time.png  step time against tokens, windowed and full, in both types
 bfloat16 (--dtype bfloat16) means something only where the processor has matrix units for it; elsewhere it is emulated.
 """
 
@@ -206,6 +207,9 @@ def compare(
     own = times["walt windowed"]
     peers = {name: times[name] for name in names if name in ("latte", "cogvideox", "wan")}
     found = []
+    if args.width == 1024 and number == "bfloat16" and not backward:
+        share = steps["walt windowed"][2] / own / rate
+        found.append(Goal(f"{latents} {number} {kind}, width 1024, walt windowed / matmul rate", share, 0.6))
     for peer, goal in GOALS.get((latents, number), {}).items():
         if peer is None and len(peers) == 3:
             found.append(
@@ -223,18 +227,21 @@ def plot(path: Path, args: argparse.Namespace) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    curves: dict[str, list[tuple[int, float]]] = {"walt windowed": [], "walt full": []}
+    curves: dict[str, list[tuple[int, float]]] = {}
     for size in args.plot_sizes.split(","):
-        setting = Setting(f"{size}:1", args.layers, args.width, torch.float32, args.device)
-        runs = {name: setting.step(name, True)[0] for name in curves}
+        runs, tokens = {}, 0
+        for number in args.plot_dtypes.split(","):
+            setting = Setting(f"{size}:1", args.layers, args.width, getattr(torch, number), args.device)
+            tokens = setting.tokens
+            runs |= {f"{name}, {number}": setting.step(name, True)[0] for name in ("walt windowed", "walt full")}
         for name, seconds in interleaved(runs, args.repeats, warmup=0, clock=own_clock()).items():
-            curves[name].append((setting.tokens, seconds))
-        print(size, setting.tokens, {name: round(points[-1][1], 3) for name, points in curves.items()}, flush=True)
+            curves.setdefault(name, []).append((tokens, seconds))
+        print(size, tokens, {name: round(points[-1][1], 3) for name, points in curves.items()}, flush=True)
     figure, axes = plt.subplots(figsize=(6.4, 4))
     for name, points in curves.items():
         axes.plot(*zip(*points, strict=True), marker="o", label=name)
     axes.set(xlabel="tokens", ylabel="seconds a training step", ylim=(0, None), xlim=(0, None))
-    axes.set_title(f"{args.layers} layers of {args.width}, float32, {torch.get_num_threads()} threads", fontsize=10)
+    axes.set_title(f"{args.layers} layers of {args.width}, {torch.get_num_threads()} threads", fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
@@ -259,6 +266,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="5x16x16 and the forward pass alone")
     parser.add_argument("--plot", type=Path, help="only draw step time against tokens to this PNG")
     parser.add_argument("--plot-sizes", default="5x8x8,5x16x16,5x24x24,5x32x32,5x40x40", help="latents, patch 1")
+    parser.add_argument("--plot-dtypes", default="float32,bfloat16")
     parser.add_argument("--json", help="write the goals to this file")
     args = parser.parse_args()
     torch.manual_seed(0)

@@ -1,7 +1,9 @@
 """The tokenizer beside those of diffusers, in one run: time, GFLOP/s, share of this machine's rate, peak memory.
 
-Every model has random weights and about as many parameters (within 15 %) as the others; FLOPs are counted by torch. The
-machine's rate is that of one plain 3D convolution, measured in the same run.
+Every model has random weights and about as many parameters (within 15 %) as the others. FLOPs are those of the layers as
+they are defined, counted by torch with every convolution direct: where walt multiplies less (Winograd), what counts is the
+work that was asked for, so that a faster form of the same layer counts as faster. The machine's rate is that of one plain
+3D convolution, measured in the same run. On one thread of a CPU seconds are CPU seconds.
 
     python benchmarks/tokenizer.py --quick            17x128x128 alone, fewer repeats
     python benchmarks/tokenizer.py                    17x128x128, 17x256x448, decode of 17x512x896
@@ -18,10 +20,11 @@ from typing import Any
 
 import diffusers
 import torch
-from measure import Goal, finish, interleaved, peak_memory
+from measure import Goal, finish, interleaved, own_clock, peak_memory
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from walt.tokenizers import winograd
 from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt
 
 SPREAD = 0.15  # how far parameter counts may lie apart
@@ -83,15 +86,19 @@ def convolution_rate(dtype: torch.dtype, device: str) -> float:
     """This machine's FLOP/s in a causal 3x3x3 convolution of 128 channels on 17x64x64."""
     conv = torch.nn.Conv3d(128, 128, 3, padding=(0, 1, 1)).to(device, dtype)
     x = torch.randn(1, 128, 19, 64, 64).to(device, dtype)
-    seconds = interleaved({"conv": lambda: conv(x)}, repeats=5)["conv"]
+    seconds = interleaved({"conv": lambda: conv(x)}, repeats=5, clock=own_clock())["conv"]
     return 2.0 * 27 * 128 * 128 * 17 * 64 * 64 / seconds
 
 
 def flops(run: Callable[[], object]) -> int:
-    """FLOPs that torch counts in one run."""
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops()
+    """FLOPs that torch counts in one run, all convolutions direct."""
+    fits, winograd.fits = winograd.fits, lambda *_: False
+    try:
+        with FlopCounterMode(display=False) as counter:
+            run()
+    finally:
+        winograd.fits = fits
+    return int(counter.get_total_flops())
 
 
 def measure(
@@ -115,7 +122,7 @@ def measure(
             latent = latent.to(device, dtype)
             runs[entry.name] = lambda entry=entry, latent=latent: entry.decode(latent)
     counts = {name: flops(run) for name, run in runs.items()}  # also the warm-up
-    times = interleaved(runs, repeats=options.repeats, warmup=0)
+    times = interleaved(runs, repeats=options.repeats, warmup=0, clock=own_clock())
     rows = {}
     for entry in found:
         seconds, count = times[entry.name], counts[entry.name]

@@ -28,6 +28,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from walt.errors import WaltError
+from walt.linear import mlp
 from walt.tokenizers import winograd
 from walt.tokenizers.quantizers import Quantizer, make_quantizer
 from walt.tokenizers.tiling import Canvas, Carry, Queue, run
@@ -504,8 +505,9 @@ class MixingBlock(nn.Module):
         y = y.unflatten(0, frames.shape[:2]).transpose(1, 2)
         for ago, weight in enumerate(self.time, start=1):
             y = y + weight.view(1, -1, 1, 1, 1) * inner[:, :, self.BEFORE - ago : inner.shape[2] - ago]
-        y = self.mlp_in(self.norm(y.movedim(1, -1)))
-        return now + self.mlp_out(F.gelu(y, approximate="tanh")).movedim(-1, 1), present
+        y = y.movedim(1, -1)
+        made = mlp(self.mlp_in, self.mlp_out, y.flatten(0, -2), self.norm).view(y.shape)
+        return now + made.movedim(-1, 1), present
 
     def carry(self, height: int, past: Past, owned: bool) -> Carry:
         """For a frame of `height` rows that passes in stripes."""

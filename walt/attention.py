@@ -30,6 +30,7 @@ from torch import Tensor, library, nn
 
 from walt.errors import WaltError
 from walt.latents import Grid, positions, token_counts
+from walt.linear import product, product_is_faster
 from walt.register import active_attention_backend
 
 Window = tuple[int | None, int | None, int | None]
@@ -409,7 +410,8 @@ def window_attention(
         mask = None
         if bias is not None and plan.offsets:
             mask = bias(group.shape, plan.offsets[i], group.length).to(q.dtype)
-        y = dispatch_attention_fn(q, k, v, attn_mask=mask, backend=name)
+        own = choose_backend(backend, query, plan, bias is not None, group.length)
+        y = dispatch_attention_fn(q, k, v, attn_mask=mask, backend=own)
         out.append(y.flatten(0, 1))
     if name in _ONE_CALL:
         if any(group.context_length for group in plan.groups):
@@ -469,11 +471,14 @@ NO_BIAS = (
 """Backends that take no additive bias, so refuse a model with `relative_positions="bias"`."""
 
 
-def choose_backend(backend: Any, query: Tensor, plan: WindowPlan, biased: bool) -> AttentionBackendName | None:
+def choose_backend(
+    backend: Any, query: Tensor, plan: WindowPlan, biased: bool, length: int = 0
+) -> AttentionBackendName | None:
     """The backend of one call: the given one, else diffusers' active one, else the fastest that can run it.
 
     Automatic means: on CUDA in half precision one variable-length call where a pack has windows of several lengths;
-    on a CPU in bfloat16 with matrix units for it the blocked form; torch's SDPA over windows otherwise.
+    on a CPU the blocked form, in bfloat16 with matrix units for it, and in float32 for windows of a `length` from which
+    `product` pays; torch's SDPA over windows otherwise.
 
     Raises:
         WaltError: a bias on a backend that takes none, or one that needs CUDA on another device.
@@ -484,6 +489,8 @@ def choose_backend(backend: Any, query: Tensor, plan: WindowPlan, biased: bool) 
         if query.is_cuda and half and not biased and len(plan.groups) > 1 and _has_varlen():
             return AttentionBackendName("walt_varlen")
         if query.device.type == "cpu" and query.dtype == torch.bfloat16 and has_bfloat16_units(query.device):
+            return AttentionBackendName("walt_blocked")
+        if product_is_faster(query) and not biased and length >= (400 if torch.is_grad_enabled() else 200):
             return AttentionBackendName("walt_blocked")
         return active
     if biased and active.value in NO_BIAS:
@@ -582,8 +589,8 @@ _ONE_CALL: dict[Any, Callable[[Tensor, Tensor, Tensor, WindowPlan], Tensor]] = {
 }
 
 
-BLOCK_BYTES = 2**19
-"""Scores of one block of `blocked_attention`: they stay in a core's second-level cache."""
+BLOCK_BYTES = 2**20
+"""Scores of one block of `blocked_attention`: about a core's second-level cache."""
 
 
 def blocked_attention(
@@ -626,7 +633,7 @@ class _Blocked(torch.autograd.Function):
     ) -> Tensor:
         out = torch.empty_like(q)
         for at in _blocks(q, k, mask, block_bytes):
-            torch.bmm(_weights(q[at], k[at], mask, scale), v[at], out=out[at])
+            out[at] = _times(_weights(q[at], k[at], mask, scale), v[at].transpose(1, 2))
         ctx.save_for_backward(q, k, v, mask)
         ctx.scale, ctx.block_bytes = scale, block_bytes
         return out
@@ -649,14 +656,14 @@ def _block_gradients(
     dmask = None if mask is None else torch.zeros_like(mask)
     for at in _blocks(q, k, mask, block_bytes):
         weights = _weights(q[at], k[at], mask, scale)
-        torch.bmm(weights.transpose(1, 2), grad[at], out=dv[at])
-        scores = torch.bmm(grad[at], v[at].transpose(1, 2)).mul_(weights)
+        dv[at] = _times(weights.transpose(1, 2), grad[at].transpose(1, 2))
+        scores = _times(grad[at], v[at]).mul_(weights)
         scores.addcmul_(weights, scores.sum(-1, keepdim=True), value=-1)
         if dmask is not None:
             dmask += scores.unflatten(0, (-1, len(dmask))).sum(0)
         scores.mul_(scale)
-        torch.bmm(scores, k[at], out=dq[at])
-        torch.bmm(scores.transpose(1, 2), q[at], out=dk[at])
+        dq[at] = _times(scores, k[at].transpose(1, 2))
+        dk[at] = _times(scores.transpose(1, 2), q[at].transpose(1, 2))
     return dq, dk, dv, dmask
 
 
@@ -665,14 +672,31 @@ def _blocks(q: Tensor, k: Tensor, mask: Tensor | None, block_bytes: int) -> list
     step = max(1, block_bytes // (q.shape[1] * k.shape[1] * q.element_size()))
     if mask is not None:
         step = max(1, step // len(mask)) * len(mask)
+    elif product_is_faster(q) and q.shape[1] * k.shape[1] >= _ALONE:
+        step = 1
     return [slice(i, min(i + step, len(q))) for i in range(0, len(q), step)]
 
 
 def _weights(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    scores = torch.bmm(q, k.transpose(1, 2)).mul_(scale)
+    scores = _times(q, k, scale)
     if mask is not None:
         scores.unflatten(0, (-1, len(mask))).add_(mask)
     return scores.softmax(-1)
+
+
+_ALONE = 2**14
+"""Numbers in a product of one window and head from which `product` beats a share in a batch."""
+
+
+def _times(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
+    """`scale a b^T` of `(c, n, e)` and `(c, m, e)`: `(c, n, m)`."""
+    if product_is_faster(a) and a.shape[1] * b.shape[1] >= _ALONE:
+        products = [product(x if scale == 1.0 else x * scale, y) for x, y in zip(a, b, strict=True)]
+        return products[0][None] if len(products) == 1 else torch.stack(products)
+    if scale == 1.0:
+        return torch.bmm(a, b.transpose(1, 2))
+    # The factor is part of the product; what is added counts nothing.
+    return torch.baddbmm(a.new_empty(()), a, b.transpose(1, 2), beta=0, alpha=scale)
 
 
 # -- one operator for torch.compile ------------------------------------------------------------------------------------

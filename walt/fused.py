@@ -6,16 +6,59 @@ are used, which the compiler fuses by itself. Letters: B samples, L tokens of th
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 Lengths = tuple[int, ...]
 """Tokens of each sample of a pack; they sum to L."""
+
+
+def norm_modulate(
+    norm: nn.LayerNorm, x: Tensor, scale: Tensor, shift: Tensor, lengths: Lengths, samples: Tensor | None = None
+) -> Tensor:
+    """`modulate(norm(x), ...)` of a norm without weights; one pass without gradients on a CPU."""
+    ours = not torch.is_grad_enabled() and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    if not ours or not x.dtype == scale.dtype == shift.dtype:
+        return modulate(norm(x), scale, shift, lengths, samples)
+    gain = 1 + scale
+    parts = [
+        F.layer_norm(part, norm.normalized_shape, gain[i], shift[i], norm.eps)
+        for i, part in enumerate(x.split(lengths) if len(lengths) > 1 else (x,))
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def norm_rotate(norm: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`rotate(norm(x), cos, sin)` in the dtype of `x`: the norm over each head of `(L, N, d)`, then the rotation.
+
+    Without gradients on a CPU it is computed in float32, some rows at a time, the norm's weights put into the rotation:
+    torch's LayerNorm is slow on rows as short as a head.
+    """
+    half = x.dtype in (torch.float32, torch.bfloat16) and cos.dtype == torch.float32
+    ours = not torch.is_grad_enabled() and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    if not (half and ours and type(norm) is nn.LayerNorm and norm.elementwise_affine and norm.bias is not None):
+        return rotate(norm(x), cos, sin).to(x.dtype)
+    w1, w2 = norm.weight.float().chunk(2)
+    b1, b2 = norm.bias.float().chunk(2)
+    tables = (w1 * cos, w2 * sin, w2 * cos, w1 * sin, b1 * cos - b2 * sin, b2 * cos + b1 * sin)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    step = max(1, _CHUNK // x[0].numel())
+    for rows, o, *parts in zip(*(t.split(step) for t in (x, out, *tables)), strict=True):
+        y = rows.float()
+        y = y - y.mean(-1, keepdim=True)
+        spread = torch.linalg.vector_norm(y, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        y.mul_(spread.add_(norm.eps).rsqrt_())
+        turned = o if o.dtype == y.dtype else torch.empty_like(y)
+        (a, b), (first, second) = y.chunk(2, dim=-1), turned.chunk(2, dim=-1)
+        torch.addcmul(parts[4], a, parts[0], out=first).addcmul_(b, parts[1], value=-1)
+        torch.addcmul(parts[5], b, parts[2], out=second).addcmul_(a, parts[3])
+        if turned is not o:
+            o.copy_(turned)
+    return out
 
 
 def modulate(x: Tensor, scale: Tensor, shift: Tensor, lengths: Lengths, samples: Tensor | None = None) -> Tensor:
@@ -63,12 +106,8 @@ def add_frames(mixed: Tensor, y: Tensor, time: Tensor) -> Tensor:
     return result
 
 
-def gelu(x: Tensor) -> Tensor:
-    """GELU in its tanh form, equal to torch's within rounding; on a CPU in float32 about twice as fast."""
-    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.compiler.is_compiling():
-        return F.gelu(x, approximate="tanh")
-    result: Tensor = _Gelu.apply(x)
-    return result
+_CHUNK = 2**18
+"""Numbers of a chain at a time, in float32 a megabyte: they stay in the cache."""
 
 
 def _promoted(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -177,40 +216,3 @@ class _AddFrames(torch.autograd.Function):
         before = (grad[:, 1:] * y[:, :-1]).flatten(0, 3).sum(0)
         after = (grad[:, :-1] * y[:, 1:]).flatten(0, 3).sum(0)
         return grad, dy, torch.stack([before, after])
-
-
-_SLOPE = 2 * math.sqrt(2 / math.pi)
-_CUBE = 0.044715 * _SLOPE
-_CHUNK = 2**17  # elements: half a megabyte, the working set of a chain stays in the cache
-
-
-class _Gelu(torch.autograd.Function):
-    """x sigmoid(u) with u = x p and p = _SLOPE + _CUBE x^2, since (1 + tanh(u / 2)) / 2 = sigmoid(u)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        slope = x.new_tensor(_SLOPE)
-        for a, o in zip(x.reshape(-1).split(_CHUNK), out.view(-1).split(_CHUNK), strict=True):
-            p = torch.addcmul(slope, a, a, value=_CUBE)
-            torch.mul(a, p, out=o)
-            F.silu(o, inplace=True)  # u sigmoid(u) = p x sigmoid(u)
-            o.div_(p)
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        slope = x.new_tensor(_SLOPE)
-        parts = (t.reshape(-1).split(_CHUNK) for t in (x, grad, out))
-        for a, g, o in zip(*parts, strict=True):
-            p = torch.addcmul(slope, a, a, value=_CUBE)
-            s = torch.mul(a, p).sigmoid_()
-            torch.addcmul(s, s, s, value=-1, out=o)  # s' = s (1 - s)
-            o.mul_(a)
-            p.mul_(3).sub_(2 * _SLOPE)  # u'
-            torch.addcmul(s, o, p, out=o).mul_(g)
-        return out

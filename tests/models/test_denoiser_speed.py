@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tests import tiny
-from walt import fused
+from walt import embedded_model, fused, linear
 from walt.errors import WaltError
 from walt.models.transformer_walt import TextCache, WaltAttention, WaltTransformer3DModel
 from walt.pipelines.pipeline_walt import WaltPipeline
@@ -75,7 +75,7 @@ def test_chains_have_the_gradients_of_their_formulas(lengths: tuple[int, ...]) -
 
 def test_gelu_is_the_tanh_form() -> None:
     x = torch.cat([torch.linspace(-12, 12, 2001), torch.tensor([0.0, 1e4, -1e4])]).requires_grad_()
-    out, expected = fused.gelu(x), torch.nn.functional.gelu(x, approximate="tanh")
+    out, expected = linear.gelu(x), torch.nn.functional.gelu(x, approximate="tanh")
     assert (out - expected).abs().max() < 1e-5
     ours, theirs = (torch.autograd.grad(y[:2001].sum(), x)[0] for y in (out, expected))
     assert (ours - theirs).abs().max() < 1e-5
@@ -370,3 +370,27 @@ def test_a_training_step_compiles_whole_whatever_the_layers_hold(fields: dict[st
         assert all(torch.allclose(theirs[n], ours[n], atol=1e-3, rtol=1e-3) for n in theirs)
     assert not counters["graph_break"]
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("part", ["transformer", "transformer_2", "transformer_3"])
+def test_a_step_of_the_embedded_stages_in_bfloat16(part: str) -> None:
+    """What `walt sample` computes where the processor has bfloat16: within the rounding of a few layers of float32."""
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = WaltTransformer3DModel.from_pretrained(embedded_model(), subfolder=part, torch_dtype=dtype)
+        g = torch.Generator().manual_seed(0)
+        given: dict[str, Any] = {
+            "hidden_states": torch.randn(1, 8, 3, 16, 28, generator=g).to(dtype),
+            "timestep": torch.tensor([600]),
+        }
+        if model.config.text_dim is not None:
+            given["encoder_hidden_states"] = torch.randn(1, 12, model.config.text_dim, generator=g).to(dtype)
+        if model.config.low_res_channels is not None:
+            scale = model.config.low_res_scale
+            small = torch.randn(1, model.config.low_res_channels, 3, 16 // scale, 28 // scale, generator=g)
+            given |= {"low_res_hidden_states": small.to(dtype), "low_res_noise_level": torch.tensor([100])}
+        with torch.no_grad():
+            results.append(model(**given).sample.float())
+    exact, half = results
+    assert 0 < float((half - exact).norm() / exact.norm()) < 0.03
+    assert float((half - exact).abs().max()) < 0.1 * float(exact.abs().max())

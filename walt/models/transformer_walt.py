@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import FromOriginalModelMixin, PeftAdapterMixin
-from diffusers.models.activations import GELU
-from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
+from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -30,9 +29,11 @@ from walt.card import HubCardMixin
 from walt.diffusion import signal_level
 from walt.dropping import Kept, drop_from_plan, dropped_lengths, kept_tokens
 from walt.errors import WaltError
-from walt.fused import add_frames, gated_add, gelu, modulate, rotate
+from walt.fused import add_frames, gated_add, norm_modulate, norm_rotate
 from walt.latents import Grid, pack, token_counts, unpack
+from walt.linear import project
 from walt.models.backbone import (
+    MLP,
     Samples,
     check_labels,
     check_latents,
@@ -93,19 +94,20 @@ class WaltAttnProcessor:
         first = plan.singles  # tokens alone in their window need no query and no key
         rest = x[first:] if first else x
         if not attn.fused_projections:
-            query, key, value = attn.to_q(rest), attn.to_k(rest), attn.to_v(x)
+            query, key, value = project(attn.to_q, rest), project(attn.to_k, rest), project(attn.to_v, x)
         elif attn.is_cross_attention:
-            key, value = attn.to_kv(x).chunk(2, dim=-1)
-            query, key = attn.to_q(rest), key[first:]
+            key, value = project(attn.to_kv, x).chunk(2, dim=-1)
+            query, key = project(attn.to_q, rest), key[first:]
         else:
-            query, key, value = attn.to_qkv(x).chunk(3, dim=-1)
+            query, key, value = project(attn.to_qkv, x).chunk(3, dim=-1)
             query, key = query[first:], key[first:]
         value = attn.split_heads(value)
-        query = attn.norm_q(attn.split_heads(query))
-        key = attn.norm_k(attn.split_heads(key))
+        query, key = attn.split_heads(query), attn.split_heads(key)
         if rotary is not None:
-            cos, sin = rotary
-            query, key = rotate(query, cos[first:], sin[first:]), rotate(key, cos[first:], sin[first:])
+            cos, sin = rotary[0][first:], rotary[1][first:]
+            query, key = norm_rotate(attn.norm_q, query, cos, sin), norm_rotate(attn.norm_k, key, cos, sin)
+        else:
+            query, key = attn.norm_q(query), attn.norm_k(key)
 
         context_key = context_value = None
         if text_pair:
@@ -130,7 +132,7 @@ class WaltAttnProcessor:
             bias=attn.relative_bias,
             backend=self._attention_backend,
         )
-        return plan.scatter(attn.to_out[0](out.flatten(1)))
+        return plan.scatter(project(attn.to_out[0], out.flatten(1)))
 
 
 class WaltAttention(nn.Module, AttentionModuleMixin):
@@ -214,11 +216,6 @@ class LocalMixing(nn.Module):
         return add_frames(mixed, y, self.time)
 
 
-class _GELU(GELU):
-    def gelu(self, gate: Tensor) -> Tensor:
-        return gelu(gate)
-
-
 class _WaltBlock(nn.Module):
     """Windowed self-attention, cross-attention to text, MLP; the two kinds differ in the windows of their layout.
 
@@ -245,8 +242,7 @@ class _WaltBlock(nn.Module):
         self.cross_attn = WaltAttention(width, heads, qk_norm, True, None) if cross_attention else None
         self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.local = LocalMixing(width) if local_mixing else None
-        self.ff = FeedForward(width, inner_dim=ffn_dim, activation_fn="gelu-approximate")
-        self.ff.net[0].__class__ = _GELU  # a new one would draw initial weights for nothing
+        self.ff = MLP(width, ffn_dim)
         self.adaln = nn.Linear(width, 6 * width) if adaln == "full" else None
         self.adaln_down = nn.Linear(width, rank, bias=False) if adaln == "lora" else None
         self.adaln_up = nn.Linear(rank, 6 * width, bias=False) if adaln == "lora" else None
@@ -277,11 +273,11 @@ class _WaltBlock(nn.Module):
         assert modulation is not None
         scale1, shift1, gate1, scale2, shift2, gate2 = modulation.chunk(6, dim=-1)
         x = hidden_states
-        y = modulate(self.norm1(x), scale1, shift1, layout.lengths, layout.samples)
+        y = norm_modulate(self.norm1, x, scale1, shift1, layout.lengths, layout.samples)
         x = gated_add(x, self.attn(y, None, layout.plan, layout.rotation), gate1, layout.lengths, layout.samples)
         if self.cross_attn is not None and self.norm_cross is not None:
             x = x + self.cross_attn(self.norm_cross(x), encoder_hidden_states, layout.cross_plan, text_pair=text_pair)
-        y = modulate(self.norm2(x), scale2, shift2, layout.lengths, layout.samples)
+        y = norm_modulate(self.norm2, x, scale2, shift2, layout.lengths, layout.samples)
         if self.local is not None:
             dropped = layout.dropped
             y = self.local(y, layout.grids) if dropped is None else self.local.among(y, layout.grids, dropped)
@@ -710,7 +706,7 @@ class WaltTransformer3DModel(
                 x = block(x, text, embedding, modulation, layouts[kind], pair)
 
         scale, shift = self.adaln_out(F.silu(embedding)).chunk(2, dim=-1)
-        x = self.proj_out(modulate(self.norm_out(x), scale, shift, dropped_lengths(grids, dropped))).to(dtype)
+        x = self.proj_out(norm_modulate(self.norm_out, x, scale, shift, dropped_lengths(grids, dropped))).to(dtype)
         out = unpack(x if dropped is None else dropped.put_back(x), grids, self.config.patch_size)
         if self.config.sigma_data is not None:
             levels = per_sample("timestep", timestep, batch, device)
