@@ -189,7 +189,9 @@ def main() -> int:
         make_shards(folder / "shards", args.clips)
         rates = loading(folder, args.clips, args.repeats)
         for kind, rate in rates.items():
-            print(f"{kind}: {rate:.1f} clips per CPU second, {rate * FRAMES:.0f} frames of {WIDTH}x{HEIGHT} from 854x480")
+            print(
+                f"{kind}: {rate:.1f} clips per CPU second, {rate * FRAMES:.0f} frames of {WIDTH}x{HEIGHT} from 854x480"
+            )
         share = waiting(folder)
     return finish(
         [
