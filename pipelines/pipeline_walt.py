@@ -179,8 +179,7 @@ class WaltPipeline(SamplingPipeline):
         """
         start = self._start(prompt, num_frames=num_frames, **call)
         with self.progress_bar(total=self._num_timesteps) as self._bar:
-            for frames in self._denoise(start, decode=True):
-                yield self._output(frames, "pt")
+            yield from self._outputs(self._denoise(start, decode=True))
         self.maybe_free_model_hooks()
 
     def _finish(

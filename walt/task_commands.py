@@ -326,8 +326,7 @@ def write(pieces: Iterator[Tensor], path: Path, fps: float) -> tuple[int, tuple[
         return 1, image.shape[1:3]
     size = (0, 0)
     with VideoWriter(path, fps) as writer:
-        for piece in pieces:
-            frames = _pixels(piece)
+        for frames in map(_pixels, pieces):  # no piece is held while the next one is made
             size = frames.shape[1:3]
             writer.add(frames)
     return writer.count, size
@@ -336,7 +335,7 @@ def write(pieces: Iterator[Tensor], path: Path, fps: float) -> tuple[int, tuple[
 def _pixels(piece: Tensor) -> Pixels:
     import torch
 
-    frames: Pixels = (piece[0].float() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    frames: Pixels = (piece[0].float() * 255).round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return frames
 
 
