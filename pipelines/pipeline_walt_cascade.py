@@ -28,6 +28,7 @@ from walt.pipelines.sampling import (
     check_size,
     encode_video,
     sample_seeds,
+    stream_without_grad,
 )
 from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt
 from walt.tokenizers.text import CompactTextEncoder
@@ -245,7 +246,7 @@ class WaltCascadePipeline(SamplingPipeline):
         self.maybe_free_model_hooks()
         return WaltPipelineOutput(frames=frames) if return_dict else (frames,)
 
-    @torch.no_grad()
+    @stream_without_grad
     def stream(
         self,
         prompt: str | list[str] | None = None,
@@ -319,7 +320,7 @@ class WaltCascadePipeline(SamplingPipeline):
         result = self._output(frames.transpose(1, 2) * 2 - 1, output_type)
         return WaltPipelineOutput(frames=result) if return_dict else (result,)
 
-    @torch.no_grad()
+    @stream_without_grad
     def upscale_stream(
         self,
         video: Any,

@@ -25,6 +25,7 @@ from walt.pipelines.sampling import (
     check_range,
     denoise_stream,
     sample_seeds,
+    stream_without_grad,
 )
 from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt
 from walt.tokenizers.text import CompactTextEncoder
@@ -158,7 +159,7 @@ class WaltSuperResolutionPipeline(SamplingPipeline):
         self.maybe_free_model_hooks()
         return WaltPipelineOutput(frames=frames) if return_dict else (frames,)
 
-    @torch.no_grad()
+    @stream_without_grad
     def stream(
         self,
         pieces: Iterable[Tensor],

@@ -11,8 +11,9 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
-from typing import Any, Literal, cast
+from functools import cache, partial, wraps
+from itertools import repeat
+from typing import Any, Literal, ParamSpec, cast
 
 import numpy as np
 import torch
@@ -47,6 +48,7 @@ from walt.tokenizers.text import CompactTextEncoder
 logger = logging.get_logger(__name__)
 
 Generators = torch.Generator | list[torch.Generator] | None
+P = ParamSpec("P")
 StepCallback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any] | None]
 
 MAX_PACK_TOKENS = 2**17  # a pack larger than this is split over several forwards (memory; the result is the same)
@@ -485,6 +487,17 @@ def _give_back() -> None:
     """Returns freed memory to the system: glibc keeps the gaps between pieces in use, and over the first chunks of a long
     video they grow (at 512x896 by 160 MB)."""
     _malloc_trim()(0)
+
+
+def stream_without_grad(stream: Callable[P, Iterator[Tensor]]) -> Callable[P, Iterator[Tensor]]:
+    """`torch.no_grad()` for a generator function; torch's own holds every value until the next one is there."""
+    advance = torch.no_grad()(next)
+
+    @wraps(stream)
+    def run(*args: P.args, **kwargs: P.kwargs) -> Iterator[Tensor]:
+        yield from map(advance, repeat(stream(*args, **kwargs)))
+
+    return run
 
 
 @dataclass(frozen=True)
