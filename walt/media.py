@@ -39,6 +39,8 @@ VIDEO_SOURCES = (*VIDEO_SUFFIXES, ".webm", ".mkv", ".avi")
 ANIMATED_SOURCES = (".gif", ".webp")
 MEDIA_SOURCES = (*VIDEO_SOURCES, *ANIMATED_SOURCES, ".png", ".jpg", ".jpeg")
 
+MAX_FPS = 1000.0
+
 MAX_PIXELS = 2**26
 """Width x height of the largest frame that is decoded (8K is half of it): a header may promise anything."""
 
@@ -81,6 +83,12 @@ def check_output(path: str | Path, suffixes: tuple[str, ...] = VIDEO_SUFFIXES + 
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise WaltError(f'cannot write "{path}": folder "{path.parent}" is not writable')
     return path
+
+
+def check_fps(fps: float, name: str = "fps") -> None:
+    """Raises a WaltError unless a video can be played at so many frames per second."""
+    if not 0 < fps <= MAX_FPS:
+        raise WaltError(f"{name} must be positive and at most {MAX_FPS:g}, got {fps}")
 
 
 @contextmanager
@@ -135,8 +143,7 @@ class VideoWriter:
 
     def __init__(self, path: str | Path, fps: float = 8) -> None:
         self.path = check_output(path, VIDEO_SUFFIXES)
-        if not fps > 0:
-            raise WaltError(f"fps must be positive, got {fps}")
+        check_fps(fps)
         self.fps = fps
         self.count = 0
         self._size: tuple[int, int] | None = None
