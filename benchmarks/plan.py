@@ -4,7 +4,7 @@ Of every recipe the plan is made and a few steps are trained, in turns, as the m
 step of a run, which warms everything up, and checkpoints do not count. Seconds are CPU seconds of one thread on a CPU,
 memory is what a process holds at most. The plan is to be within 25 % of the run.
 
-    python benchmarks/plan.py [RECIPE ...] [--steps 6] [--repeats 2] [--json FILE]
+    python benchmarks/plan.py [RECIPE ...] [--precision bf16] [--steps 6] [--repeats 2] [--json FILE]
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ RECIPES = (
 WITHIN = 0.25
 
 
-def recipe(name: str, output: Path, steps: int) -> Any:
+def recipe(name: str, precision: str, output: Path, steps: int) -> Any:
     """The recipe on the embedded tokenizer, from its own start, for `steps` steps."""
     from walt.configs.media import EMBEDDED
     from walt.training.job import load_job
 
-    run = ("log_every=1", "checkpoint_every=100000", "heldout_every=0", "wandb=false")
+    run = ("log_every=1", "checkpoint_every=100000", "heldout_every=0", "wandb=false", f"precision={precision}")
     own = [f"run.{field}" for field in (*run, f"steps={steps}", f"output={output}")]
     job = load_job(name, own)
     if job.kind == "tokenizer":
@@ -73,11 +73,11 @@ def run(job: Any) -> dict[str, float]:
     return {"seconds": seconds, "tokens": mean("tokens"), "memory": rows[-1]["peak_memory_gb"] * 1e9, **parts}
 
 
-def both(name: str, folder: Path, steps: int, repeats: int) -> dict[str, dict[str, float]]:
+def both(name: str, precision: str, folder: Path, steps: int, repeats: int) -> dict[str, dict[str, float]]:
     """Plan and run in turns, the seconds of each the least of its turns; memory and tokens of the first plan."""
     found: dict[str, dict[str, float]] = {}
     for repeat in range(repeats):
-        job = recipe(name, folder / f"run-{repeat}", steps)
+        job = recipe(name, precision, folder / f"run-{repeat}", steps)
         for kind, take in (("plan", plan), ("run", run)):
             figures = take(job)
             before = found.setdefault(kind, figures)
@@ -110,15 +110,16 @@ def alone(args: argparse.Namespace) -> None:
         name, path = args.recipes[0], Path(folder)
         figures: Any
         if args.only == "run":
-            figures = run(recipe(name, path / "run", args.steps))
+            figures = run(recipe(name, args.precision, path / "run", args.steps))
         else:
-            figures = both(name, path, args.steps, args.repeats)
+            figures = both(name, args.precision, path, args.steps, args.repeats)
         Path(args.json).write_text(json.dumps(figures))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("recipes", nargs="*", default=RECIPES, metavar="RECIPE")
+    parser.add_argument("--precision", choices=("no", "bf16"), default="no", help="of all recipes (default: float32)")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--json", metavar="FILE")
@@ -129,9 +130,9 @@ def main() -> int:
         return 0
     goals = []
     for name in args.recipes:
-        steps = f"--steps={args.steps}"
-        figures = apart(name, "--only=both", steps, f"--repeats={args.repeats}")
-        foretold, found = figures["plan"], figures["run"] | {"memory": apart(name, "--only=run", steps)["memory"]}
+        options = (f"--steps={args.steps}", f"--precision={args.precision}")
+        figures = apart(name, "--only=both", *options, f"--repeats={args.repeats}")
+        foretold, found = figures["plan"], figures["run"] | {"memory": apart(name, "--only=run", *options)["memory"]}
         print(name)
         for key in dict.fromkeys((*foretold, *found)):
             unit, scale = (" GB", 1e9) if key.startswith("memory") else (" s" if key.startswith("seconds") else "", 1.0)

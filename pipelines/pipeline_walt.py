@@ -29,6 +29,7 @@ from walt.pipelines.sampling import (
     check_size,
     denoise_stream,
     sample_seeds,
+    stream_without_grad,
 )
 from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt
 from walt.tokenizers.text import CompactTextEncoder
@@ -166,7 +167,7 @@ class WaltPipeline(SamplingPipeline):
         )
         return self._finish(start, output_type, return_dict, latents=latents)
 
-    @torch.no_grad()
+    @stream_without_grad
     def stream(self, prompt: str | list[str] | None = None, num_frames: int = 485, **call: Any) -> Iterator[Tensor]:
         """Generates a long video chunk by chunk, in memory that does not depend on its length.
 
@@ -179,8 +180,7 @@ class WaltPipeline(SamplingPipeline):
         """
         start = self._start(prompt, num_frames=num_frames, **call)
         with self.progress_bar(total=self._num_timesteps) as self._bar:
-            for frames in self._denoise(start, decode=True):
-                yield self._output(frames, "pt")
+            yield from self._outputs(self._denoise(start, decode=True))
         self.maybe_free_model_hooks()
 
     def _finish(

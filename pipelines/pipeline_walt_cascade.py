@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from walt.chunking import chunk_count, windows
+from walt.chunking import chunk_count, peek, windows
 from walt.conditioning import low_res_kind
 from walt.errors import WaltError
 from walt.models.transformer_walt import WaltTransformer3DModel
@@ -29,6 +28,7 @@ from walt.pipelines.sampling import (
     check_size,
     encode_video,
     sample_seeds,
+    stream_without_grad,
 )
 from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt
 from walt.tokenizers.text import CompactTextEncoder
@@ -246,7 +246,7 @@ class WaltCascadePipeline(SamplingPipeline):
         self.maybe_free_model_hooks()
         return WaltPipelineOutput(frames=frames) if return_dict else (frames,)
 
-    @torch.no_grad()
+    @stream_without_grad
     def stream(
         self,
         prompt: str | list[str] | None = None,
@@ -320,7 +320,7 @@ class WaltCascadePipeline(SamplingPipeline):
         result = self._output(frames.transpose(1, 2) * 2 - 1, output_type)
         return WaltPipelineOutput(frames=result) if return_dict else (result,)
 
-    @torch.no_grad()
+    @stream_without_grad
     def upscale_stream(
         self,
         video: Any,
@@ -356,9 +356,7 @@ class WaltCascadePipeline(SamplingPipeline):
         if not models:
             raise WaltError("this model has no super-resolution stage: a cascade of two or three stages enlarges")
         pieces = video if isinstance(video, Iterator) else iter([self._video(video).transpose(1, 2) / 2 + 0.5])
-        first = next(pieces, None)
-        if first is None:
-            raise WaltError("a video needs at least one frame, got none")
+        first, pieces = peek(pieces)
         order = self._enlargers(first.shape[-2], first.shape[-1], scale)
         steps = self.config.super_resolution_steps if num_inference_steps is None else num_inference_steps
         guidance = self.config.super_resolution_guidance_scale if guidance_scale is None else guidance_scale
@@ -394,7 +392,8 @@ class WaltCascadePipeline(SamplingPipeline):
         names = ("prompt_embeds", "negative_prompt_embeds", "prompt_embeds_mask", "negative_prompt_embeds_mask")
         sources = [torch.Generator().manual_seed(seed) for seed in sample_seeds(generator, len(first))]
         stages = [self._stage(i) for i in order]
-        frames: Iterator[Tensor] = chain([first], pieces)
+        del first
+        frames: Iterator[Tensor] = pieces
         for place, (i, stage) in enumerate(zip(order, stages, strict=True)):
             frames = stage.stream(
                 frames,

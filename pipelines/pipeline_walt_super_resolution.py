@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from itertools import chain
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from walt.chunking import chunk_count
+from walt.chunking import chunk_count, peek
 from walt.conditioning import frames_twice, low_res_kind, pieces_twice
 from walt.errors import WaltError
 from walt.models.transformer_walt import WaltTransformer3DModel
@@ -26,6 +25,7 @@ from walt.pipelines.sampling import (
     check_range,
     denoise_stream,
     sample_seeds,
+    stream_without_grad,
 )
 from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt
 from walt.tokenizers.text import CompactTextEncoder
@@ -159,7 +159,7 @@ class WaltSuperResolutionPipeline(SamplingPipeline):
         self.maybe_free_model_hooks()
         return WaltPipelineOutput(frames=frames) if return_dict else (frames,)
 
-    @torch.no_grad()
+    @stream_without_grad
     def stream(
         self,
         pieces: Iterable[Tensor],
@@ -194,19 +194,16 @@ class WaltSuperResolutionPipeline(SamplingPipeline):
             prompt_embeds = negative_prompt_embeds = prompt_embeds_mask = negative_prompt_embeds_mask = None
         elif prompt_embeds is None:
             raise WaltError("give the prompt_embeds of the video")
-        source = iter(pieces)
-        first = next(source, None)
-        if first is None:
-            raise WaltError("a video needs at least one frame, got none")
+        first, source = peek(pieces)
         seeds = sample_seeds(generator, len(first))
+        del first
         prompt = Prompt(prompt_embeds, prompt_embeds_mask, negative_prompt_embeds, negative_prompt_embeds_mask)
         self._num_timesteps = 0  # not known beforehand
         with self.progress_bar(total=math.inf) as self._bar:
-            inputs: Iterator[Tensor] = (piece.transpose(1, 2) * 2 - 1 for piece in chain([first], source))
+            inputs: Iterator[Tensor] = map(_signed, source)
             if self.temporal:
                 inputs = pieces_twice(inputs)
-            for frames in self._enlarge(inputs, prompt, seeds, num_inference_steps, noise_level):
-                yield self._output(frames, "pt")
+            yield from self._outputs(self._enlarge(inputs, prompt, seeds, num_inference_steps, noise_level))
         self.maybe_free_model_hooks()
 
     def _enlarge(
@@ -224,9 +221,9 @@ class WaltSuperResolutionPipeline(SamplingPipeline):
         config = self.transformer.config
         scale, spatial = int(config.low_res_scale), self.vae_scale_factor_spatial
         multiple = spatial * int(config.patch_size) // math.gcd(scale, int(config.patch_size))
-        source = iter(pieces)
-        first = next(source)
+        first, source = peek(pieces)
         height, width = first.shape[-2:]
+        del first
         border = [0, -width % multiple, 0, -height % multiple]
 
         def bordered(piece: Tensor) -> Tensor:
@@ -239,6 +236,9 @@ class WaltSuperResolutionPipeline(SamplingPipeline):
             flat = piece.transpose(1, 2).flatten(0, 1)
             return F.pad(flat, border, mode="replicate").unflatten(0, (len(piece), -1)).transpose(1, 2)
 
+        def cut(frames: Tensor) -> Tensor:
+            return frames[..., : height * scale, : width * scale]
+
         stream = denoise_stream(
             self,
             self.transformer,
@@ -249,11 +249,10 @@ class WaltSuperResolutionPipeline(SamplingPipeline):
             steps=steps,
             decode=decode,
             latents=latents,
-            low_res_video=map(bordered, chain([first], source)),
+            low_res_video=map(bordered, source),
             noise_level=noise_level,
         )
-        for frames in stream:
-            yield frames[..., : height * scale, : width * scale] if decode else frames
+        yield from (map(cut, stream) if decode else stream)
 
     def _check_model(self) -> None:
         config = self.transformer.config
@@ -290,3 +289,8 @@ class WaltSuperResolutionPipeline(SamplingPipeline):
     def temporal(self) -> bool:
         """Whether the transformer doubles the frame rate, and not the size."""
         return low_res_kind(self.transformer.config) == "time"
+
+
+def _signed(piece: Tensor) -> Tensor:
+    """`(B, n, 3, H, W)` in [0, 1] to `(B, 3, n, H, W)` in [-1, 1]."""
+    return piece.transpose(1, 2) * 2 - 1

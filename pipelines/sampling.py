@@ -8,9 +8,12 @@ seed, so a sample never depends on the rest of its batch.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from functools import cache, partial, wraps
+from itertools import repeat
+from typing import Any, Literal, ParamSpec, cast
 
 import numpy as np
 import torch
@@ -45,6 +48,7 @@ from walt.tokenizers.text import CompactTextEncoder
 logger = logging.get_logger(__name__)
 
 Generators = torch.Generator | list[torch.Generator] | None
+P = ParamSpec("P")
 StepCallback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any] | None]
 
 MAX_PACK_TOKENS = 2**17  # a pack larger than this is split over several forwards (memory; the result is the same)
@@ -181,7 +185,8 @@ def decode_latents(vae: Any, latents: Tensor) -> Tensor:
     """The inverse: normalised latents of one chunk -> float32 video in [-1, 1], clamped; one sample at a time."""
     vae = adapt(vae)
     raw = denormalize(latents, *_statistics(vae, latents.shape[1])).to(get_module_execution_device(vae), vae.dtype)
-    return torch.cat([vae.decode(z).sample.float().clamp(-1, 1) for z in raw.split(1)])
+    parts = [vae.decode(z).sample.float().clamp(-1, 1) for z in raw.split(1)]
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def _statistics(vae: Any, channels: int) -> tuple[list[float], list[float]]:
@@ -403,9 +408,12 @@ def denoise_stream(
     overlap = overlap_frames(ratio)
     channels = int(transformer.config.in_channels)
     texts: dict[Any, Any] = {}
-    last: Tensor | None = None
+    past: Tensor | None = None
     first: Tensor | None = None
-    for k, window in enumerate(_windows(num_frames, low_res_video, latents, (len(seeds), channels, *size), ratio)):
+
+    # A function, so that a chunk's pixels are held by nobody here once they are given away.
+    def chunk(k: int, window: _Window) -> Tensor:
+        nonlocal past, first, prompt
         shape = (channels, latent_frames(window.length, ratio), *size)
         conditions = Conditions(class_labels=class_labels)
         if window.low_res is not None and noise_level is not None:
@@ -414,7 +422,6 @@ def denoise_stream(
             conditions = replace(
                 conditions, low_res=add_noise(pipe.scheduler, small, noise, noise_level), noise_level=noise_level
             )
-        past = None if last is None else last[:, :, -overlap:]
         known = None if given.known is None else given.known.window(window.start, window.length)
         anchored = context.anchor_every > 0 and k % context.anchor_every == 0
         if first is not None and anchored and (known is None or not bool(known.mask.any())):
@@ -449,21 +456,48 @@ def denoise_stream(
         x, prompt = denoise(
             pipe, transformer, noise, steps, prompt, conditions, texts, begin, given.strength, again, scale
         )
-        video: Tensor | None = None
-        if decode or not window.last:
-            video = decode_latents(vae, x)
-            if known is not None and bool(known.shown.any()):
-                shown = known.video if given.composite or source is None else decode_latents(vae, source)
-                video = torch.where(known.shown.to(video.device), shown.to(video), video)
-            last = video
-            first = video[:, :, :1] if first is None else first
-        if not decode:
-            yield x
-        elif video is not None:
-            skip = overlap if k else 0
-            yield video[:, :, skip : window.valid]
+        if not decode and window.last:
+            return x
+        if k:
+            _give_back()
+        video = decode_latents(vae, x)
+        if known is not None and bool(known.shown.any()):
+            shown = known.video if given.composite or source is None else decode_latents(vae, source)
+            video = torch.where(known.shown.to(video.device), shown.to(video), video)
+        if context.anchor_every and first is None:
+            first = video[:, :, :1].clone()
+        past = video[:, :, -overlap:].clone()
+        return video[:, :, overlap if k else 0 : window.valid] if decode else x
+
+    for k, window in enumerate(_windows(num_frames, low_res_video, latents, (len(seeds), channels, *size), ratio)):
+        yield chunk(k, window)
         if pipe.interrupt:
             return
+
+
+@cache
+def _malloc_trim() -> Callable[[int], object]:
+    try:
+        return cast(Callable[[int], object], ctypes.CDLL(None).malloc_trim)
+    except (AttributeError, OSError, TypeError):  # another C library than glibc
+        return lambda _: None
+
+
+def _give_back() -> None:
+    """Returns freed memory to the system: glibc keeps the gaps between pieces in use, and over the first chunks of a long
+    video they grow (at 512x896 by 160 MB)."""
+    _malloc_trim()(0)
+
+
+def stream_without_grad(stream: Callable[P, Iterator[Tensor]]) -> Callable[P, Iterator[Tensor]]:
+    """`torch.no_grad()` for a generator function; torch's own holds every value until the next one is there."""
+    advance = torch.no_grad()(next)
+
+    @wraps(stream)
+    def run(*args: P.args, **kwargs: P.kwargs) -> Iterator[Tensor]:
+        yield from map(advance, repeat(stream(*args, **kwargs)))
+
+    return run
 
 
 @dataclass(frozen=True)
@@ -792,3 +826,7 @@ class SamplingPipeline(HubCardMixin, DiffusionPipeline, WaltLoraLoaderMixin):
         if output_type == "latent":
             return result
         return self.video_processor.postprocess_video(result, output_type=output_type)
+
+    def _outputs(self, chunks: Iterator[Tensor]) -> Iterator[Tensor]:
+        """Chunks in [-1, 1] as `_output` gives them in "pt", none of which is held while the next one is made."""
+        return map(partial(self._output, output_type="pt"), chunks)

@@ -77,6 +77,24 @@ def fitting_frames(num_frames: int, ratio: int = TEMPORAL_RATIO) -> int:
     return chunk + (chunk_count(num_frames, ratio) - 1) * (chunk - overlap_frames(ratio))
 
 
+def peek(pieces: Iterable[Tensor]) -> tuple[Tensor, Iterator[Tensor]]:
+    """The first piece of a video, and an iterator of all of them that holds none which it has given away.
+
+    Raises:
+        WaltError: there is no piece.
+    """
+    source = iter(pieces)
+    first = next(source, None)
+    if first is None:
+        raise WaltError("a video needs at least one frame, got none")
+
+    def again(held: list[Tensor]) -> Iterator[Tensor]:
+        yield held.pop()
+        yield from source
+
+    return first, again([first])
+
+
 def windows(pieces: Iterable[Tensor], ratio: int = TEMPORAL_RATIO) -> Iterator[tuple[int, Tensor, int, bool]]:
     """Chunks of a video of any length that comes in pieces `(B, C, n, H, W)`, holding no more than a chunk and a piece.
 
@@ -86,10 +104,8 @@ def windows(pieces: Iterable[Tensor], ratio: int = TEMPORAL_RATIO) -> Iterator[t
         (first frame, frames `(B, C, 1 + 4k, H, W)`, how many of them are no filling, whether it is the last).
     """
     chunk, overlap = 1 + (CHUNK_LATENTS - 1) * ratio, overlap_frames(ratio)
-    source, start = iter(pieces), 0
-    held = next(source, None)
-    if held is None:
-        raise WaltError("a video needs at least one frame, got none")
+    source = peek(pieces)[1]
+    start, held = 0, next(source)
     while True:
         # One frame more than the chunk: only so is it known not to be the last.
         while held.shape[2] <= chunk and (more := next(source, None)) is not None:

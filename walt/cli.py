@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Callable, Sequence
 from importlib import resources
@@ -230,10 +229,18 @@ def guidance_options(args: argparse.Namespace) -> GuidanceOptions:
     )
 
 
+def check_schedule(options: GuidanceOptions, scales: Sequence[float]) -> None:
+    """Raises a UsageError where a schedule is asked for and no stage is guided, so that it would do nothing."""
+    if options.schedule != "constant" and max(scales) <= 1:
+        raise UsageError(
+            f"--guidance-schedule {options.schedule} does nothing without guidance: give --guidance a scale above 1"
+        )
+
+
 def _sample_prepare(args: argparse.Namespace) -> None:
     """Checks everything that needs no weights, so that nothing fails after the long part."""
     from walt.chunking import chunk_starts
-    from walt.media import check_output, is_image_path
+    from walt.media import check_fps, check_output, is_image_path
 
     prompts = [prompt.strip() for prompt in args.prompts]
     if args.prompts_file is not None:
@@ -253,8 +260,7 @@ def _sample_prepare(args: argparse.Namespace) -> None:
         raise WaltError(
             f'--frames {args.frames} does not go with the still "{args.output}": leave it out or write an .mp4'
         )
-    if not 0 < args.fps < math.inf:
-        raise WaltError(f"--fps must be positive and finite, got {args.fps}")
+    check_fps(args.fps, "--fps")
     if not 0 <= args.guidance_rescale <= 1:
         raise WaltError(f"--guidance-rescale must be from 0 to 1, got {args.guidance_rescale}")
     if not args.context_guidance >= 0 or args.anchor_every < 0:
@@ -290,6 +296,8 @@ def _sample_run(args: argparse.Namespace) -> None:
         raise UsageError("--fps 16: this model has no temporal super-resolution stage, it makes 8 frames per second")
     steps = _spread("--steps", args.steps, pipe.default_steps(stages), stages)
     guidance = None if args.guidance is None else _spread("--guidance", args.guidance, None, stages)
+    later = pipe.config.super_resolution_guidance_scale
+    check_schedule(args.options, guidance or [pipe.config.base_guidance_scale, *[later] * (stages - 1)])
     for number, prompt in enumerate(args.prompts):
         path = args.output
         if len(args.prompts) > 1:

@@ -680,7 +680,7 @@ def prepare(args: argparse.Namespace) -> None:
     args.model = model_folder(args.model)
 
 
-@stoppable()
+@stoppable("stopped by SIGTERM")
 def run(args: argparse.Namespace) -> None:
     """Serves the page until Ctrl-C or SIGTERM; what was uploaded and made is removed either way."""
     from walt.cli import choose_device, choose_dtype, load_cascade

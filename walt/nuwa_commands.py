@@ -512,8 +512,7 @@ def upscale(frames: Tensor, height: int, width: int, folder: Path, prompt: str =
     """Frames `(T, 3, H, W)` in [0, 1] to height x width by the super-resolution stages of a cascade folder.
 
     `height` is twice H or, with two stages, four times H. To the wanted shape the frames are cropped in the middle, or
-    go on with the colours of their edges; to a number of frames that the stages take, with their last frame. Stages that
-    take text get the prompt.
+    go on with the colours of their edges. Stages that take text get the prompt.
 
     Raises:
         WaltError: a size or model that does not allow it.
@@ -529,9 +528,7 @@ def upscale(frames: Tensor, height: int, width: int, folder: Path, prompt: str =
     stages = cascade.transformers[1 : 1 + int(math.log2(scale))]
     if len(stages) < math.log2(scale):
         raise WaltError(f"--upscale: the model {folder} has {len(stages)} super-resolution stages")
-    video = frame_to_width(frames.float(), width // scale)
-    count = len(video)
-    video = torch.cat([video, video[-1:].expand(_allowed_frames(count) - count, -1, -1, -1)])[None]
+    video = frame_to_width(frames.float(), width // scale)[None]
     for transformer in stages:
         text: dict[str, Any] = {}
         if transformer.config.text_dim is not None:
@@ -548,7 +545,7 @@ def upscale(frames: Tensor, height: int, width: int, folder: Path, prompt: str =
             generator=torch.Generator().manual_seed(seed),
             output_type="pt",
         ).frames
-    return video[0, :count]
+    return video[0]
 
 
 def _factor(lines: int, height: int, width: int) -> int:
@@ -572,14 +569,6 @@ def frame_to_width(frames: Tensor, width: int) -> Tensor:
     if more < 0:
         return frames[..., -more // 2 : -more // 2 + width]
     return torch.nn.functional.pad(frames, (more // 2, more - more // 2, 0, 0), mode="replicate")
-
-
-def _allowed_frames(count: int) -> int:
-    """The least number of frames from `count` on that chunks can be made of."""
-    from walt.chunking import CHUNK_FRAMES, NEW_FRAMES, TEMPORAL_RATIO
-
-    base, step = (1, TEMPORAL_RATIO) if count <= CHUNK_FRAMES else (CHUNK_FRAMES, NEW_FRAMES)
-    return base + -(-(count - base) // step) * step
 
 
 def clip_ranker(folder: str | Path, device: Any) -> Callable[[list[str], Tensor], Tensor]:

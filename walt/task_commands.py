@@ -160,11 +160,11 @@ def _edit(add: Add) -> None:
 def prepare(args: argparse.Namespace) -> None:
     """Checks everything that needs no weights and reads the inputs."""
     from walt.cli import guidance_options, model_folder
-    from walt.media import check_output
+    from walt.media import check_fps, check_output
 
     args.output = check_output(args.output)
-    if args.fps is not None and not 0 < args.fps < math.inf:
-        raise WaltError(f"--fps must be positive and finite, got {args.fps}")
+    if args.fps is not None:
+        check_fps(args.fps, "--fps")
     if not 0 <= args.seed < 2**63:
         raise WaltError(f"--seed must be from 0 to 2**63 - 1, got {args.seed}")
     if args.steps is not None and not 1 <= args.steps <= 1000:
@@ -212,11 +212,11 @@ def _read(path: str) -> Input:
 
 
 @contextmanager
-def stoppable() -> Iterator[None]:
+def stoppable(message: str = "stopped by SIGTERM: nothing was written") -> Iterator[None]:
     """SIGTERM raises Terminated inside, as Ctrl-C raises KeyboardInterrupt, so that what is half written is removed."""
 
     def stop(*_: object) -> None:
-        raise Terminated("stopped by SIGTERM: nothing was written")
+        raise Terminated(message)
 
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -233,7 +233,7 @@ def run(args: argparse.Namespace) -> None:
     """Makes the frames with the base stage, enlarges them, and writes them as they come."""
     import torch
 
-    from walt.cli import UsageError, choose_device, choose_dtype, load_cascade
+    from walt.cli import UsageError, check_schedule, choose_device, choose_dtype, load_cascade
     from walt.media import is_image_path
     from walt.pipelines.pipeline_walt_condition import WaltConditionPipeline
 
@@ -264,6 +264,7 @@ def run(args: argparse.Namespace) -> None:
             raise UsageError(f"--{name} {side} does not fit {stages} stages: it must be a multiple of {scale}")
         if side is not None:
             call[name] = side // scale
+    check_schedule(args.options, [call["guidance_scale"]])
     with _Bar(args.command) as bar:
         call["callback_on_step_end"] = bar.step
         frames: Tensor = TASKS[args.command].make(args, pipe, call).frames.float().cpu()
@@ -291,12 +292,14 @@ def run_upscale(args: argparse.Namespace) -> None:
     """Enlarges a file chunk by chunk: neither the video nor the result is ever held as a whole."""
     import torch
 
-    from walt.cli import choose_device, choose_dtype, load_cascade
+    from walt.cli import check_schedule, choose_device, choose_dtype, load_cascade
     from walt.media import is_image_path, read_image, stream_video
 
     device = choose_device(args.device)
     cascade = load_cascade(args.model, choose_dtype(args.dtype, device), device)
     cascade.set_guidance(args.options)
+    default = cascade.config.super_resolution_guidance_scale
+    check_schedule(args.options, [default if args.guidance is None else args.guidance])
     if is_image_path(args.video):
         pieces, fps = iter([read_image(args.video)[None]]), 8.0
     else:
@@ -326,8 +329,7 @@ def write(pieces: Iterator[Tensor], path: Path, fps: float) -> tuple[int, tuple[
         return 1, image.shape[1:3]
     size = (0, 0)
     with VideoWriter(path, fps) as writer:
-        for piece in pieces:
-            frames = _pixels(piece)
+        for frames in map(_pixels, pieces):  # no piece is held while the next one is made
             size = frames.shape[1:3]
             writer.add(frames)
     return writer.count, size
@@ -336,7 +338,7 @@ def write(pieces: Iterator[Tensor], path: Path, fps: float) -> tuple[int, tuple[
 def _pixels(piece: Tensor) -> Pixels:
     import torch
 
-    frames: Pixels = (piece[0].float() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    frames: Pixels = (piece[0].float() * 255).round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return frames
 
 

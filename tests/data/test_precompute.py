@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import random
-import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +12,7 @@ import torch
 
 from tests import tiny
 from tests.data import media
-from tests.training.jobs import denoiser_job, save_tokenizer
+from tests.training.jobs import benchmark, denoiser_job, save_tokenizer
 from walt.cli import main
 from walt.commands import build_objective
 from walt.data import precompute
@@ -175,50 +171,16 @@ def test_memory_is_bounded_by_the_part(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_and_rerun_gives_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SIGKILL at random moments, half of them while a part is being written."""
-    job = media_job(tmp_path, source_folder(tmp_path / "media"))
-    monkeypatch.setattr(precompute, "PART", 4)
-    objective = build_objective(job)
+@pytest.mark.parametrize("kind", ["media", "theatre"])
+def test_killed_at_any_moment_and_rerun_gives_the_same_files(tmp_path: Path, kind: str) -> None:
+    """`benchmarks/kill.py` with 6 kills: SIGKILL at random moments, half of them while a part is being written."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a forked child cannot use the parent's threads
-
-    def start(output: Path) -> int:
-        child = os.fork()
-        if not child:
-            try:
-                encode(job, output, objective)
-                os._exit(0)
-            finally:
-                os._exit(1)
-        return child
-
-    def over(child: int) -> bool:
-        return os.waitpid(child, os.WNOHANG)[0] != 0
-
-    assert os.waitpid(start(tmp_path / "straight"), 0)[1] == 0
-    output, rng, inside, killed = tmp_path / "killed", random.Random(0), 0, 0
-    for attempt in range(20):
-        before = set(output.glob("*.safetensors")) if output.exists() else set()
-        child = start(output)
-        while not (ended := over(child)):
-            if attempt % 2 and list(output.glob(".*.safetensors")):
-                break  # as soon as a temporary file stands there
-            if not attempt % 2 and set(output.glob("*.safetensors")) - before:
-                time.sleep(rng.random() * 0.03)
-                break
-        if ended:
-            continue
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        killed += 1
-        inside += bool(list(output.glob(".*.safetensors")))
-    assert killed >= 8 and inside, f"{killed} kills, {inside} of them inside a write"
-    assert os.waitpid(start(output), 0)[1] == 0
-    torch.set_num_threads(threads)
-    assert contents(output) == contents(tmp_path / "straight")
-    stored = job.model_copy(update={"data": job.data.model_copy(update={"latents": str(output)})})
-    assert build_objective(stored).batch(0, 0)
+    try:
+        done = benchmark("kill").kill_encoding(tmp_path, kills=6, seed=0, kind=kind)
+    finally:
+        torch.set_num_threads(threads)
+    assert done["kills"] == 6 and done["inside a write"]
 
 
 def test_the_command_encodes_and_accounts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

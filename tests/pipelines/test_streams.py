@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -68,6 +69,25 @@ def test_cascade_streams_through_all_stages(cascade: WaltCascadePipeline) -> Non
     assert sorted(seen) == [1, 1, 1, 2, 2, 2, 3, 3, 3]
     assert torch.equal(made, cascade(PROMPT, generator=tiny.seeded(0), output_type="pt", **call).frames)
     assert cascade.current_stage == 0
+
+
+def held() -> int:
+    """Bytes of all tensors that Python holds."""
+    gc.collect()
+    storages = (x.untyped_storage() for x in gc.get_objects() if isinstance(x, Tensor))
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def test_a_stream_holds_no_more_however_long_it_is(cascade: WaltCascadePipeline) -> None:
+    """And of a chunk of the last stage, once it is given away, nothing but the frames that the next one sees."""
+    before, seen = held(), []
+    pieces = cascade.stream(PROMPT, num_frames=101, num_inference_steps=1, guidance_scale=1.0)
+    for _ in map(id, pieces):
+        seen.append(held() - before)
+    assert len(seen) == 8 and len(set(seen[1:6])) == 1
+    chunk, overlap = (frames * 3 * 64 * 64 * 4 for frames in (17, 5))
+    lower = sum(frames * 3 * side**2 * 4 for side in (16, 32) for frames in (29, 12, 12, 5))
+    assert max(seen) < overlap + lower + chunk // 2
 
 
 def test_interrupt_ends_a_stream(cascade: WaltCascadePipeline) -> None:

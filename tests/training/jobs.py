@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -122,6 +124,15 @@ def small_job(
             "run": job.run.model_copy(update=run),
         }
     )
+
+
+def benchmark(name: str) -> ModuleType:
+    """A script of benchmarks/ as a module, so that tests can run it in miniature."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def start(*jobs: TokenizerJob | DenoiserJob, ranks: int = 1) -> subprocess.Popen[str]:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.data import media
-from tests.training.jobs import losses, save_tokenizer, saved, small_job, tokenizer_job
+from tests.training.jobs import benchmark, losses, save_tokenizer, saved, small_job, tokenizer_job
 from walt.commands import build_objective, draw_sheet, plan_job
 from walt.conditioning import MASK_KINDS, draw_given_frames, random_mask
 from walt.errors import Terminated, WaltError
@@ -783,12 +783,4 @@ def test_first_stages_of_table_8(recipe: str) -> None:
 
 def test_a_few_kills_change_nothing(tmp_path: Path) -> None:
     """`benchmarks/kill.py` with 3 kills: SIGKILL at random moments, also inside a checkpoint write."""
-    import importlib.util
-
-    path = Path(__file__).parents[2] / "benchmarks" / "kill.py"
-    spec = importlib.util.spec_from_file_location("kill", path)
-    assert spec is not None and spec.loader is not None
-    kill = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(kill)
-    done = kill.run(tmp_path, kills=3, seed=1)
-    assert done["kills"] == 3
+    assert benchmark("kill").kill_training(tmp_path, kills=3, seed=1)["kills"] == 3
