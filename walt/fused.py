@@ -46,7 +46,7 @@ def norm_rotate(norm: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     b1, b2 = norm.bias.float().chunk(2)
     tables = (w1 * cos, w2 * sin, w2 * cos, w1 * sin, b1 * cos - b2 * sin, b2 * cos + b1 * sin)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    step = max(1, _CHUNK // x[0].numel())
+    step = max(1, _CHUNK // (x.shape[1] * x.shape[2]))
     for rows, o, *parts in zip(*(t.split(step) for t in (x, out, *tables)), strict=True):
         y = rows.float()
         y = y - y.mean(-1, keepdim=True)
