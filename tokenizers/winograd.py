@@ -43,8 +43,7 @@ def fits(x: Tensor, weight: Tensor, stride: tuple[int, ...]) -> bool:
         and not torch.is_grad_enabled()
         and tuple(stride) == (1, 1, 1)
         and tuple(weight.shape[2:]) == (3, 3, 3)
-        # With AVX-512 the direct form is at twice the speed, and the transforms pay for wider layers only.
-        and min(weight.shape[:2]) >= (96 if product_is_faster(x) else 32)
+        and min(weight.shape[:2]) >= 32
         and x.shape[-2] * x.shape[-1] >= 256
     )
 

@@ -66,8 +66,8 @@ def _plain(layer: nn.Module, x: Tensor) -> bool:
     """Whether oneDNN can stand in for a layer: an ordinary one, not adapted, quantised or hooked, and rows enough."""
     if torch.compiler.is_compiling() or type(layer) is not nn.Linear or type(x) is not Tensor or x.device.type != "cpu":
         return False
-    hooked = "forward" in layer.__dict__ or layer._forward_hooks or layer._forward_pre_hooks
-    hooked = hooked or layer._backward_hooks or layer._backward_pre_hooks or layer._compiled_call_impl
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    hooked = "forward" in layer.__dict__ or layer._compiled_call_impl is not None or any(hooks)
     weight = layer.weight
     return (
         not hooked
@@ -115,7 +115,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: s
     return out
 
 
-@register_flop_formula(torch.ops.mkldnn._linear_pointwise)  # type: ignore[untyped-decorator]
+@register_flop_formula(torch.ops.mkldnn._linear_pointwise)
 def _product_flops(x: Any, weight: Any, *_: Any, **__: Any) -> int:
     """Of shapes, as torch counts those of its own products."""
     return 2 * math.prod(x) * int(weight[0])
