@@ -289,6 +289,11 @@ def test_every_recipe_builds() -> None:
         assert load_job(name, ["run.steps=7"]).run.steps == 7
 
 
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_precision_is_set_as_it_is_written(precision: str) -> None:
+    assert load_job("zoo.dit", [f"run.precision={precision}"]).run.precision == precision
+
+
 @pytest.mark.parametrize(
     "recipe, override, words",
     [

@@ -144,6 +144,12 @@ class RunJob(Frozen):
     wandb: bool = True
     tensorboard: bool = False
 
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _written_no(cls, value: object) -> object:
+        """YAML reads a bare `no` as false."""
+        return "no" if value is False else value
+
 
 class AdversarialJob(Frozen):
     """The discriminator of a tokenizer (MAGVIT-v2, arXiv 2310.05737, appendix A) and how it is trained."""
