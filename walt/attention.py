@@ -30,7 +30,7 @@ from torch import Tensor, library, nn
 
 from walt.errors import WaltError
 from walt.latents import Grid, positions, token_counts
-from walt.linear import product, product_is_faster
+from walt.linear import has_bfloat16_units, product, product_is_faster
 from walt.register import active_attention_backend
 
 Window = tuple[int | None, int | None, int | None]
@@ -510,14 +510,6 @@ def _has_varlen() -> bool:
     except ImportError:
         return False
     return bool(torch.cuda.get_device_capability() >= (8, 0))
-
-
-def has_bfloat16_units(device: torch.device) -> bool:
-    """Whether `device` computes in bfloat16 (CUDA, AVX512-BF16, AMX). Others emulate it, slower than float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return device.type == "cpu" and any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
 
 
 @lru_cache(maxsize=512)

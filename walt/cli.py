@@ -128,7 +128,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-    from walt.attention import has_bfloat16_units
+    from walt.linear import has_bfloat16_units
 
     return torch.bfloat16 if has_bfloat16_units(device) else torch.float32
 

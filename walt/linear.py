@@ -80,6 +80,14 @@ def _plain(layer: nn.Module, x: Tensor) -> bool:
     )
 
 
+def has_bfloat16_units(device: torch.device) -> bool:
+    """Whether `device` computes in bfloat16 (CUDA, AVX512-BF16, AMX). Others emulate it, slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return device.type == "cpu" and any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+
+
 @lru_cache(maxsize=1)
 def _onednn_types() -> tuple[torch.dtype, ...]:
     """The types in which oneDNN multiplies at least as fast as torch by itself."""

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from walt.attention import has_bfloat16_units
 from walt.data.packing import fill_budget
 from walt.errors import WaltError
+from walt.linear import has_bfloat16_units
 from walt.training.job import DenoiserJob, NuwaJob, OptimizerJob, TokenizerJob
 from walt.training.loop import Objective
 from walt.training.optimizers import Average, make_optimizer
