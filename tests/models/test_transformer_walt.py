@@ -187,6 +187,24 @@ def test_image_batch_gives_every_parameter_a_gradient() -> None:
     assert all(p.grad is not None for p in model.parameters())
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_images_alone_are_the_same_without_gradients(variant: str) -> None:
+    model = make(**FULL | VARIANTS[variant])  # no token of theirs attends in spatiotemporal layers
+    arguments = inputs(model, ((1, 4, 4), (1, 4, 6)))
+    learning = model(**arguments).sample
+    with torch.no_grad():
+        for found, expected in zip(model(**arguments).sample, learning, strict=True):
+            assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_positions_start_as_loud_as_the_latents_and_all_different() -> None:
+    table = WaltTransformer3DModel(**{**TINY, "attention_head_dim": 32, "sample_size": (5, 16, 28)}).pos_embed
+    assert table is not None
+    places = (table.space[None] + table.time[:, None]).flatten(0, 1)
+    assert 0.5 < float(places.detach().square().mean().sqrt()) < 1.0
+    assert float(torch.pdist(places.detach()).min()) > 0.5
+
+
 def test_given_frames_are_masked_by_the_model() -> None:
     model = make()
     arguments = inputs(model, ((3, 4, 6),))
