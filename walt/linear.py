@@ -62,6 +62,18 @@ _WIDE_BYTES = 2**22
 """Of the wide rows of an MLP: they stay in the last-level cache."""
 
 
+def unhooked(module: nn.Module) -> bool:
+    """Whether nothing happens at a call of `module` beside its own: offloading, for one, brings weights only then."""
+    return not (
+        "forward" in module.__dict__
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or module._compiled_call_impl
+    )
+
+
 def _plain(layer: nn.Module, x: Tensor) -> bool:
     """Whether oneDNN can stand in for a layer: an ordinary one, not adapted, quantised or hooked, and rows enough."""
     if torch.compiler.is_compiling() or type(layer) is not nn.Linear or type(x) is not Tensor or x.device.type != "cpu":

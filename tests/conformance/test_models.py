@@ -92,7 +92,10 @@ def test_what_the_attributes_name_is_there(model: Any) -> None:
 
 
 def test_weights_are_only_used_in_calls_of_their_module(model: Any, tmp_path: Path) -> None:
-    """Sequential offloading (weights on meta between calls), and groups that come from disk."""
+    """Sequential offloading (weights on meta between calls), and groups that come from disk.
+
+    Equal within rounding: layers that are hooked go by torch's own products (walt.linear).
+    """
     expected = run(model)
     for kind in ("leaf_level", "block_level"):
         other = type(model).from_config(model.config)
@@ -105,10 +108,10 @@ def test_weights_are_only_used_in_calls_of_their_module(model: Any, tmp_path: Pa
             offload_to_disk_path=str(tmp_path / kind),
             **blocks,
         )
-        assert any((tmp_path / kind).iterdir()) and torch.equal(run(other), expected), kind
+        assert any((tmp_path / kind).iterdir()) and torch.allclose(run(other), expected, atol=1e-5), kind
     cpu_offload(model, torch.device("cpu"))
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
-    assert torch.equal(run(model), expected)
+    assert torch.allclose(run(model), expected, atol=1e-5)
 
 
 def test_layerwise_casting(model: Any) -> None:
