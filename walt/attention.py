@@ -490,7 +490,7 @@ def choose_backend(
             return AttentionBackendName("walt_varlen")
         if query.device.type == "cpu" and query.dtype == torch.bfloat16 and has_bfloat16_units(query.device):
             return AttentionBackendName("walt_blocked")
-        if product_is_faster(query) and not biased and length >= (400 if torch.is_grad_enabled() else 200):
+        if length >= (400 if torch.is_grad_enabled() else 200) and not biased and product_is_faster(query):
             return AttentionBackendName("walt_blocked")
         return active
     if biased and active.value in NO_BIAS:

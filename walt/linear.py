@@ -92,6 +92,7 @@ def _plain(layer: nn.Module, x: Tensor) -> bool:
     )
 
 
+@torch.compiler.assume_constant_result
 def has_bfloat16_units(device: torch.device) -> bool:
     """Whether `device` computes in bfloat16 (CUDA, AVX512-BF16, AMX). Others emulate it, slower than float32."""
     if device.type == "cuda":
