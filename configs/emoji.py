@@ -246,7 +246,8 @@ def _super_resolution(output: str, patch: int, height: int, cut: int, steps: int
             self_conditioning_probability=0.0,
             frame_prediction_probability=0.15,
             max_noise_level=20,
-            timestep_logit_normal=(-0.8, 1.0),
+            # These are sampled in one step, or a few, from the last noise level.
+            timestep_logit_normal=(2.0, 1.5),
         ),
         optimizer=OptimizerJob(kind="muon", lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01, warmup_steps=50),
         run=RunJob(output=output, steps=steps, ema_decay=0.995, checkpoint_every=100),
