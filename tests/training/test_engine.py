@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -42,9 +42,9 @@ from walt.training.job import (
     recipes,
 )
 from walt.training.loop import Loss, Objective, Part, _same_recipe, train
-from walt.training.muon import Muon
+from walt.training.muon import Muon, orthogonalize
 from walt.training.objectives import interpolated_positions
-from walt.training.optimizers import warm
+from walt.training.optimizers import make_optimizer, warm
 
 
 def run(job: Job, **arguments: Any) -> Path:
@@ -181,6 +181,17 @@ def test_muon_is_that_of_torch_on_matrices_and_adamw_on_the_rest() -> None:
     Muon([kernel]).step()
     Muon([matrix]).step()
     assert torch.equal(kernel.flatten(1), matrix)
+
+
+def test_muon_in_bfloat16_goes_nearly_the_same_way() -> None:
+    torch.manual_seed(0)
+    matrix = torch.randn(24, 60)
+    exact, rounded = orthogonalize(matrix), orthogonalize(matrix, half=True)
+    assert rounded.dtype == torch.float32 and not torch.equal(exact, rounded)
+    assert torch.nn.functional.cosine_similarity(exact.flatten(), rounded.flatten(), dim=0) > 0.999
+    job = OptimizerJob(kind="muon", lr=1e-2)
+    parameters = [torch.nn.Parameter(matrix)]
+    assert [cast(Muon, make_optimizer(job, parameters, half)).half for half in (True, False)] == [True, False]
 
 
 # -- guard

@@ -265,7 +265,7 @@ class _Trainer:
         self.trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         if not self.trained:
             raise WaltError("there is nothing to train: every parameter is frozen")
-        self.optimizer = make_optimizer(self.job, list(self.trained.values()))
+        self.optimizer = make_optimizer(self.job, list(self.trained.values()), ranks.run.precision == "bf16")
         self.reducer: Reducer = ranks.reducer(self.module)
         self.lr = self.job.lr
         self.loss = self.total = 0.0

@@ -13,17 +13,19 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from walt.linear import has_bfloat16_units
+
 # Of the quintic iteration that brings singular values near 1 (Jordan et al. 2024).
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
-def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
+def orthogonalize(matrix: Tensor, steps: int = 5, half: bool = False) -> Tensor:
     """The nearest orthogonal matrix, roughly: `(m, n)` with singular values in about 0.7 .. 1.2. Zero stays zero.
 
-    In bfloat16 on a GPU, else in the matrix's own type.
+    In bfloat16 on a GPU, or with `half`; else in the matrix's own type.
     """
     a, b, c = COEFFICIENTS
-    x = matrix.to(torch.bfloat16) if matrix.is_cuda else matrix
+    x = matrix.to(torch.bfloat16) if half or matrix.is_cuda else matrix
     wide = x.shape[0] <= x.shape[1]
     x = x if wide else x.T
     x = x / (x.norm() + 1e-7)
@@ -45,6 +47,8 @@ class Muon(torch.optim.Optimizer):
         betas: of AdamW, for weights of fewer than two axes.
         weight_decay: decoupled, times lr.
         eps: of AdamW.
+        half: orthogonalize in bfloat16 on a CPU too if it has units for that: a third of the time. What sums gradients in
+            another order, as more ranks do, then differs by bfloat16's rounding.
     """
 
     def __init__(
@@ -55,7 +59,9 @@ class Muon(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
         eps: float = 1e-8,
+        half: bool = False,
     ) -> None:
+        self.half = half
         super().__init__(
             parameters, {"lr": lr, "momentum": momentum, "betas": betas, "weight_decay": weight_decay, "eps": eps}
         )
@@ -77,7 +83,9 @@ class Muon(torch.optim.Optimizer):
         ahead = grad.lerp(momentum, group["momentum"])
         whole = ahead.full_tensor() if isinstance(ahead, DTensor) else ahead
         flat = whole.flatten(1)
-        update = (orthogonalize(flat) * 0.2 * max(flat.shape) ** 0.5).view_as(whole)
+        update = (
+            orthogonalize(flat, half=self.half and has_bfloat16_units(flat.device)) * 0.2 * max(flat.shape) ** 0.5
+        ).view_as(whole)
         if isinstance(ahead, DTensor):
             return cast(Tensor, distribute_tensor(update, ahead.device_mesh, ahead.placements, src_data_rank=None))
         return update

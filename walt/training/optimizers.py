@@ -16,12 +16,15 @@ from walt.training.job import OptimizerJob, RunJob
 from walt.training.muon import Muon
 
 
-def make_optimizer(job: OptimizerJob, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
-    """AdamW, Adafactor or Muon; `betas` belong to AdamW, and to what Muon leaves to it."""
+def make_optimizer(job: OptimizerJob, parameters: Sequence[Tensor], half: bool = False) -> torch.optim.Optimizer:
+    """AdamW, Adafactor or Muon; `betas` belong to AdamW, and to what Muon leaves to it.
+
+    `half`: the run's products are bfloat16 (`run.precision`), and so are Muon's.
+    """
     if job.kind == "adafactor":
         return Adafactor(parameters, lr=job.lr, weight_decay=job.weight_decay)
     if job.kind == "muon":
-        return Muon(parameters, lr=job.lr, betas=job.betas, weight_decay=job.weight_decay)
+        return Muon(parameters, lr=job.lr, betas=job.betas, weight_decay=job.weight_decay, half=half)
     return torch.optim.AdamW(parameters, lr=job.lr, betas=job.betas, weight_decay=job.weight_decay)
 
 

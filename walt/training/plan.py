@@ -427,10 +427,10 @@ def _timed(run: Callable[[], Result], device: torch.device) -> tuple[float, Resu
 
 
 def _update(
-    parameters: dict[str, nn.Parameter], job: OptimizerJob, ema_decay: float, device: torch.device
+    parameters: dict[str, nn.Parameter], job: OptimizerJob, ema_decay: float, half: bool, device: torch.device
 ) -> Callable[[], float]:
     """What times an update as the loop does it: norm, scale, step, average."""
-    optimizer = make_optimizer(job, list(parameters.values()))
+    optimizer = make_optimizer(job, list(parameters.values()), half)
     average = Average(ema_decay, parameters)
 
     def step() -> None:
@@ -457,7 +457,8 @@ def _rehearse(objective: Objective, job: Any, device: torch.device) -> _Measured
     for name, part in parts.items():
         part.module.to(device).train()
         learnt = {key: p for key, p in part.module.named_parameters() if p.requires_grad}
-        timed_updates.append(_update(learnt, part.optimizer, job.run.ema_decay if name == "model" else 0.0, device))
+        decay, half = job.run.ema_decay if name == "model" else 0.0, job.run.precision == "bf16"
+        timed_updates.append(_update(learnt, part.optimizer, decay, half, device))
     data = compute = operations = 0.0
     updates = []
     for number in range(1 + REHEARSED):
@@ -515,7 +516,7 @@ def _measure(
         chosen.append(index)
         left -= 3 * counter(sizes[index])
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    timed_update = _update(parameters, job.optimizer, job.run.ema_decay, device)
+    timed_update = _update(parameters, job.optimizer, job.run.ema_decay, job.run.precision == "bf16", device)
     call = _sample_call(model, [sizes[i] for i in chosen], device)
 
     def forward_backward() -> None:
