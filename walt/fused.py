@@ -42,8 +42,8 @@ def norm_rotate(norm: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     half = x.dtype in (torch.float32, torch.bfloat16) and cos.dtype == torch.float32
     ours = not torch.is_grad_enabled() and x.device.type == "cpu" and not torch.compiler.is_compiling()
-    plain = type(norm) is nn.LayerNorm and norm.elementwise_affine and norm.bias is not None and unhooked(norm)
-    if not (half and ours and plain):
+    ours = half and ours and unhooked(norm)
+    if not (ours and type(norm) is nn.LayerNorm and norm.elementwise_affine and norm.bias is not None):
         return rotate(norm(x), cos, sin).to(x.dtype)
     w1, w2 = norm.weight.float().chunk(2)
     b1, b2 = norm.bias.float().chunk(2)
