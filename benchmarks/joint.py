@@ -29,6 +29,7 @@ from walt.configs.media import EMBEDDED
 from walt.data.emoji import EMBEDDED_WORLD, EmojiTheatre, Scene
 from walt.data.latents import write_latents
 from walt.diffusion import make_scheduler
+from walt.linear import has_bfloat16_units
 from walt.media import Pixels
 from walt.models.transformer_walt import WaltTransformer3DModel
 from walt.pipelines.pipeline_walt import WaltPipeline
@@ -37,13 +38,13 @@ from walt.training.loop import train
 
 FRAMES, SIDE = 9, 128
 CLIPS = ("rocket", "penguin", "sun")  # of 8 subjects
-CLIP, STILL = Shape(frames=FRAMES, height=SIDE, width=SIDE), Shape(frames=1, height=SIDE, width=SIDE, weight=3)
+CLIP, STILL = Shape(frames=FRAMES, height=SIDE, width=SIDE), Shape(frames=1, height=SIDE, width=SIDE, weight=1.5)
 MODEL: dict[str, Any] = {
     "patch_size": 2,
     "num_layers": 6,
     "num_attention_heads": 4,
-    "attention_head_dim": 32,
-    "ffn_dim": 256,
+    "attention_head_dim": 48,
+    "ffn_dim": 384,
     "text_dim": 384,
     "sample_size": (3, 16, 16),
     "relative_positions": "rope",
@@ -67,15 +68,19 @@ def recipe(name: str, shapes: tuple[Shape, ...], args: argparse.Namespace, laten
             source=args.source, seed=21, clip_subjects=CLIPS, latents=None if latents is None else str(latents)
         ),
         shapes=shapes,
-        batch_tokens=768,  # 4 clips, or 1 clip and 9 stills
-        diffusion=DiffusionJob(self_conditioning_probability=0.0, timestep_logit_normal=(0.0, 1.0)),
-        optimizer=OptimizerJob(lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01, warmup_steps=30),
+        batch_tokens=1536,  # 8 clips, or 5 clips and 8 stills
+        # As the embedded base is trained: what moves where is decided at high noise.
+        diffusion=DiffusionJob(self_conditioning_probability=0.0, timestep_logit_normal=(1.5, 1.2)),
+        optimizer=OptimizerJob(
+            kind="muon", lr=8e-4, betas=(0.9, 0.99), weight_decay=0.01, warmup_steps=50, final_lr_ratio=0.02
+        ),
         run=RunJob(
             output=str(args.work / f"{name}-{args.steps}"),
             steps=args.steps,
             seed=args.seed,
-            ema_decay=0.99,
-            checkpoint_every=100,
+            ema_decay=0.998,
+            precision="bf16" if has_bfloat16_units(torch.device("cpu")) else "no",
+            checkpoint_every=200,
             log_every=50,
             wandb=False,
         ),
@@ -112,10 +117,10 @@ def sample(model: WaltTransformer3DModel, job: DenoiserJob, scenes: Sequence[Sce
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=600, help="of training, of each run")
-    parser.add_argument("--count", type=int, default=40, help="clips to judge, of each run")
+    parser.add_argument("--steps", type=int, default=4000, help="of training, of each run")
+    parser.add_argument("--count", type=int, default=96, help="clips to judge, of each run")
     parser.add_argument("--sampling-steps", type=int, default=16)
-    parser.add_argument("--latents", default="320,960", help="clips and stills to encode, once")
+    parser.add_argument("--latents", default="1536,1536", help="clips and stills to encode, once")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--source", default="cache/emoji")
     parser.add_argument("--work", type=Path, default=Path("runs/joint"))
