@@ -1072,7 +1072,8 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin, FromOriginalM
         for size in plan.parts(count):
             # The first latent of a clip stands for one frame, each later one for `ratio`.
             part = x[:, :, max(0, 1 + (start - 1) * ratio) : 1 + (start + size - 1) * ratio]
-            piece, cache = self._encode_part(part, cache, start == 0, plan.rows, owned=True)
+            piece, cache = self._encode_part(part, cache, start == 0, plan.rows)
+            cache = list(cache)
             z = z or Canvas((*piece.shape[:2], count, *piece.shape[3:]))
             z.write(piece, start)
             start += size
@@ -1089,15 +1090,13 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin, FromOriginalM
         if plan.frames:
             cache = START
         for part in z.split(plan.parts(count), dim=2):
-            cache = self._decode_part(part, cache, start == 0, plan.rows, x, max(0, 1 + (start - 1) * t), owned=True)
+            cache = self._decode_part(part, cache, start == 0, plan.rows, x, max(0, 1 + (start - 1) * t))
+            cache = None if cache is None else list(cache)
             start += part.shape[2]
         return x.read()
 
-    def _encode_part(
-        self, x: Tensor, past: Past, first: bool, rows: int | None, owned: bool = False
-    ) -> tuple[Tensor, Past]:
+    def _encode_part(self, x: Tensor, past: Past, first: bool, rows: int | None) -> tuple[Tensor, Past]:
         """Latents of a whole clip (past None) or of a chunk, in stripes of `rows` latent rows if given."""
-        past = list(past) if owned and past else past
         if not rows:
             return cast(tuple[Tensor, Past], self.encoder(self.patcher.split(x, first), past))
         p, s, t = self.patcher.patch, self.spatial_compression_ratio, self.temporal_compression_ratio
@@ -1112,14 +1111,11 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin, FromOriginalM
             z.write(piece, 0, top)
             top += piece.shape[3]
 
-        _, present = self.encoder(x, past, Stripes(x.shape[3] // p, rows, read, emit, owned))
+        _, present = self.encoder(x, past, Stripes(x.shape[3] // p, rows, read, emit, isinstance(past, list)))
         return z.read(), present
 
-    def _decode_part(
-        self, z: Tensor, past: Past, first: bool, rows: int | None, x: Canvas, frame: int, owned: bool = False
-    ) -> Past:
+    def _decode_part(self, z: Tensor, past: Past, first: bool, rows: int | None, x: Canvas, frame: int) -> Past:
         """Puts the video of a whole clip (past None) or of a chunk into `x` from `frame` on; returns the new past."""
-        past = list(past) if owned and past else past
         if not rows:
             blocks, present = self.decoder(z, past)
             x.write(self.patcher.join(blocks, first), frame)
@@ -1135,7 +1131,7 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin, FromOriginalM
             x.write(piece, frame, top)
             top += piece.shape[3]
 
-        return self.decoder(z, past, Stripes(z.shape[3], rows, read, emit, owned))[1]
+        return self.decoder(z, past, Stripes(z.shape[3], rows, read, emit, isinstance(past, list)))[1]
 
     # -- codes -------------------------------------------------------------------------------------------------------
 
@@ -1343,6 +1339,7 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin, FromOriginalM
         cache = None
         for part in z.split(Plan(None, self._framewise_latents()).parts(z.shape[2]), dim=2):
             piece, cache = self.decode_chunk(part, cache)
+            cache = list(cache)
             yield piece
             del piece
 
