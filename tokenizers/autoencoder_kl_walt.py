@@ -1413,7 +1413,8 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin, FromOriginalM
         if budget is None:
             if frames or stream or count <= WHOLE_LATENTS or not self._may_cut(network):
                 return Plan(None, frames)
-            budget = max(WHOLE_BYTES, bytes_of(Plan(None, None), WHOLE_LATENTS))
+            # Half: where Winograd's convolutions run, a whole clip takes less than its estimate, which a part does not.
+            budget = max(WHOLE_BYTES, bytes_of(Plan(None, None), WHOLE_LATENTS) // 2)
         plans = [Plan(rows, None) for rows in (None, *_halves(h))]
         if not stream and count > 1:
             plans += [Plan(rows, 1) for rows in (None, *_halves(h))]
