@@ -143,15 +143,15 @@ def latent_channels(entry: Entry) -> int:
     return int(config.get("latent_channels") or config["z_dim"])
 
 
-def memory_of_frames(height: int, width: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Peak bytes, output aside, of decoding 65 frames one latent at a time, and of 17 at once, with the Haar variant."""
-    model = haar(dtype).model
+def memory_of_frames(model: Any, height: int, width: int) -> tuple[int, int]:
+    """Peak bytes, output aside, of decoding 65 frames and of 17, as the model does it by itself."""
+    dtype = next(model.parameters()).dtype
     sizes = []
-    for frames, framewise in ((65, True), (17, False)):
-        z = torch.randn(1, 8, 1 + (frames - 1) // 4, height // 8, width // 8, dtype=dtype)
-        model.use_framewise_decoding = framewise
-        output = 3 * frames * height * width * z.element_size()
-        sizes.append(peak_memory(lambda z=z: model.decode(z).sample) - output)  # type: ignore[misc]
+    for latents in (17, 5):
+        z = torch.randn(1, 8, latents, height // 8, width // 8, dtype=dtype)
+        output = 3 * (4 * latents - 3) * height * width * z.element_size()
+        warm = z[:, :, :2, :4, :4]
+        sizes.append(peak_memory(lambda z=z: model.decode(z).sample, lambda z=warm: model.decode(z).sample) - output)  # type: ignore[misc]
     return sizes[0], sizes[1]
 
 
@@ -199,8 +199,15 @@ def main(arguments: list[str] | None = None) -> int:
                     faster = rows["walt"][0] / rows["walt, Haar"][0]
                     goals.append(Goal(f"{name} {kind} {shape}, Haar variant times as fast as the paper's", faster, 5.0))
         if options.device == "cpu" and not options.no_memory:
-            many, few = memory_of_frames(*((128, 224) if options.quick else (512, 896)), torch.float32)
-            goals.append(Goal("memory of decoding 65 frames over that of 17", many / few, 1.0, at_least=False))
+            # What is asked for is a ratio, and the paper's architecture at 512x896 would need 10 GB and 20 minutes.
+            for name, model, size in (
+                ("the paper's, 128x224", entries(torch.float32)[0].model, (128, 224)),
+                ("Haar", haar(torch.float32).model, (128, 224) if options.quick else (512, 896)),
+            ):
+                many, few = memory_of_frames(model, *size)
+                print(f"{name}: 65 frames {many / 2**20:.0f} MiB, 17 frames {few / 2**20:.0f} MiB beside the output")
+                title = f"memory of decoding 65 frames over that of 17, {name}"
+                goals.append(Goal(title, many / few, 1.0, at_least=False))
     return finish(goals, options.json)
 
 

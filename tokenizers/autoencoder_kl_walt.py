@@ -48,6 +48,8 @@ PIXEL_LIMIT = 2.0
 LATENT_LIMIT = 100.0
 # Copies of a convolution's input and output that are alive at the busiest moment.
 LIVE_INPUTS, LIVE_OUTPUTS = 5, 2
+# Without any switch a long clip takes no more than one of so many latents (17 frames) at once, or so many bytes.
+WHOLE_LATENTS, WHOLE_BYTES = 5, 2**28
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -904,9 +906,11 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin, FromOriginalM
         z_dim, scale_factor_temporal, scale_factor_spatial: latent channels and ratios under the names that pipelines for
             Wan's tokenizer read in the config. They follow from the fields above; leave them out.
 
-    Memory, all without any change of the result: `enable_slicing()` (one clip of a batch at a time),
-    `enable_tiling(...)` (stripes of a frame), `use_framewise_encoding` / `use_framewise_decoding = True` (one latent at a
-    time, as a stream).
+    Memory, all without any change of the result: a clip longer than 17 frames passes in stripes or latent by latent where
+    that keeps it, input and output aside, to what 17 frames take (not with gradients, in compiled networks, or with
+    group norm or global adaptation). `enable_slicing()` (one clip of a batch at a time), `enable_tiling(...)` (stripes of
+    a frame, or a memory budget), `use_framewise_encoding` / `use_framewise_decoding = True` (one latent at a time, as a
+    stream) choose otherwise.
 
     Values are checked (finite, in range) where that costs no synchronisation, on the CPU; set `check_values` to True to
     check on any device, to False for never.
@@ -1021,10 +1025,7 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin, FromOriginalM
         """Encodes whole clips `(B, 3, 1+4k, 8h, 8w)` in [-1, 1] to `latent_dist` over `(B, c, 1+k, h, w)`."""
         self._check_video(x, first=True)
         self._check_pixels(x)
-        if self.use_slicing and x.shape[0] > 1:
-            z = torch.cat([self._encode(part) for part in x.split(1)])
-        else:
-            z = self._encode(x)
+        z = self._encode(x) if not self.use_slicing else _one_by_one(self._encode, x)
         z = self._codes(z)
         # A Gaussian of variance zero: `.mode()` and `.sample()` are both the latent itself.
         dist = DiagonalGaussianDistribution(torch.cat([z, torch.zeros_like(z)], dim=1), deterministic=True)
@@ -1035,10 +1036,7 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin, FromOriginalM
         """Decodes raw (not normalised) latents `(B, c, 1+k, h, w)` to video `(B, 3, 1+4k, 8h, 8w)`."""
         self._check_latent(z)
         self._check_scale(z)
-        if self.use_slicing and z.shape[0] > 1:
-            x = torch.cat([self._decode(part) for part in z.split(1)])
-        else:
-            x = self._decode(z)
+        x = self._decode(z) if not self.use_slicing else _one_by_one(self._decode, z)
         return DecoderOutput(sample=x) if return_dict else (x,)
 
     def forward(self, sample: Tensor, noise: Tensor | None = None, return_dict: bool = True) -> Any:
@@ -1068,11 +1066,13 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin, FromOriginalM
         plan = self._plan(self.encoder, x.shape[0], count, x.shape[3:], x)
         if not plan.frames:
             return self._encode_part(x, None, True, plan.rows)[0]
-        z, cache, start, ratio = None, START, 0, self.temporal_compression_ratio
+        z, start, ratio = None, 0, self.temporal_compression_ratio
+        cache: Past = START
         for size in plan.parts(count):
             # The first latent of a clip stands for one frame, each later one for `ratio`.
             part = x[:, :, max(0, 1 + (start - 1) * ratio) : 1 + (start + size - 1) * ratio]
-            piece, cache = self._encode_part(part, cache, start == 0, plan.rows, owned=True)
+            piece, cache = self._encode_part(part, cache, start == 0, plan.rows)
+            cache = list(cache)  # the network's to empty
             z = z or Canvas((*piece.shape[:2], count, *piece.shape[3:]))
             z.write(piece, start)
             start += size
@@ -1085,19 +1085,16 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin, FromOriginalM
         plan = self._plan(self.decoder, b, count, (h * s, w * s), z)
         if not plan.frames and not plan.rows:
             return self.patcher.join(self.decoder(z)[0], first=True)
-        x, cache, start = Canvas((b, self.config["in_channels"], 1 + (count - 1) * t, h * s, w * s)), None, 0
-        if plan.frames:
-            cache = START
+        x, start = Canvas((b, self.config["in_channels"], 1 + (count - 1) * t, h * s, w * s)), 0
+        cache: Past = START if plan.frames else None
         for part in z.split(plan.parts(count), dim=2):
-            cache = self._decode_part(part, cache, start == 0, plan.rows, x, max(0, 1 + (start - 1) * t), owned=True)
+            cache = self._decode_part(part, cache, start == 0, plan.rows, x, max(0, 1 + (start - 1) * t))
+            cache = cache and list(cache)  # the network's to empty
             start += part.shape[2]
         return x.read()
 
-    def _encode_part(
-        self, x: Tensor, past: Past, first: bool, rows: int | None, owned: bool = False
-    ) -> tuple[Tensor, Past]:
+    def _encode_part(self, x: Tensor, past: Past, first: bool, rows: int | None) -> tuple[Tensor, Past]:
         """Latents of a whole clip (past None) or of a chunk, in stripes of `rows` latent rows if given."""
-        past = list(past) if owned and past else past
         if not rows:
             return cast(tuple[Tensor, Past], self.encoder(self.patcher.split(x, first), past))
         p, s, t = self.patcher.patch, self.spatial_compression_ratio, self.temporal_compression_ratio
@@ -1112,14 +1109,11 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin, FromOriginalM
             z.write(piece, 0, top)
             top += piece.shape[3]
 
-        _, present = self.encoder(x, past, Stripes(x.shape[3] // p, rows, read, emit, owned))
+        _, present = self.encoder(x, past, Stripes(x.shape[3] // p, rows, read, emit, isinstance(past, list)))
         return z.read(), present
 
-    def _decode_part(
-        self, z: Tensor, past: Past, first: bool, rows: int | None, x: Canvas, frame: int, owned: bool = False
-    ) -> Past:
+    def _decode_part(self, z: Tensor, past: Past, first: bool, rows: int | None, x: Canvas, frame: int) -> Past:
         """Puts the video of a whole clip (past None) or of a chunk into `x` from `frame` on; returns the new past."""
-        past = list(past) if owned and past else past
         if not rows:
             blocks, present = self.decoder(z, past)
             x.write(self.patcher.join(blocks, first), frame)
@@ -1135,7 +1129,7 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin, FromOriginalM
             x.write(piece, frame, top)
             top += piece.shape[3]
 
-        return self.decoder(z, past, Stripes(z.shape[3], rows, read, emit, owned))[1]
+        return self.decoder(z, past, Stripes(z.shape[3], rows, read, emit, isinstance(past, list)))[1]
 
     # -- codes -------------------------------------------------------------------------------------------------------
 
@@ -1343,6 +1337,7 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin, FromOriginalM
         cache = None
         for part in z.split(Plan(None, self._framewise_latents()).parts(z.shape[2]), dim=2):
             piece, cache = self.decode_chunk(part, cache)
+            cache = list(cache)
             yield piece
             del piece
 
@@ -1404,25 +1399,41 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin, FromOriginalM
         if framewise and not stream:
             self._check_streaming("encode or decode frame by frame")
         frames = self._framewise_latents() if framewise and not stream and count > 1 else None
-        if not self.use_tiling:
-            return Plan(None, frames)
         h, w = size[0] // self.spatial_compression_ratio, size[1] // self.spatial_compression_ratio
-        if self.memory_budget is None:
+        if self.use_tiling and self.memory_budget is None:
             rows = (
                 self.tile_sample_min_height * self.tile_sample_min_width // (size[1] * self.spatial_compression_ratio)
             )
             return Plan(max(1, rows) if rows < h else None, frames)
+
+        def bytes_of(plan: Plan, latents: int = count) -> int:
+            return self._need(network, plan, batch, latents, h, w, stream) * like.element_size()
+
+        budget = self.memory_budget if self.use_tiling else None
+        if budget is None:
+            if frames or stream or count <= WHOLE_LATENTS or not self._may_cut(network):
+                return Plan(None, frames)
+            # Half: where Winograd's convolutions run, a whole clip takes less than its estimate, which a part does not.
+            budget = max(WHOLE_BYTES, bytes_of(Plan(None, None), WHOLE_LATENTS) // 2)
         plans = [Plan(rows, None) for rows in (None, *_halves(h))]
         if not stream and count > 1:
-            plans += [Plan(rows, 1) for rows in _halves(h)]
-        needs = [self._need(network, plan, batch, count, h, w, stream) * like.element_size() for plan in plans]
+            plans += [Plan(rows, 1) for rows in (None, *_halves(h))]
+        needs = [bytes_of(plan) for plan in plans]
         for plan, need in zip(plans, needs, strict=True):
-            if need <= self.memory_budget:
+            if need <= budget:
                 return plan
-        raise WaltError(
-            f"memory_budget: {self.memory_budget} bytes given, {count} latents of {size[0]}x{size[1]} pixels need at "
-            f"least about {min(needs)}"
-        )
+        if self.use_tiling:
+            raise WaltError(
+                f"memory_budget: {budget} bytes given, {count} latents of {size[0]}x{size[1]} pixels need at least about "
+                f"{min(needs)}"
+            )
+        return min(zip(plans, needs, strict=True), key=lambda pair: pair[1])[0]
+
+    def _may_cut(self, network: nn.Module) -> bool:
+        """Whether a clip may pass in parts unasked: exactly, without a graph that holds all anyway, and without compiling
+        every kind of part."""
+        compiled = hasattr(network, "_orig_mod") or network._compiled_call_impl is not None
+        return self._streams and not compiled and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
     def _need(
         self, network: nn.Module, plan: Plan, batch: int, count: int, height: int, width: int, stream: bool
@@ -1451,10 +1462,15 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin, FromOriginalM
         # The largest weights in the layouts of the convolution: measured, for a network of 128 channels.
         return batch * (carried + past + busiest) + 6 * weights
 
+    @property
+    def _streams(self) -> bool:
+        """Whether no statistic crosses time or space."""
+        return bool(self.config["norm"] == "channel" and self.config["adaptation"] == "local")
+
     # -- boundary ----------------------------------------------------------------------------------------------------
 
     def _check_streaming(self, what: str = "stream") -> None:
-        if self.config["norm"] == "group" or self.config["adaptation"] == "global":
+        if not self._streams:
             raise WaltError(
                 f"this tokenizer cannot {what}: norm='group' and adaptation='global' take statistics over the whole "
                 f"clip (config: norm={self.config['norm']!r}, adaptation={self.config['adaptation']!r}); encode or "
@@ -1509,6 +1525,19 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin, FromOriginalM
         c = self.config["latent_channels"]
         if z.ndim != 5 or z.shape[1] != c or 0 in z.shape:
             raise WaltError(f"latents must be (B, {c}, t, h, w), got shape {tuple(z.shape)}")
+
+
+def _one_by_one(run: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
+    """`run` of each sample, all in one output; never all of them twice, as when they are joined afterwards."""
+    first = run(batch[:1])
+    if len(batch) == 1:
+        return first
+    whole = first.new_empty(len(batch), *first.shape[1:])
+    whole[:1] = first
+    del first
+    for i in range(1, len(batch)):
+        whole[i : i + 1] = run(batch[i : i + 1])
+    return whole
 
 
 def _convolutions(network: Encoder3d | _Decoder, times: Sequence[int]) -> Iterator[tuple[int, int, int, int, int]]:

@@ -81,15 +81,18 @@ def conv3d(
     padded = F.pad(x.permute(0, 2, 3, 4, 1), (0, 0, padding[1], right, padding[0], below))
     out = x.new_empty(batch, out_frames, height, width, out_channels)
     single = product_is_faster(padded)  # than the 36 as one batch
-    step = max(1, _BLOCK // (36 * frames * columns * channels))
+    # Tiles of a block: whole rows of them, or where frames are many a part of one row.
+    most = max(1, _BLOCK // (36 * frames * channels))
+    high, wide = max(1, most // columns), min(most, columns)
+    blocks = [(first, left) for first in range(0, rows, high) for left in range(0, columns, wide)]
     for sample, result in zip(padded, out, strict=True):
-        for first in range(0, rows, step):
-            count = min(step, rows - first)
-            part = sample[:, 4 * first : 4 * (first + count) + 2]
+        for first, left in blocks:
+            count, across = min(high, rows - first), min(wide, columns - left)
+            part = sample[:, 4 * first : 4 * (first + count) + 2, 4 * left : 4 * (left + across) + 2]
             tiles = part.unfold(1, 6, 4).unfold(2, 6, 4)  # (T, rows, columns, C, 6, 6), a view
             points = forth @ tiles.permute(4, 5, 0, 1, 2, 3).reshape(36, -1)
-            points = points.view(36, frames, count * columns, channels)
-            sums = points.new_empty(36, out_frames, count * columns, out_channels)
+            points = points.view(36, frames, count * across, channels)
+            sums = points.new_empty(36, out_frames, count * across, out_channels)
             for k in (2, 1, 0):  # output t reads input t + k - before
                 skip = max(0, before - k)
                 a = points[:, k + skip - before : out_frames + k - before].flatten(1, 2)
@@ -102,12 +105,12 @@ def conv3d(
                 else:
                     for y, values, taps in zip(place, a, kernel[:, k], strict=True):
                         y.add_(product(values, taps.t()))
-            y = (back @ sums.view(36, -1)).view(4, 4, out_frames, count, columns, out_channels)
-            y = y.permute(2, 3, 0, 4, 1, 5).reshape(out_frames, 4 * count, 4 * columns, out_channels)
-            stop = min(4 * (first + count), height)
-            place = result[:, 4 * first : stop]
+            y = (back @ sums.view(36, -1)).view(4, 4, out_frames, count, across, out_channels)
+            y = y.permute(2, 3, 0, 4, 1, 5).reshape(out_frames, 4 * count, 4 * across, out_channels)
+            place = result[:, 4 * first : 4 * (first + count), 4 * left : 4 * (left + across)]
+            y = y[:, : place.shape[1], : place.shape[2]]
             if bias is None:
-                place.copy_(y[:, : stop - 4 * first, :width])
+                place.copy_(y)
             else:
-                torch.add(y[:, : stop - 4 * first, :width], bias, out=place)
+                torch.add(y, bias, out=place)
     return out.permute(0, 4, 1, 2, 3)

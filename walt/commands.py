@@ -824,12 +824,13 @@ def evaluate(args: argparse.Namespace) -> int | None:
 
 
 def _evaluate_video(args: argparse.Namespace) -> None:
-    """The clips of a folder against real ones: Frechet and kernel distance, beside those of corrupted real clips."""
+    """The clips of a folder against real ones: Frechet and kernel distance, beside those of corrupted real clips; and the
+    Inception Score of each where the network has classes."""
     from rich.table import Table
 
     from walt.evaluation.controls import CONTROLS
     from walt.evaluation.features import load_feature_network
-    from walt.evaluation.video import compare_clips, read_clip, read_clips, render_clips, write_report
+    from walt.evaluation.video import compare_clips, read_clip, read_clips, render_clips, score_splits, write_report
 
     network = load_feature_network(args.network, args.features)
     work, count, first = Path(args.work), args.count, args.generated[0]
@@ -850,10 +851,15 @@ def _evaluate_video(args: argparse.Namespace) -> None:
             work,
             progress=lambda name: progress.update(task, advance=1, description=name),
         )
-    table = Table("clips", "number", network.frechet, network.kernel, "95 % interval")
+    columns = ["clips", "number", network.frechet, network.kernel, "95 % interval"]
+    table = Table(*columns, *([] if network.score is None else [network.score]))
     for row in rows:
-        interval = f"{row.kernel.low:.4g} to {row.kernel.high:.4g}"
-        table.add_row(row.clips, str(row.count), f"{row.frechet:.4g}", f"{row.kernel.estimate:.4g}", interval)
+        cells = [row.clips, str(row.count), f"{row.frechet:.4g}", f"{row.kernel.estimate:.4g}"]
+        cells.append(f"{row.kernel.low:.4g} to {row.kernel.high:.4g}")
+        if row.score is not None:
+            mean, deviation = row.score
+            cells.append(f"{mean:.4g}" + (f" +- {deviation:.2g}" if score_splits(row.count) > 1 else ""))
+        table.add_row(*cells)
     console = Console()
     console.print(table)
     frames, height, width, _ = shape

@@ -73,6 +73,20 @@ def test_networks_build_and_have_the_published_size(name: str, d: int, count: in
     assert recipe.package in PINS
 
 
+def test_classes_are_a_layer_of_the_file_and_an_older_file_has_none(tmp_path: Path) -> None:
+    recipe = RECIPES["efficientnet-lite2"]
+    tensors = recipe.build().state_dict()
+    generator = torch.Generator().manual_seed(0)
+    classes = {"classes.weight": torch.randn(1000, 1280, generator=generator), "classes.bias": torch.zeros(1000)}
+    video = gradient(32, 32).expand(2, -1, 1, -1, -1)
+    for extra, score in ({}, None), (classes, "IS-EfficientNet-lite2"):
+        save_file(tensors | extra, tmp_path / "file.safetensors", metadata={"network": "EfficientNet-lite2"})
+        network = load_feature_network(tmp_path / "file.safetensors")
+        assert network.score == score and network.features(video).shape == (2, 1280)
+    wanted = (network.features(video) @ classes["classes.weight"].T).softmax(dim=1)
+    assert torch.allclose(network.probabilities(video), wanted, atol=1e-6) and wanted.std(dim=1).min() > 0
+
+
 def test_a_block_pools_before_its_last_branch() -> None:
     class Branches(nn.Module):
         def branch_pool(self, x: Tensor) -> Tensor:

@@ -35,14 +35,15 @@ class Video(nn.Module):
 
 
 class Image(nn.Module):
-    """Called as NVIDIA's Inception, whose other arguments have defaults; classes where features are not asked for."""
+    """Called as NVIDIA's Inception, whose other arguments have defaults; where features are not asked for, two classes."""
 
     def forward(
         self, img: Tensor, return_features: bool = False, use_fp16: bool = False, no_output_bias: bool = False
     ) -> Tensor:
         assert img.dtype == torch.uint8 and img.dim() == 4
         features = img.float().flatten(2).mean(2)
-        return features if return_features else features[:, :1]
+        share = features[:, :1] / 255 if no_output_bias else features[:, :1]
+        return features if return_features else torch.cat([share, 1 - share], dim=1)
 
 
 class Plain(nn.Module):
@@ -60,6 +61,13 @@ class Grid(nn.Module):
 class Broken(nn.Module):
     def forward(self, img: Tensor, return_features: bool = False) -> Tensor:
         return img.float().mean((2, 3)) / 0 * 0
+
+
+class Logits(nn.Module):
+    """Its classes are not probabilities."""
+
+    def forward(self, img: Tensor, return_features: bool = False, no_output_bias: bool = False) -> Tensor:
+        return img.float().mean((2, 3)) + 1.0
 
 
 def save(module: nn.Module, path: Path) -> Path:
@@ -88,6 +96,7 @@ def test_image_networks_get_the_middle_frame_in_whole_numbers(tmp_path: Path) ->
     video = torch.arange(17.0).view(1, 1, 17, 1, 1).expand(2, 3, 17, 4, 6) * 2 / 255 - 1
     assert network.features(video).tolist() == [[8, 8, 8]] * 2
     assert network.features(video[:, :, 3:4]).tolist() == [[3, 3, 3]] * 2
+    assert network.probabilities(video)[:, 0].tolist() == pytest.approx([8 / 255] * 2), "without the bias"
 
 
 def test_only_the_official_files_bear_the_official_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,10 +106,12 @@ def test_only_the_official_files_bear_the_official_names(tmp_path: Path, monkeyp
         network = ScriptedNetwork(path)
         assert network.fingerprint == checksum and network.name == f"{name}@{checksum[:8]}"
         assert (network.frechet, network.kernel) == tuple(f"{word}-{name}@{checksum[:8]}" for word in words)
+        assert network.score == (f"IS-{name}@{checksum[:8]}" if name == "FID" else None)
     assert {signature.frechet for _, signature in OFFICIAL.values()} == {"FVD", "FID"}
     monkeypatch.setitem(scripted.OFFICIAL, checksum, ("Inception", INCEPTION))
     official = ScriptedNetwork(path)
     assert (official.name, official.frechet, official.kernel) == ("Inception", "FID", "KID")
+    assert official.score == "IS"
     assert official.fingerprint == checksum
 
 
@@ -127,6 +138,10 @@ def test_what_a_network_gives_is_checked(tmp_path: Path) -> None:
         ScriptedNetwork(save(Grid(), tmp_path / "grid.pt")).features(video)
     with pytest.raises(WaltError, match="not finite"):
         ScriptedNetwork(save(Broken(), tmp_path / "broken.pt")).features(video)
+    assert ScriptedNetwork(tmp_path / "grid.pt").score is None, "no argument that leaves out the bias"
+    network = ScriptedNetwork(save(Logits(), tmp_path / "logits.pt"))
+    with pytest.raises(WaltError, match="no probabilities: rows do not sum to 1"):
+        network.probabilities(video)
     monster = ScriptedNetwork(save(Image(), tmp_path / "image.pt"))
     monster.signature = scripted.I3D  # called with arguments that it does not take
     with pytest.raises(WaltError, match=r'image.pt" fails on \(2, 3, 10, 4, 6\)') as caught:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ from walt.data.emoji import EmojiTheatre
 from walt.errors import WaltError
 from walt.evaluation import features
 from walt.evaluation.controls import CONTROLS
-from walt.evaluation.video import KeptFeatures, clip_files, compare_clips, read_clips, render_clips
+from walt.evaluation.distances import inception_score
+from walt.evaluation.video import KeptFeatures, clip_files, compare_clips, read_clips, render_clips, score_splits
 from walt.media import write_image, write_video
 
 SPRITES = Path(__file__).parents[1] / "sprites"
@@ -26,8 +28,9 @@ class Tiny:
 
     name, fingerprint, frechet, kernel = "Tiny", "0123456789abcdef", "FD-Tiny", "KD-Tiny"
 
-    def __init__(self) -> None:
+    def __init__(self, score: str | None = None) -> None:
         self.calls = 0
+        self.score = score
         self.weight = torch.randn(8, 6 * 16, generator=torch.Generator().manual_seed(0))
 
     def features(self, video: Tensor) -> Tensor:
@@ -35,6 +38,10 @@ class Tiny:
         motion = video.diff(dim=2).abs().mean(dim=2) if video.shape[2] > 1 else 0 * video[:, :, 0]
         coarse = torch.nn.functional.adaptive_avg_pool2d(torch.cat([video.mean(dim=2), motion], dim=1), 4)
         return coarse.flatten(1) @ self.weight.T
+
+    def probabilities(self, video: Tensor) -> Tensor:
+        assert self.score is not None, "never asked where there is no score"
+        return (100 * self.features(video)).softmax(dim=1)
 
 
 def clips(number: int, seed: int) -> list[Tensor]:
@@ -62,6 +69,21 @@ def test_rows_rerun_without_the_network_and_rank_the_controls(tmp_path: Path) ->
     assert by_name["frozen"].frechet > by_name["real"].frechet
     again = Tiny()
     assert compare_clips(again, generated, reference, others, tmp_path) == rows and again.calls == 0
+
+
+def test_the_score_is_of_each_set_alone(tmp_path: Path) -> None:
+    """A network with classes adds it, from its own probabilities; the distances stay as they were."""
+    sets = clips(6, 0), clips(6, 1), clips(6, 2)
+    plain = compare_clips(Tiny(), *sets, tmp_path)
+    network = Tiny("IS-Tiny")
+    rows = compare_clips(network, *sets, tmp_path)
+    assert network.calls == 6 * (2 + len(CONTROLS)), "features are kept, classes are not asked of the reference"
+    assert [replace(row, score=None) for row in rows] == plain
+    for number, row in ((0, rows[0]), (2, rows[1])):
+        seen = torch.cat([network.probabilities(clip) for clip in sets[number]])
+        assert row.score == inception_score(seen, 1) and 1 < row.score[0] < 8
+    assert compare_clips(again := Tiny("IS-Tiny"), *sets, tmp_path) == rows and again.calls == 0
+    assert [score_splits(count) for count in (2, 1999, 2000, 10_000, 50_000)] == [1, 1, 2, 10, 10]
 
 
 def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
@@ -121,8 +143,13 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     report = json.loads((tmp_path / "rows.json").read_text())
     assert report["network"] == "Tiny" and (report["frames"], report["height"], report["width"]) == (5, 32, 56)
     assert [row["clips"] for row in report["rows"]] == ["generated", "real", *CONTROLS]
+    assert report["score"] is None and report["rows"][0]["score"] is None
     calls = network.calls
     assert calls == 3 * 7 and main(words) == 0 and network.calls == calls
+    network.score = "IS-Tiny"
+    assert main(words) == 0 and "IS-Tiny" in capsys.readouterr().out
+    report = json.loads((tmp_path / "rows.json").read_text())
+    assert report["score"] == "IS-Tiny" and 1 <= report["rows"][0]["score"][0] <= 3
 
 
 def test_bad_input_is_a_usage_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from walt.tokenizers import winograd
 @pytest.mark.parametrize("padding", [(1, 1), (0, 1), (0, 0)])
 @pytest.mark.parametrize("size", [(3, 16, 16), (5, 17, 22), (4, 6, 43), (3, 3, 3)])
 @pytest.mark.parametrize("before", [0, 1, 2])
-@pytest.mark.parametrize("block", [1, 2**21])
+@pytest.mark.parametrize("block", [1, 4320, 2**21])
 def test_equals_the_direct_convolution(
     padding: tuple[int, int], size: tuple[int, int, int], before: int, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

