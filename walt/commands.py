@@ -719,7 +719,11 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image-network", default="EfficientNet-lite2", help="prompts: name or file that knows the subjects"
     )
-    parser.add_argument("--generated", metavar="DIR", help="video: the clips to judge, .mp4 or .png, all of one size")
+    parser.add_argument(
+        "--generated",
+        metavar="DIR",
+        help="video: the clips to judge, .mp4 or .png, all of one size; or the --work folder of `prompts`",
+    )
     parser.add_argument("--reference", metavar="DIR", help="video: real clips (default: held-out scenes of --source)")
     parser.add_argument(
         "--network",

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from walt.cli import main
 from walt.data.emoji import EmojiTheatre
+from walt.data.scenes import to_video
 from walt.errors import WaltError
 from walt.evaluation import features
 from walt.evaluation.controls import CONTROLS
 from walt.evaluation.distances import inception_score
+from walt.evaluation.prompts import make_clips
 from walt.evaluation.video import KeptFeatures, clip_files, compare_clips, read_clips, render_clips, score_splits
 from walt.media import write_image, write_video
 
@@ -150,6 +152,21 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert main(words) == 0 and "IS-Tiny" in capsys.readouterr().out
     report = json.loads((tmp_path / "rows.json").read_text())
     assert report["score"] == "IS-Tiny" and 1 <= report["rows"][0]["score"][0] <= 3
+
+
+def test_what_the_prompt_judge_kept_is_read(tmp_path: Path) -> None:
+    theatre = EmojiTheatre(SPRITES, split="all")
+    scenes = [theatre.scene(seed, 5) for seed in range(3)]
+    made = np.random.default_rng(0).integers(0, 256, (3, 5, 32, 56, 3), np.uint8)
+    make_clips(scenes, lambda prompts, seeds: made, tmp_path / "work", {})
+    paths = clip_files(tmp_path / "work", "--generated")
+    read = torch.cat(list(read_clips(paths, (5, 32, 56, 3))))
+    assert read.equal(torch.stack([to_video(clip) for clip in made]))
+    real = list(render_clips(theatre, range(2), paths[0], tmp_path / "work"))
+    assert [tuple(x.shape) for x in real] == [(1, 3, 5, 32, 56)] * 2
+    paths[1].write_bytes(paths[1].read_bytes()[:99])
+    with pytest.raises(WaltError, match=f"{paths[1].name}.* cannot be read"):
+        list(read_clips(paths, (5, 32, 56, 3)))
 
 
 def test_bad_input_is_a_usage_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

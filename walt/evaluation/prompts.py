@@ -89,6 +89,10 @@ def _check_world(world: World) -> None:
         )
 
 
+CLIP_SUFFIX = ".npz"
+"""Of the files that hold a clip's frames as they are."""
+
+
 def make_clips(
     scenes: Sequence[Scene],
     sampler: Sampler,
@@ -116,7 +120,7 @@ def make_clips(
         work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise WaltError(f'work: cannot make the folder "{work}": {error.strerror or error}') from error
-    paths = [work / f"{number:04d}-{_key(scene, settings)}.npz" for number, scene in enumerate(scenes)]
+    paths = [work / f"{number:04d}-{_key(scene, settings)}{CLIP_SUFFIX}" for number, scene in enumerate(scenes)]
     missing = [number for number, path in enumerate(paths) if not path.is_file()]
     for start in range(0, len(missing), batch):
         if progress is not None:

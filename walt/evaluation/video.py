@@ -34,6 +34,8 @@ from walt.evaluation.distances import (
     mmd_interval,
 )
 from walt.evaluation.features import FeatureNetwork
+from walt.evaluation.prompts import CLIP_SUFFIX
+from walt.evaluation.prompts import read_clip as read_judged
 from walt.media import (
     IMAGE_SUFFIXES,
     VIDEO_SUFFIXES,
@@ -68,11 +70,16 @@ def score_splits(count: int) -> int:
 
 
 def clip_files(folder: str | Path, argument: str, least: int = 2) -> list[Path]:
-    """The videos and images of a folder by name; a WaltError that names the argument when there are too few."""
+    """The clips of a folder by name: videos, images, or what the prompt judge keeps (`walt.evaluation.prompts`).
+
+    A WaltError names the argument when there are too few.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise WaltError(f'{argument}: there is no folder "{folder}"')
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in VIDEO_SUFFIXES + IMAGE_SUFFIXES)
+    paths = sorted(
+        path for path in folder.iterdir() if path.suffix.lower() in (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES, CLIP_SUFFIX)
+    )
     if len(paths) < least:
         raise WaltError(f'{argument}: expected at least {least} videos or images in "{folder}", got {len(paths)}')
     return paths
@@ -80,6 +87,8 @@ def clip_files(folder: str | Path, argument: str, least: int = 2) -> list[Path]:
 
 def read_clip(path: Path) -> Pixels:
     """uint8 `(T, H, W, 3)`; an image is a clip of one frame."""
+    if path.suffix.lower() == CLIP_SUFFIX:
+        return read_judged(path)
     return read_image(path)[None] if is_image_path(path) else read_video(path)[0]
 
 
