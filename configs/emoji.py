@@ -200,7 +200,7 @@ def base() -> DenoiserJob:
             # At equal steps of so small a batch Muon was well ahead of AdamW, at 1.7 times the time.
             "optimizer": images.optimizer.model_copy(update={"kind": "muon", "lr": 8e-4, "final_lr_ratio": 0.02}),
             "run": images.run.model_copy(
-                update={"output": "runs/emoji-base", "steps": 3900, "ema_decay": 0.998, "seed": 1}
+                update={"output": "runs/emoji-base", "steps": 10000, "ema_decay": 0.998, "seed": 1}
             ),
         }
     )
