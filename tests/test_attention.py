@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -276,6 +277,23 @@ def test_blocked_attention_and_its_gradients(block_bytes: int) -> None:
                 y = torch.nn.functional.scaled_dot_product_attention(a, b, c, attn_mask=mask).transpose(1, 2)
             grads.append((y, *torch.autograd.grad(y.square().sum(), inputs)))
         assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("block_bytes", [1, 2**21])
+@pytest.mark.parametrize(("size", "shift"), [(1.0, 0.0), (60.0, 0.0), (1.0, 300.0), (1.0, -300.0)])
+def test_blocked_attention_in_bfloat16_at_any_size_of_scores(size: float, shift: float, block_bytes: int) -> None:
+    """Sums of exponentials that overflow, and that vanish, are those of softmax still."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 24, 3, 16).to(torch.bfloat16)
+    q = q * size
+    mask = torch.full((1, 3, 24, 24), shift, dtype=torch.bfloat16)
+    mask[..., 7] = -math.inf
+    mask[:, 1, 3] = -500.0  # a row that is low as a whole
+    scores = torch.einsum("wnhd,wshd->whns", q.double(), k.double()).div(4).to(torch.bfloat16) + mask
+    exact = torch.einsum("whns,wshd->wnhd", scores.double().softmax(-1), v.double())
+    found = blocked_attention(q, k, v, mask, block_bytes=block_bytes)
+    assert found.isfinite().all()
+    assert (found - exact).abs().mean() < 0.01
 
 
 def test_bias_runs_blocked_with_its_gradient_and_is_refused_by_one_call_backends() -> None:

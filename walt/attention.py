@@ -581,8 +581,8 @@ _ONE_CALL: dict[Any, Callable[[Tensor, Tensor, Tensor, WindowPlan], Tensor]] = {
 }
 
 
-BLOCK_BYTES = 2**20
-"""Scores of one block of `blocked_attention`: about a core's second-level cache."""
+BLOCK_BYTES = 2**21
+"""Scores of one block of `blocked_attention`: one or two second-level caches of a core; less costs more calls."""
 
 
 def blocked_attention(
@@ -605,27 +605,27 @@ def blocked_attention(
         `(W, n, N, d)`.
     """
     heads = query.shape[2]
-    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     mask = None
     if attn_mask is not None:
-        mask = attn_mask.expand(attn_mask.shape[0], heads, q.shape[1], k.shape[1]).to(q.dtype)
         # Per head (the same for all windows), or per window and head.
-        mask = (mask if len(mask) == 1 else mask.expand(len(query), -1, -1, -1)).flatten(0, 1)
-    out: Tensor = _Blocked.apply(q, k, v, mask, factor, block_bytes)
-    return out.unflatten(0, (-1, heads)).transpose(1, 2)
+        mask = attn_mask.expand(attn_mask.shape[0], heads, query.shape[1], key.shape[1]).to(query.dtype)
+    out: Tensor = _Blocked.apply(query, key, value, mask, factor, block_bytes)
+    return out
 
 
 class _Blocked(torch.autograd.Function):
-    """`(b, n, d)` queries; a mask of fewer rows than b repeats."""
+    """Queries `(W, n, N, d)`; mask `(1 or W, N, n, s)`."""
 
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, block_bytes: int
     ) -> Tensor:
-        out = torch.empty_like(q)
-        for at in _blocks(q, k, mask, block_bytes):
-            out[at] = _times(_weights(q[at], k[at], mask, scale), v[at].transpose(1, 2))
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        for at in _blocks(q, k, block_bytes):
+            weights, sums = _unscaled(_matrices(q, at), _matrices(k, at), mask, at, scale)
+            part = _times(weights, _matrices(v, at).transpose(1, 2))
+            _put(out, at, part if sums is None else part.div_(sums))
         ctx.save_for_backward(q, k, v, mask)
         ctx.scale, ctx.block_bytes = scale, block_bytes
         return out
@@ -642,38 +642,82 @@ class _Blocked(torch.autograd.Function):
 def _block_gradients(
     q: Tensor, k: Tensor, v: Tensor, grad: Tensor, mask: Tensor | None, scale: float, block_bytes: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of query, key, value `(b, n or s, d)` and mask; the weights are computed again."""
-    grad = grad.contiguous()
+    """Gradients of query, key, value `(W, n or s, N, d)` and mask; the weights are computed again."""
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    dmask = None if mask is None else torch.zeros_like(mask)
-    for at in _blocks(q, k, mask, block_bytes):
-        weights = _weights(q[at], k[at], mask, scale)
-        dv[at] = _times(weights.transpose(1, 2), grad[at].transpose(1, 2))
-        scores = _times(grad[at], v[at]).mul_(weights)
+    dmask = None if mask is None else torch.zeros_like(mask, memory_format=torch.contiguous_format)
+    for at in _blocks(q, k, block_bytes):
+        a, b, c, g = (_matrices(x, at) for x in (q, k, v, grad))
+        weights = _scores(a, b, mask, at, scale).softmax(-1)
+        _put(dv, at, _times(weights.transpose(1, 2), g.transpose(1, 2)))
+        scores = _times(g, c).mul_(weights)
         scores.addcmul_(weights, scores.sum(-1, keepdim=True), value=-1)
         if dmask is not None:
-            dmask += scores.unflatten(0, (-1, len(dmask))).sum(0)
+            part = _mask_of(dmask, at)
+            part += scores.unflatten(0, (-1, part.shape[1])).sum_to_size(part.shape)
         scores.mul_(scale)
-        dq[at] = _times(scores, k[at].transpose(1, 2))
-        dk[at] = _times(scores.transpose(1, 2), q[at].transpose(1, 2))
+        _put(dq, at, _times(scores, b.transpose(1, 2)))
+        _put(dk, at, _times(scores.transpose(1, 2), a.transpose(1, 2)))
     return dq, dk, dv, dmask
 
 
-def _blocks(q: Tensor, k: Tensor, mask: Tensor | None, block_bytes: int) -> list[slice]:
-    """Slices of the batch whose scores take at most `block_bytes`; whole turns of the mask where there is one."""
-    step = max(1, block_bytes // (q.shape[1] * k.shape[1] * q.element_size()))
-    if mask is not None:
-        step = max(1, step // len(mask)) * len(mask)
-    elif product_is_faster(q) and q.shape[1] * k.shape[1] >= _ALONE:
+Block = tuple[slice, slice]
+"""Windows, and heads of each."""
+
+
+def _blocks(q: Tensor, k: Tensor, block_bytes: int) -> list[Block]:
+    """Whole windows whose scores take at most `block_bytes`, else some heads of one window, at least one."""
+    windows, rows, heads, _ = q.shape
+    step = block_bytes // (rows * k.shape[1] * q.element_size())
+    if product_is_faster(q) and rows * k.shape[1] >= _ALONE:
         step = 1
-    return [slice(i, min(i + step, len(q))) for i in range(0, len(q), step)]
+    if step >= heads:
+        step //= heads
+        return [(slice(w, w + step), slice(0, heads)) for w in range(0, windows, step)]
+    parts = -(-heads // max(1, step))
+    edges = [heads * i // parts for i in range(parts + 1)]
+    return [(slice(w, w + 1), slice(*pair)) for w in range(windows) for pair in itertools.pairwise(edges)]
 
 
-def _weights(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def _matrices(x: Tensor, at: Block) -> Tensor:
+    """`(windows * heads, n, d)` of a block of `(W, n, N, d)`, end to end: products are slow on rows that lie apart."""
+    windows, heads = at
+    return x[windows, :, heads].transpose(1, 2).contiguous().flatten(0, 1)
+
+
+def _put(x: Tensor, at: Block, matrices: Tensor) -> None:
+    """Writes what `_matrices` reads."""
+    windows, heads = at
+    part = x[windows, :, heads].transpose(1, 2)
+    part.copy_(matrices.view(part.shape))
+
+
+def _mask_of(mask: Tensor, at: Block) -> Tensor:
+    windows, heads = at
+    return mask[windows if len(mask) > 1 else slice(0, 1), heads]
+
+
+def _scores(q: Tensor, k: Tensor, mask: Tensor | None, at: Block, scale: float) -> Tensor:
     scores = _times(q, k, scale)
     if mask is not None:
-        scores.unflatten(0, (-1, len(mask))).add_(mask)
-    return scores.softmax(-1)
+        part = _mask_of(mask, at)
+        scores.unflatten(0, (-1, part.shape[1])).add_(part)
+    return scores
+
+
+def _unscaled(q: Tensor, k: Tensor, mask: Tensor | None, at: Block, scale: float) -> tuple[Tensor, Tensor | None]:
+    """Weights and by what to divide what they weigh: `(c, n, 1)`, or None where they sum to 1.
+
+    torch's softmax of bfloat16 costs twice the exponential alone, whose range is that of float32: the largest score is
+    subtracted only where a sum comes near the ends of it.
+    """
+    known = type(q) is Tensor and q.device.type == "cpu" and not torch.compiler.is_compiling()
+    if known and q.dtype == torch.bfloat16:
+        weights = _scores(q, k, mask, at, scale).exp_()
+        sums = weights.sum(-1, keepdim=True)
+        low, high = (float(x) for x in sums.aminmax())
+        if low > 1e-20 and high < 1e30:
+            return weights, sums
+    return _scores(q, k, mask, at, scale).softmax(-1), None
 
 
 _ALONE = 2**14
@@ -762,9 +806,7 @@ def _attend_gradients(
             wide = (group.windows, group.context_length)
             k = torch.cat([k, context_key.index_select(0, index).unflatten(0, wide)], dim=1)
             v = torch.cat([v, context_value.index_select(0, index).unflatten(0, wide)], dim=1)
-        q, k, v, g = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v, g))
-        found = _block_gradients(q, k, v, g, None, query.shape[-1] ** -0.5, BLOCK_BYTES)[:3]
-        one, two, three = (x.unflatten(0, (group.windows, -1)).transpose(1, 2) for x in found)
+        one, two, three, _ = _block_gradients(q, k, v, g, None, query.shape[-1] ** -0.5, BLOCK_BYTES)
         dq[here], dk[here], dv[there] = (x[:, : group.length].flatten(0, 1) for x in (one, two, three))
         if index is not None:
             for total, part in zip(contexts, (two, three), strict=True):

@@ -37,30 +37,34 @@ def norm_modulate(
 def norm_rotate(norm: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`rotate(norm(x), cos, sin)` in the dtype of `x`: the norm over each head of `(L, N, d)`, then the rotation.
 
-    Without gradients on a CPU it is computed in float32, some rows at a time, the norm's weights put into the rotation:
-    torch's LayerNorm is slow on rows as short as a head.
+    Without gradients on a CPU it is computed in float32, some rows at a time: torch's LayerNorm is slow on rows as short
+    as a head.
     """
-    half = x.dtype in (torch.float32, torch.bfloat16) and cos.dtype == torch.float32
+    known = x.dtype in (torch.float32, torch.bfloat16) and cos.dtype == torch.float32
     ours = not torch.is_grad_enabled() and x.device.type == "cpu" and not torch.compiler.is_compiling()
-    ours = half and ours and unhooked(norm)
+    ours = known and ours and unhooked(norm)
     if not (ours and type(norm) is nn.LayerNorm and norm.elementwise_affine and norm.bias is not None):
         return rotate(norm(x), cos, sin).to(x.dtype)
-    w1, w2 = norm.weight.float().chunk(2)
-    b1, b2 = norm.bias.float().chunk(2)
-    tables = (w1 * cos, w2 * sin, w2 * cos, w1 * sin, b1 * cos - b2 * sin, b2 * cos + b1 * sin)
+    weight, bias = norm.weight.float(), norm.bias.float()
+    cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    half = x.shape[2] // 2
     step = max(1, _CHUNK // (x.shape[1] * x.shape[2]))
-    for rows, o, *parts in zip(*(t.split(step) for t in (x, out, *tables)), strict=True):
-        y = rows.float()
-        y = y - y.mean(-1, keepdim=True)
-        spread = torch.linalg.vector_norm(y, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+    # Three halves: the first and second, and the first again, so that the last two are the partners of the first two.
+    halves = cos.new_empty(min(step, len(x)), x.shape[1], 3 * half)
+    turned = cos.new_empty(min(step, len(x)), *x.shape[1:])
+    for rows, o, c, s in zip(*(t.split(step) for t in (x, out, cos, sin)), strict=True):
+        three, two = halves[: len(rows)], o if o.dtype == turned.dtype else turned[: len(rows)]
+        y = three[..., : 2 * half]
+        y.copy_(rows)
+        y.sub_(y.mean(-1, keepdim=True))
+        spread = torch.linalg.vector_norm(y, dim=-1, keepdim=True).square_().div_(x.shape[2])
         y.mul_(spread.add_(norm.eps).rsqrt_())
-        turned = o if o.dtype == y.dtype else torch.empty_like(y)
-        (a, b), (first, second) = y.chunk(2, dim=-1), turned.chunk(2, dim=-1)
-        torch.addcmul(parts[4], a, parts[0], out=first).addcmul_(b, parts[1], value=-1)
-        torch.addcmul(parts[5], b, parts[2], out=second).addcmul_(a, parts[3])
-        if turned is not o:
-            o.copy_(turned)
+        torch.addcmul(bias, y, weight, out=y)
+        three[..., 2 * half :] = y[..., :half]
+        torch.mul(y, c, out=two).addcmul_(three[..., half:], s)
+        if two is not o:
+            o.copy_(two)
     return out
 
 
@@ -109,8 +113,8 @@ def add_frames(mixed: Tensor, y: Tensor, time: Tensor) -> Tensor:
     return result
 
 
-_CHUNK = 2**18
-"""Numbers of a chain at a time, in float32 a megabyte: they stay in the cache."""
+_CHUNK = 2**17
+"""Numbers of a chain at a time, in float32 half a megabyte: they stay in the cache."""
 
 
 def _promoted(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -35,9 +35,10 @@ def mlp(up: nn.Module, down: nn.Module, x: Tensor, norm: nn.Module | None = None
     if torch.is_grad_enabled() or not _plain(up, x):
         return project(down, gelu(project(up, x if norm is None else norm(x))))
     assert isinstance(up, nn.Linear)
-    step = max(_ROWS, _WIDE_BYTES // (up.out_features * x.element_size()))
+    most = max(_ROWS, _WIDE_BYTES // (up.out_features * x.element_size()))
+    parts = max(1, round(len(x) / most))  # of equal length: products of a small rest are slower
     out = []
-    for rows in x.split(step):
+    for rows in x.tensor_split(parts):
         if norm is not None:
             rows = norm(rows)
         if _fuses_gelu():
