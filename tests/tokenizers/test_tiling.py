@@ -8,7 +8,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -258,6 +258,11 @@ def most_held(work: Callable[[], Tensor]) -> int:
     return held.most - made.nbytes
 
 
+def most_of_both(model: AutoencoderKLWalt, x: Tensor, z: Tensor) -> tuple[int, int]:
+    """`most_held` of encoding x and of decoding z."""
+    return most_held(lambda: model.encode(x).latent_dist.mode()), most_held(lambda: model.decode(z).sample)
+
+
 def clips_and_latents(lengths: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
     for latents in lengths:
         generator = torch.Generator().manual_seed(latents)
@@ -278,10 +283,7 @@ def test_frame_by_frame_holds_no_more_however_long_the_clip(name: str, rows: int
     if rows is not None:
         model.enable_tiling(rows, 48)
     model.use_framewise_encoding = model.use_framewise_decoding = True
-    held = [
-        (most_held(lambda x=x: model.encode(x).latent_dist.mode()), most_held(lambda z=z: model.decode(z).sample))
-        for x, z in clips_and_latents((5, 9, 17))
-    ]
+    held = [most_of_both(model, x, z) for x, z in clips_and_latents((5, 9, 17))]
     assert held[0][1] == held[1][1] == held[2][1]
     # The latents are there twice: a distribution has mean and variance.
     latent = 8 * 8 * 6 * 4
@@ -301,9 +303,8 @@ def test_a_long_clip_takes_no_more_than_17_frames_without_any_switch(
     monkeypatch.setattr(autoencoder_kl_walt, "WHOLE_BYTES", 0)
     model = make(name, layers_per_block=2)
     (x, z), (long_x, long_z) = ((x.double(), z.double()) for x, z in clips_and_latents((5, 17)))
-    most = most_held(lambda: model.encode(x).latent_dist.mode()), most_held(lambda: model.decode(z).sample)
-    assert most_held(lambda: model.encode(long_x).latent_dist.mode()) <= most[0]
-    assert most_held(lambda: model.decode(long_z).sample) <= most[1]
+    most, long = most_of_both(model, x, z), most_of_both(model, long_x, long_z)
+    assert long[0] <= most[0] and long[1] <= most[1]
     cut = both(model, long_x)
     model.enable_tiling(memory_budget=2**40)
     assert most_held(lambda: model.decode(long_z).sample) > 2 * most[1]
@@ -314,7 +315,7 @@ def test_a_long_clip_takes_no_more_than_17_frames_without_any_switch(
         assert model._may_cut(network)
         with torch.enable_grad():
             assert not model._may_cut(network)
-        assert not model._may_cut(torch.compile(network))
+        assert not model._may_cut(cast(Any, torch.compile(network)))
     assert not make("paper", norm="group")._may_cut(model.decoder)
 
 
