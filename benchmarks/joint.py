@@ -7,8 +7,8 @@ the prompt; KVD is the distance from real clips of these subjects. Real clips an
 
     python benchmarks/joint.py [--steps 600] [--count 40] [--work runs/joint] [--json FILE]
 
-What is there already is kept: latents, checkpoints, features. A run of the default size takes about 20 minutes of a CPU
-core. The goal is a subject named more often after joint training, its intervals apart.
+What is there already is kept: latents, checkpoints, features. A run of the default size takes about an hour of a CPU
+core with units for bfloat16. The goal is a subject named more often after joint training, its intervals apart.
 """
 
 from __future__ import annotations
