@@ -271,7 +271,8 @@ def clips_and_latents(lengths: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]
 
 
 def size_of(cache: Any) -> int:
-    return cache.nbytes if isinstance(cache, Tensor) else sum(map(size_of, cache))
+    """Bytes; a layer without a past has None."""
+    return cache.nbytes if isinstance(cache, Tensor) else sum(map(size_of, cache or ()))
 
 
 @torch.no_grad()
