@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json as _json
 import multiprocessing
 import resource
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from walt.heap import return_freed_memory
 
 
 def synchronize() -> None:
@@ -81,7 +82,7 @@ def _peak(run: Callable[[], object], warm: Callable[[], object] | None, send: An
         if warm is not None:
             warm()
         # Give back what the parent had freed: memory that is reused would not count.
-        ctypes.CDLL(None).malloc_trim(0)
+        return_freed_memory()
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         before = pages * resource.getpagesize()
         # Else the peak would be at least what there was at the fork, with what has just been given back.

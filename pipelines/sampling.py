@@ -8,12 +8,11 @@ seed, so a sample never depends on the rest of its batch.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial, wraps
+from functools import partial, wraps
 from itertools import repeat
-from typing import Any, Literal, ParamSpec, cast
+from typing import Any, Literal, ParamSpec
 
 import numpy as np
 import torch
@@ -37,6 +36,7 @@ from walt.chunking import (
 )
 from walt.diffusion import GuidanceOptions, add_noise, guide, x0_from_velocity
 from walt.errors import WaltError, suggest
+from walt.heap import return_freed_memory
 from walt.latents import denormalize, normalize
 from walt.models.transformer_walt import TextCache, WaltTransformer3DModel
 from walt.pipelines.conditions import Known, known_latents
@@ -459,7 +459,7 @@ def denoise_stream(
         if not decode and window.last:
             return x
         if k:
-            _give_back()
+            return_freed_memory()  # over the first chunks of a long video the gaps grow (at 512x896 by 160 MB)
         video = decode_latents(vae, x)
         if known is not None and bool(known.shown.any()):
             shown = known.video if given.composite or source is None else decode_latents(vae, source)
@@ -473,20 +473,6 @@ def denoise_stream(
         yield chunk(k, window)
         if pipe.interrupt:
             return
-
-
-@cache
-def _malloc_trim() -> Callable[[int], object]:
-    try:
-        return cast(Callable[[int], object], ctypes.CDLL(None).malloc_trim)
-    except (AttributeError, OSError, TypeError):  # another C library than glibc
-        return lambda _: None
-
-
-def _give_back() -> None:
-    """Returns freed memory to the system: glibc keeps the gaps between pieces in use, and over the first chunks of a long
-    video they grow (at 512x896 by 160 MB)."""
-    _malloc_trim()(0)
 
 
 def stream_without_grad(stream: Callable[P, Iterator[Tensor]]) -> Callable[P, Iterator[Tensor]]:
