@@ -206,6 +206,21 @@ def base() -> DenoiserJob:
     )
 
 
+def base_detail() -> DenoiserJob:
+    """`base` goes on with all noise levels and scenes of its own: what happens within the four frames of a latent is decided
+    at low noise, of which `base` sees little (docs/training.md)."""
+    first = base()
+    return first.model_copy(
+        update={
+            "init": "runs/emoji-base/final",
+            "data": DataJob(seed=17),
+            "diffusion": first.diffusion.model_copy(update={"timestep_logit_normal": (0.6, 1.5)}),
+            "optimizer": first.optimizer.model_copy(update={"lr": 5e-4}),
+            "run": first.run.model_copy(update={"output": "runs/emoji-base-detail", "steps": 5200, "seed": 16}),
+        }
+    )
+
+
 def base_tasks() -> DenoiserJob:
     """`base` goes on with the masks of walt's tasks five times as often: the same network.
 
@@ -293,6 +308,7 @@ RECIPES = {
     "decoder_finish": decoder_finish,
     "base_images": base_images,
     "base": base,
+    "base_detail": base_detail,
     "base_tasks": base_tasks,
     "super_resolution_1": super_resolution_1,
     "super_resolution_2": super_resolution_2,
