@@ -242,6 +242,10 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, lower: bool = 
     if mask is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=lower)
     some = mask.any(-1, keepdim=True)
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and not torch.compiler.is_compiling():
+        # Two products and a softmax: of few keys in bfloat16 torch's fused kernel takes two to three times as long.
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+        return scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1) @ v * some
     mask = (mask | ~some).expand(-1, -1, q.shape[2], -1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask) * some
 
