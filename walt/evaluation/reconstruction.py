@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -137,7 +137,8 @@ class Windows:
     def __iter__(self) -> Iterator[Tensor]:
         """Clips `(1, 3, T, H, W)` float32 in [-1, 1], decoded one at a time."""
         for start in self.starts:
-            times = [(start + i) / self.rate for i in range(self.frames)]
+            # The middle of the time that each frame is shown: a container's length may be a little off.
+            times = [(start + i + 0.5) / self.rate for i in range(self.frames)]
             try:
                 pixels = read_window(
                     self.path, self.path.suffix.lower(), times, self.size if self.scaled else self.native
@@ -206,7 +207,7 @@ def interval(scores: Sequence[Score], name: str) -> Interval:
     return mean_interval(values)
 
 
-def table(groups: dict[str, Sequence[Score]]) -> Table:
+def table(groups: Mapping[str, Sequence[Score]]) -> Table:
     """A row for each name: mean over windows and 95 % interval of each measure."""
     drawn = Table("video", "windows", "PSNR, dB", "SSIM", "LPIPS")
     for name, scores in groups.items():
