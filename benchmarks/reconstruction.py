@@ -34,7 +34,7 @@ from diffusers.configuration_utils import FrozenDict
 from measure import Goal, finish, interleaved, own_clock
 from torch import Tensor
 
-from walt.cli import choose_dtype, model_folder, quiet
+from walt.cli import choose_device, choose_dtype, model_folder, quiet
 from walt.configs.emoji import TOKENIZER
 from walt.evaluation.distances import mean_interval
 from walt.evaluation.reconstruction import CLIP, MEASURES, Score, Windows, interval, measure
@@ -105,16 +105,16 @@ def objective(kind: str, job: TokenizerJob, perceptual: PerceptualLoss) -> Token
 
 def step_seconds(args: argparse.Namespace, perceptual: PerceptualLoss) -> dict[str, float]:
     """Seconds of one training step of each, the best of three groups of four steps on the same crops, in turns."""
-    runs, device = {}, "cuda" if torch.cuda.is_available() else "cpu"
+    runs, device = {}, choose_device("auto")
     for kind in MODELS:
         goal = objective(kind, recipe(kind, args.steps, LEARNING_RATE, args), perceptual)
-        goal.to(torch.device(device))
+        goal.to(device)
         model = goal.model.to(device).train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
 
         def run(goal: Any = goal, model: Any = model, optimizer: Any = optimizer) -> None:
             for step in range(4):
-                with torch.autocast(device, torch.bfloat16, enabled=args.dtype == torch.bfloat16):
+                with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == torch.bfloat16):
                     loss, _ = goal.loss(model, goal.batch(step, 0), torch.Generator().manual_seed(step))
                 optimizer.zero_grad()
                 loss.backward()
@@ -124,15 +124,14 @@ def step_seconds(args: argparse.Namespace, perceptual: PerceptualLoss) -> dict[s
     return {kind: seconds / 4 for kind, seconds in interleaved(runs, repeats=3, clock=own_clock()).items()}
 
 
-def start(job: TokenizerJob, perceptual: PerceptualLoss) -> tuple[Path, float]:
-    """walt's model as training starts with it, and how long the fit of its linear map took."""
-    folder = Path(job.run.output) / "start"
+def start(job: TokenizerJob, perceptual: PerceptualLoss, folder: Path) -> float:
+    """Writes walt's model as training starts with it; seconds that the fit of its linear map took."""
     clock = own_clock()
     begun = clock()
     goal = objective("walt", job, perceptual)
     seconds = clock() - begun
     goal.export(goal.model, folder)
-    return folder, seconds
+    return seconds
 
 
 def scores(folder: Path, kept: Path, args: argparse.Namespace, perceptual: PerceptualLoss) -> list[Score]:
@@ -141,9 +140,7 @@ def scores(folder: Path, kept: Path, args: argparse.Namespace, perceptual: Perce
     path = kept / f"{args.clip.stem}-{args.windows}x{FRAMES}x{height}x{width}.json"
     if path.is_file():
         return [Score(**row) for row in json.loads(path.read_text())]
-    vae = load_vae(str(folder)).eval().to(args.dtype)
-    if torch.cuda.is_available():
-        vae.cuda()
+    vae = load_vae(str(folder)).eval().to(choose_device("auto"), args.dtype)
     found = measure(vae, Windows.of(args.clip, vae, FRAMES, SIZE, args.windows), perceptual, lpips_every=3)
     kept.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
@@ -167,23 +164,24 @@ def main() -> int:
     parser.add_argument("--json", help="goals")
     parser.add_argument("--figures", help="every row's means, intervals, seconds and parameters")
     args = parser.parse_args()
-    if not torch.cuda.is_available():
+    if args.windows < 2:
+        raise SystemExit(f"--windows must be at least 2 for an interval, got {args.windows}")
+    device = choose_device("auto")
+    if device.type == "cpu":
         torch.set_num_threads(1)
-    args.dtype = choose_dtype(args.dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    args.dtype = choose_dtype(args.dtype, device)
     quiet()
-    perceptual = PerceptualLoss(args.weights)
+    perceptual = PerceptualLoss(args.weights).to(device)
     counts = {kind: sum(p.numel() for p in cls(**config).parameters()) for kind, (cls, config) in MODELS.items()}
     if abs(counts["Wan"] / counts["walt"] - 1) > SPREAD:
         raise SystemExit(f"Wan's has {counts['Wan']} parameters, walt's {counts['walt']}: not comparable")
 
     first = recipe("walt", args.steps, LEARNING_RATE, args)
-    timed = args.work / "seconds.json"
-    if timed.is_file():  # the third run's length follows from it, so a rerun must not measure anew
+    linear, timed = args.work / "start", args.work / "seconds.json"
+    if timed.is_file():  # the longer run's steps follow from it, so a rerun must not measure anew
         seconds = json.loads(timed.read_text())
-        linear = Path(first.run.output) / "start"
     else:
-        seconds = step_seconds(args, perceptual)
-        linear, seconds["fit"] = start(first, perceptual)
+        seconds = {**step_seconds(args, perceptual), "fit": start(first, perceptual, linear)}
         with replacing(timed) as temporary:
             temporary.write_text(json.dumps(seconds))
     print(
@@ -192,47 +190,39 @@ def main() -> int:
         flush=True,
     )
     embedded = model_folder(None) / "vae"
-    plan: dict[str, tuple[Path, TokenizerJob | None, str]] = {
-        "walt, linear map alone": (linear, None, "walt"),
-        "walt, as shipped": (embedded, None, "walt"),
-        f"walt, {args.steps} steps": (Path(), first, "walt"),
-    }
-    peers = []
-    for lr in args.peer_lrs:
-        peers.append(f"Wan, {args.steps} steps, lr {lr:g}")
-        plan[peers[-1]] = (Path(), recipe("Wan", args.steps, lr, args), "Wan")
-    longer = int((args.steps * seconds["Wan"] - seconds["fit"]) / seconds["walt"])
+    ours = {f"walt, {args.steps} steps": first}
+    peers = {f"Wan, {args.steps} steps, lr {lr:g}": recipe("Wan", args.steps, lr, args) for lr in args.peer_lrs}
     if not args.no_equal_seconds:
-        plan[f"walt, as many seconds ({longer} steps)"] = (Path(), recipe("walt", longer, LEARNING_RATE, args), "walt")
+        steps = int((args.steps * seconds["Wan"] - seconds["fit"]) / seconds["walt"])
+        ours[f"walt, {steps} steps, as many seconds"] = recipe("walt", steps, LEARNING_RATE, args)
+    given = {"walt, linear map alone": (linear, linear), "walt, as shipped": (embedded, args.work / "shipped")}
     rows: dict[str, list[Score]] = {}
-    for name, (folder, job, kind) in plan.items():
-        if job is not None:
-            folder = train(job, objective(kind, job, perceptual))
-        kept = args.work / "shipped" if folder == embedded else folder
+    for name in [*given, *list(ours)[:1], *peers, *list(ours)[1:]]:
+        if name in given:
+            folder, kept = given[name]
+        else:
+            job = {**ours, **peers}[name]
+            folder = train(job, objective("Wan" if name in peers else "walt", job, perceptual))
+            kept = Path(job.run.output)  # a finished run that is run again exports anew
         rows[name] = scores(folder, kept, args, perceptual)
         means = {key: interval(rows[name], key) for key in MEASURES}
         said = [f"{m} {means[m].estimate:.4g} ({means[m].low:.4g} to {means[m].high:.4g})" for m in MEASURES]
         print(f"{name}: {', '.join(said)}", flush=True)
 
-    def gap(ours: str, theirs: str, key: str) -> float:
-        found = mean_interval(
-            torch.tensor([getattr(a, key) - getattr(b, key) for a, b in zip(rows[ours], rows[theirs], strict=True)])
-        )
-        print(f"{key}, {ours} minus {theirs}: {found.estimate:.4g} ({found.low:.4g} to {found.high:.4g})")
+    def gap(our: str, peer: str, key: str) -> float:
+        pairs = zip(rows[our], rows[peer], strict=True)
+        found = mean_interval(torch.tensor([getattr(a, key) - getattr(b, key) for a, b in pairs]))
+        print(f"{key}, {our} minus {peer}: {found.estimate:.4g} ({found.low:.4g} to {found.high:.4g})")
         return found.estimate
 
     goals = []
-    for ours in [name for name in rows if name.endswith("steps") or name.endswith("steps)")]:
-        if not ours.startswith("walt"):
-            continue
+    for our in ours:
         for key, at_least in (("psnr", True), ("ssim", True), ("lpips", False)):
-            found = [gap(ours, theirs, key) for theirs in peers]
-            worst = min(found) if at_least else max(found)
-            goals.append(Goal(f"{key}, {ours} minus the better of Wan's", worst, 0.0, at_least))
+            gaps = [gap(our, peer, key) for peer in peers]
+            least = min(gaps) if at_least else max(gaps)
+            goals.append(Goal(f"{key}, {our}, minus Wan's best", least, 0.0, at_least))
     if args.figures:
-        figures = {
-            name: {key: list(asdict(interval(found, key)).values()) for key in MEASURES} for name, found in rows.items()
-        }
+        figures = {name: {key: asdict(interval(found, key)) for key in MEASURES} for name, found in rows.items()}
         Path(args.figures).write_text(json.dumps({"seconds": seconds, "parameters": counts, "rows": figures}, indent=1))
     return finish(goals, args.json)
 

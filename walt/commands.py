@@ -1036,7 +1036,7 @@ def _evaluate_reconstruction(args: argparse.Namespace, vae: Any) -> None:
     from walt.evaluation.reconstruction import Windows, measure, table, write_report
     from walt.tokenizers.losses import PerceptualLoss
 
-    perceptual, console = PerceptualLoss(args.weights), Console()
+    perceptual, console = PerceptualLoss(args.weights).to(vae.device), Console()
     size = None if args.height is None else (args.height, args.width)
     laid = [Windows.of(path, vae, args.frames, size, args.count) for path in args.reference]
     for windows in laid:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from tests import tiny
 from walt.cli import main
+from walt.data.emoji import EMBEDDED_WORLD
 from walt.data.fetch import PINS, Pin, sha256
 from walt.data.scenes import to_video
 from walt.errors import WaltError
@@ -211,6 +213,18 @@ def test_tokenizers_of_walt_and_of_diffusers_are_measured(tmp_path: Path, capsys
     assert found["walt"][0].lpips > 0 and found["Wan"][0].psnr != found["walt"][0].psnr
     assert main([*words, "--model", str(tmp_path / "vae"), "--height", "16", "--width", "24", "-n", "1"]) == 0
     assert "scaled and cut to 16x24, 1 windows of 5 frames, 6 of 11" in capsys.readouterr().out
+
+
+def test_a_tokenizer_alone_is_measured_on_held_out_scenes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("walt.data.emoji.EMBEDDED_WORLD", replace(EMBEDDED_WORLD, subjects=("rocket", "frog", "sun")))
+    tiny.vae().save_pretrained(tmp_path)
+    words = ["evaluate", "tokenizer", "--model", str(tmp_path), "-n", "1", "--frames", "1"]
+    assert main([*words, "--source", str(Path(__file__).parents[1] / "sprites")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["128x224", "256x448", "512x896"]
+    assert all("inside the subject" in line and "(1 clips)" in line for line in lines)
 
 
 @pytest.mark.usefixtures("small_lpips")

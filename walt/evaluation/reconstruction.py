@@ -184,14 +184,15 @@ def measure(
     Args:
         vae: a tokenizer as `walt.tokenizers.adapter.adapt` gives it; it runs on its device, in its dtype.
         windows: of one file.
-        perceptual: LPIPS, see `walt.evaluation.metrics.lpips`, on the CPU.
+        perceptual: LPIPS, see `walt.evaluation.metrics.lpips`, on the tokenizer's device.
         lpips_every: LPIPS, which costs the most, looks at every so many frames of a window.
         progress: called after each window.
     """
     weight = next(vae.parameters())
     scores = []
     for start, video in zip(windows.starts, windows, strict=True):
-        made = vae(video.to(weight.device, weight.dtype)).sample.float().clamp(-1, 1).cpu()
+        video = video.to(weight.device)
+        made = vae(video.to(weight.dtype)).sample.float().clamp(-1, 1)
         seen = made[:, :, ::lpips_every], video[:, :, ::lpips_every]
         values = (float(value) for value in (psnr(made, video), ssim(made, video), lpips(*seen, perceptual)))
         scores.append(Score(windows.path.name, start, *values))
