@@ -16,6 +16,7 @@ from walt.chunking import chunk_count, peek, windows
 from walt.conditioning import low_res_kind
 from walt.errors import WaltError
 from walt.models.transformer_walt import WaltTransformer3DModel
+from walt.pipelines.conditions import read_video
 from walt.pipelines.pipeline_output import WaltPipelineOutput
 from walt.pipelines.pipeline_walt import WaltPipeline
 from walt.pipelines.pipeline_walt_super_resolution import WaltSuperResolutionPipeline
@@ -355,7 +356,7 @@ class WaltCascadePipeline(SamplingPipeline):
         models = self.transformers[1:]
         if not models:
             raise WaltError("this model has no super-resolution stage: a cascade of two or three stages enlarges")
-        pieces = video if isinstance(video, Iterator) else iter([self._video(video).transpose(1, 2) / 2 + 0.5])
+        pieces = video if isinstance(video, Iterator) else iter([read_video(video).transpose(1, 2) / 2 + 0.5])
         first, pieces = peek(pieces)
         order = self._enlargers(first.shape[-2], first.shape[-1], scale)
         steps = self.config.super_resolution_steps if num_inference_steps is None else num_inference_steps

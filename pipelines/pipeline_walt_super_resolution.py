@@ -16,6 +16,7 @@ from walt.chunking import chunk_count, peek
 from walt.conditioning import frames_twice, low_res_kind, pieces_twice
 from walt.errors import WaltError
 from walt.models.transformer_walt import WaltTransformer3DModel
+from walt.pipelines.conditions import read_video
 from walt.pipelines.pipeline_output import WaltPipelineOutput
 from walt.pipelines.sampling import (
     Generators,
@@ -269,7 +270,7 @@ class WaltSuperResolutionPipeline(SamplingPipeline):
         self._check_model()
         if video is None:
             raise WaltError("give a video to enlarge")
-        small = self._video(video)
+        small = read_video(video)
         if self.temporal:
             small = frames_twice(small)
         if chunk_count(small.shape[2], self.vae_scale_factor_temporal) > 1 and not config.frame_conditioning:

@@ -21,7 +21,6 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import get_module_execution_device
 from diffusers.video_processor import VideoProcessor
-from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -788,23 +787,6 @@ class SamplingPipeline(HubCardMixin, DiffusionPipeline, WaltLoraLoaderMixin):
     def _count_steps(self, steps: int, chunks: int, strength: float = 1.0, resample: int = 1) -> int:
         """Calls of the scheduler that a video of so many chunks takes."""
         return ((len(set_timesteps(self.scheduler, steps, strength)) - 1) * resample + 1) * chunks
-
-    def _video(self, video: Any, name: str = "video") -> Tensor:
-        """`(B, 3, T, H, W)` float32 in [-1, 1] of whatever VideoProcessor takes, or uint8 arrays; else a WaltError."""
-        if isinstance(video, Image.Image):
-            video = [video]
-        if isinstance(video, np.ndarray) and video.dtype == np.uint8:
-            video = video.astype(np.float32) / 255
-        try:
-            pixels: Tensor = self.video_processor.preprocess_video(video).float()
-        except (ValueError, TypeError, IndexError, AttributeError, RuntimeError) as error:
-            raise WaltError(
-                f"{name} must be a tensor (B, T, 3, H, W) or (T, 3, H, W), an array (B, T, H, W, 3) or (T, H, W, 3), "
-                f"or a list of PIL images or of videos of one size: {error}"
-            ) from error
-        if pixels.ndim != 5 or pixels.shape[1] != 3:
-            raise WaltError(f"{name} must have 3 colour channels, got (B, C, T, H, W) = {tuple(pixels.shape)}")
-        return pixels
 
     def _end_step(self, t: Any, latents: Tensor, prompt: Prompt) -> tuple[Tensor, Prompt]:
         if self._callback is not None:
