@@ -311,14 +311,17 @@ class WaltConditionPipeline(WaltPipeline):
         if len(sizes) > 1:
             raise WaltError(f"the keyframes have the sizes {sorted(sizes)}: scale them to one size")
         size = self._size(call.pop("height", None), call.pop("width", None), next(iter(sizes)))
-        pictures = [fit(x, *size) for x in pictures]
-        rows = _count(prompt, call.get("prompt_embeds"), call.get("class_labels"))
-        rows *= int(call.get("num_videos_per_prompt", 1))
+        count, each = _count(prompt, call.get("prompt_embeds"), call.get("class_labels")), 1
+        if "num_videos_per_prompt" in call:
+            each = call["num_videos_per_prompt"]
+            check_range("num_videos_per_prompt", each, 1, whole=True)
+        pictures = [_repeat(fit(x, *size), count, each) for x in pictures]
+        rows = count * each
         call["generator"] = [torch.Generator().manual_seed(s) for s in sample_seeds(call.pop("generator", None), rows)]
-        parts = [_repeat(pictures[0], rows, 1)]
+        parts = pictures[:1]
         for i in range(1, len(places)):
             parts.append(self._segment(pictures[i - 1], pictures[i], places[i] - places[i - 1], prompt, call))
-            parts.append(_repeat(pictures[i], rows, 1))
+            parts.append(pictures[i])
         return self._give(torch.cat(parts, dim=2), kind)
 
     @torch.no_grad()
@@ -522,10 +525,9 @@ class WaltConditionPipeline(WaltPipeline):
     def _segment(
         self, first: Tensor, last: Tensor, gap: int, prompt: str | list[str] | None, call: dict[str, Any]
     ) -> Tensor:
-        """The `gap - 1` frames between two pictures `(B, 3, 1, H, W)`."""
-        rows = len(call["generator"])
+        """The `gap - 1` frames between two pictures `(B, 3, 1, H, W)`, B videos."""
         if gap == 1:
-            return _repeat(first, rows, 1)[:, :, :0]
+            return first[:, :, :0]
         ratio = self.vae_scale_factor_temporal
         longest = SEGMENTS[-1]
         steps = next((s for s in SEGMENTS if s >= (gap if gap <= longest else -(-gap // longest))), longest)
@@ -535,7 +537,7 @@ class WaltConditionPipeline(WaltPipeline):
         if gap <= longest:
             return made[:, :, [round(i * steps / gap) - 1 for i in range(1, gap)]]
         places = [round(i * gap / steps) for i in range(steps + 1)]
-        pictures = [_repeat(first, rows, 1), *made.split(1, dim=2), _repeat(last, rows, 1)]
+        pictures = [first, *made.split(1, dim=2), last]
         parts = []
         for i in range(steps):
             parts.append(self._segment(pictures[i], pictures[i + 1], places[i + 1] - places[i], prompt, call))
@@ -573,7 +575,7 @@ def _count(prompt: Any, prompt_embeds: Tensor | None, class_labels: Any) -> int:
     """Prompts (or classes) of a call."""
     if prompt_embeds is not None:
         return len(prompt_embeds)
-    if class_labels is not None:
+    if prompt is None and class_labels is not None:
         return int(torch.as_tensor(class_labels).numel())
     return len(prompt) if isinstance(prompt, list) else 1
 
