@@ -173,6 +173,11 @@ def encode_text(
 # -- pixels and latents ------------------------------------------------------------------------------------------------
 
 
+def _version(states: Tensor | None) -> tuple[int, int]:
+    """Changes when a tensor is replaced or written to (one of inference mode does not count what is written)."""
+    return id(states), 0 if states is None or states.is_inference() else states._version
+
+
 def encode_video(vae: Any, video: Tensor) -> Tensor:
     """`(B, 3, 1+4k, H, W)` in [-1, 1] -> normalised float32 latents `(B, C, 1+k, H/8, W/8)`."""
     vae = adapt(vae)
@@ -215,8 +220,8 @@ def predict(
         x: noisy latents `(B, C, t, h, w)`.
         timestep: one number, the same for all.
         x0: the previous estimate of the clean latents (self-conditioning), None for zeros.
-        texts: one dictionary for all calls with this transformer and `attention_kwargs`: holds what the text becomes,
-            so that it is projected once per prompt and not once per step.
+        texts: one dictionary for all calls with this transformer and `attention_kwargs`: holds the prompt's rows and what
+            they become, so that the text is cut and projected once per prompt and not once per step.
         progress: where the loop stands, for diffusers' step caches (fields of their `cache_context`).
         without_frames: whether to predict with the text but without the given frames too.
 
@@ -226,19 +231,30 @@ def predict(
     config, dtype, batch = transformer.config, transformer.dtype, len(x)
     branches = [(False, True)] + [(True, True)] * guided + [(False, False)] * without_frames
     rows = [(i, negative, framed) for negative, framed in branches for i in range(batch)]
-    text = {negative: prompt.rows(negative) for negative, _ in branches}
     if texts is not None and texts.get("prompt") is not prompt:
         texts.clear()
         texts["prompt"] = prompt
 
     def pick(values: Tensor | None, part: list[tuple[int, bool, bool]]) -> list[Tensor] | None:
         return None if values is None else [values[i].to(dtype) for i, _, _ in part]
+    text: dict[bool, list[Tensor] | None] = {} if texts is None else texts.setdefault("rows", {})
+    for negative, _ in branches:
+        if negative not in text:
+            text[negative] = prompt.rows(negative)
+
+    def rows_of(negative: bool) -> list[Tensor]:
+        found = text[negative]
+        if found is None:
+            raise WaltError(
+                "guidance needs text states to steer away from: begin the call with guidance_scale above 1, or give "
+                "negative_prompt_embeds"
+            )
+        return found
 
     def forward(part: list[tuple[int, bool, bool]]) -> list[Tensor]:
         given: dict[str, Any] = {"self_conditioning": pick(x0, part)} if config.self_conditioning else {}
         if config.text_dim is not None:
-            states = [(text[negative] or [])[i].to(dtype) for i, negative, _ in part]
-            given["encoder_hidden_states"] = states
+            given["encoder_hidden_states"] = [rows_of(negative)[i].to(dtype) for i, negative, _ in part]
             if texts is not None and isinstance(transformer, WaltTransformer3DModel):
                 given["text_cache"] = texts.setdefault(tuple(part), TextCache())
         if conditions.class_labels is not None:
@@ -313,6 +329,8 @@ def denoise(
     for i, t in enumerate(timesteps):
         for renewed in (None, *(again or ())):
             if pipe.interrupt:
+    # Without text or class there is nothing to leave out.
+    conditional = transformer.config.text_dim is not None or conditions.class_labels is not None
                 break
             pipe._current_timestep = t
             step = t.round().long()
@@ -325,7 +343,7 @@ def denoise(
                 x_t = torch.where(keep, add_noise(scheduler, kept, noise, step), x_t)
             scale = options.scale(pipe.guidance_scale, i, float(t), scheduler.config.num_train_timesteps - 1)
             # Step caches remember by row, so under them every step has the same rows.
-            guided = pipe.do_classifier_free_guidance and (scale != 1 or cached)
+            guided = conditional and pipe.do_classifier_free_guidance and (scale != 1 or cached)
             at = {"step_index": i, "num_inference_steps": len(timesteps), "timestep": t}
             cond, uncond, free = predict(
                 transformer, x_t, t, prompt, conditions, x0, guided, pipe.attention_kwargs, texts, at, contextual
@@ -797,8 +815,11 @@ class SamplingPipeline(HubCardMixin, DiffusionPipeline, WaltLoraLoaderMixin):
             }
             given = {name: values[name] for name in self._callback_inputs}
             changed = {**values, **(self._callback(self, self._step_index, t, given) or {})}
-            latents = changed["latents"]
-            prompt = replace(prompt, embeds=changed["prompt_embeds"], negative_embeds=changed["negative_prompt_embeds"])
+            before = [_version(prompt.embeds), _version(prompt.negative_embeds)]
+            latents, embeds, negative = (changed[name] for name in values)
+            # The same prompt where nothing changed: what has become of its text is kept by it.
+            if before != [_version(embeds), _version(negative)]:
+                prompt = replace(prompt, embeds=embeds, negative_embeds=negative)
         self._step_index += 1
         self._bar.update()
         return latents, prompt
