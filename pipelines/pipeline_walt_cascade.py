@@ -277,6 +277,7 @@ class WaltCascadePipeline(SamplingPipeline):
                 **self._told(plan, i),
                 "guidance_scale": plan.scales[i],
                 "callback_on_step_end": self._stage_callback(stages, place, i, callback),
+                "callback_on_step_end_tensor_inputs": self._callback_inputs,
             }
             if frames is None:
                 frames = stage.stream(
@@ -286,7 +287,6 @@ class WaltCascadePipeline(SamplingPipeline):
                     context_guidance_scale=context_guidance_scale,
                     context_noise_level=context_noise_level,
                     anchor_every=anchor_every,
-                    callback_on_step_end_tensor_inputs=self._callback_inputs,
                     **told,
                 )
             else:

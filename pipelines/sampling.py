@@ -130,6 +130,9 @@ class Context:
 
 def sample_seeds(generator: Generators, batch: int) -> list[int]:
     """One seed per sample: from its own generator (a list), from the one in turn, or from torch's global one."""
+    listed = isinstance(generator, list) and all(isinstance(one, torch.Generator) for one in generator)
+    if not (generator is None or listed or isinstance(generator, torch.Generator)):
+        raise WaltError(f"generator must be a torch.Generator, a list of one per sample, or None, got {generator!r}")
     if isinstance(generator, list) and len(generator) != batch:
         raise WaltError(f"generator is a list of {len(generator)}, but {batch} samples are made: give one per sample")
     sources = generator if isinstance(generator, list) else [generator] * batch
@@ -170,12 +173,12 @@ def encode_text(
     return encoder(input_ids=ids, attention_mask=mask).last_hidden_state, mask
 
 
-# -- pixels and latents ------------------------------------------------------------------------------------------------
-
-
 def _version(states: Tensor | None) -> tuple[int, int]:
     """Changes when a tensor is replaced or written to (one of inference mode does not count what is written)."""
     return id(states), 0 if states is None or states.is_inference() else states._version
+
+
+# -- pixels and latents ------------------------------------------------------------------------------------------------
 
 
 def encode_video(vae: Any, video: Tensor) -> Tensor:
@@ -234,9 +237,6 @@ def predict(
     if texts is not None and texts.get("prompt") is not prompt:
         texts.clear()
         texts["prompt"] = prompt
-
-    def pick(values: Tensor | None, part: list[tuple[int, bool, bool]]) -> list[Tensor] | None:
-        return None if values is None else [values[i].to(dtype) for i, _, _ in part]
     text: dict[bool, list[Tensor] | None] = {} if texts is None else texts.setdefault("rows", {})
     for negative, _ in branches:
         if negative not in text:
@@ -250,6 +250,9 @@ def predict(
                 "negative_prompt_embeds"
             )
         return found
+
+    def pick(values: Tensor | None, part: list[tuple[int, bool, bool]]) -> list[Tensor] | None:
+        return None if values is None else [values[i].to(dtype) for i, _, _ in part]
 
     def forward(part: list[tuple[int, bool, bool]]) -> list[Tensor]:
         given: dict[str, Any] = {"self_conditioning": pick(x0, part)} if config.self_conditioning else {}
@@ -326,11 +329,11 @@ def denoise(
     x = noise * scheduler.init_noise_sigma if start is None else scheduler.add_noise(start, noise, timesteps[:1])
     x0: Tensor | None = None
     contextual = context_scale != 1 and conditions.frame_mask is not None
+    # Without text or class there is nothing to leave out.
+    conditional = transformer.config.text_dim is not None or conditions.class_labels is not None
     for i, t in enumerate(timesteps):
         for renewed in (None, *(again or ())):
             if pipe.interrupt:
-    # Without text or class there is nothing to leave out.
-    conditional = transformer.config.text_dim is not None or conditions.class_labels is not None
                 break
             pipe._current_timestep = t
             step = t.round().long()
@@ -580,7 +583,9 @@ def check_frames(num_frames: int, transformer: Any, ratio: int = TEMPORAL_RATIO)
 def check_size(height: int, width: int, multiple: int) -> None:
     """Raises a WaltError unless both are positive multiples of `multiple`, naming the nearest that are."""
     for name, value in (("height", height), ("width", width)):
-        if not isinstance(value, int) or value < 1 or value % multiple:
+        if not isinstance(value, int):
+            raise WaltError(f"{name} must be an integer, a multiple of {multiple}, got {value!r}")
+        if value < 1 or value % multiple:
             near = max(multiple, round(value / multiple) * multiple)
             raise WaltError(f"{name}={value} does not fit: it must be a multiple of {multiple}, for instance {near}")
 
@@ -759,16 +764,12 @@ class SamplingPipeline(HubCardMixin, DiffusionPipeline, WaltLoraLoaderMixin):
                 raise WaltError(f"{name}_embeds must be (B, S, D), got shape {tuple(embeds.shape)}")
             if mask is not None and (embeds is None or mask.shape != embeds.shape[:2]):
                 raise WaltError(f"{name}_embeds_mask must be (B, S) like {name}_embeds, got shape {tuple(mask.shape)}")
-        if prompt_embeds is not None:
-            if negative_prompt_embeds is not None and len(negative_prompt_embeds) != len(prompt_embeds):
-                raise WaltError(
-                    f"negative_prompt_embeds hold {len(negative_prompt_embeds)} prompts, "
-                    f"prompt_embeds {len(prompt_embeds)}"
-                )
-            return len(prompt_embeds)
-        if prompt is None:
+        if prompt_embeds is None and prompt is None:
             return None
-        return 1 if isinstance(prompt, str) else len(prompt)
+        count = len(prompt_embeds) if prompt_embeds is not None else 1 if isinstance(prompt, str) else len(prompt or ())
+        if negative_prompt_embeds is not None and len(negative_prompt_embeds) != count:
+            raise WaltError(f"negative_prompt_embeds are of {len(negative_prompt_embeds)} prompts, there are {count}")
+        return count
 
     def _check_common(self, steps: int, num_videos_per_prompt: int, rescale: float, output_type: str) -> None:
         check_range("num_inference_steps", steps, 1, 1000, whole=True)
@@ -814,8 +815,8 @@ class SamplingPipeline(HubCardMixin, DiffusionPipeline, WaltLoraLoaderMixin):
                 "negative_prompt_embeds": prompt.negative_embeds,
             }
             given = {name: values[name] for name in self._callback_inputs}
-            changed = {**values, **(self._callback(self, self._step_index, t, given) or {})}
             before = [_version(prompt.embeds), _version(prompt.negative_embeds)]
+            changed = {**values, **(self._callback(self, self._step_index, t, given) or {})}
             latents, embeds, negative = (changed[name] for name in values)
             # The same prompt where nothing changed: what has become of its text is kept by it.
             if before != [_version(embeds), _version(negative)]:
