@@ -144,7 +144,7 @@ class NuwaPipeline(SamplingPipeline):
         Args:
             prompt: what to show, one or several. Not with a sketch.
             negative_prompt: what guidance steers away from, one or one per prompt; the constant condition "None" by
-                default.
+                default. Only with a prompt.
             sketch: classes, integers `(H, W)`, `(T, H, W)` or `(P, T, H, W)` (tensor or array), or a PIL image or a
                 list of them (one video) in the colours of `walt.data.sketches`.
             image: a PIL image, an array `(H, W, 3)` or a tensor `(3, H, W)` or `(P, 3, H, W)` in [0, 1].
@@ -196,6 +196,8 @@ class NuwaPipeline(SamplingPipeline):
         maps = None if sketch is None else self.read_sketch(sketch)
         given = self.prepare_given(image, video, mask, edit_from)
         self._check_task(prompt, prompts, maps, given)
+        if prompts is None and (negative_prompt is not None or negative_prompt_embeds is not None):
+            raise WaltError("negative_prompt goes with a prompt, and there is none: leave it out")
         shape = self._shape(height, width, num_frames, maps, given, image is not None)
         count = self._count(prompts, maps, given)
         self._begin(guidance_scale, 0.0, None, callback_on_step_end, callback_on_step_end_tensor_inputs)

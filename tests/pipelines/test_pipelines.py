@@ -16,7 +16,9 @@ from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from PIL import Image
 
 from tests import tiny
+from walt.diffusion import make_scheduler
 from walt.errors import WaltError
+from walt.models.transformer_walt import WaltTransformer3DModel
 from walt.pipelines.pipeline_walt import WaltPipeline
 from walt.pipelines.pipeline_walt_cascade import WaltCascadePipeline
 from walt.pipelines.pipeline_walt_super_resolution import WaltSuperResolutionPipeline
