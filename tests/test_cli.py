@@ -81,6 +81,9 @@ def test_stills_are_numbered_and_each_is_as_alone(model: Path, tmp_path: Path) -
         (("sample", "a", "-o", "x.mp4", "--model", "none"), 'there is no folder "none"'),
         (("info", "none"), 'there is no folder "none"'),
         (("info", "--frames", "18"), "nearest are 17 and 29"),
+        (("info", "--frames", "0"), "num_frames must be a positive integer"),
+        (("sample", "a", "-o", "x.mp4", "--guidance", "nan"), "--guidance takes one number"),
+        (("sample", "a", "-o", "x.mp4", "--guidance", "inf"), "--guidance takes one number"),
     ],
 )
 def test_usage_errors(
