@@ -113,6 +113,31 @@ def test_what_does_not_fit_the_model_is_usage_too(
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    ("said", "ours"),
+    [
+        ("DefaultCPUAllocator: can't allocate memory: you tried to allocate", True),
+        ("CUDA out of memory. Tried to allocate", True),
+        ("an illegal memory access was encountered", False),
+        ("unsupported memory format option Preserve", False),
+    ],
+)
+def test_only_an_allocation_that_failed_is_out_of_memory(
+    said: str, ours: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Other faults that have memory in their words keep their own."""
+
+    def fail(args: object) -> None:
+        raise RuntimeError(said)
+
+    monkeypatch.setitem(cli.COMMANDS, "info", cli.COMMANDS["info"]._replace(run=fail))
+    if ours:
+        assert run("info", tmp_path) == 1 and "out of memory: try fewer --stages" in error_of(capsys)
+    else:
+        with pytest.raises(RuntimeError, match=said):
+            run("info", tmp_path)
+
+
 def test_without_embedded_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -63,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, 1)
     except (MemoryError, RuntimeError) as error:
         # torch reports an allocation that failed as a RuntimeError, in words that differ by device.
-        if not isinstance(error, MemoryError) and "memory" not in str(error).lower():
+        words = ("out of memory", "allocate memory", "enough memory")
+        if not isinstance(error, MemoryError) and not any(part in str(error).lower() for part in words):
             raise
         return _fail("out of memory: try fewer --stages, a smaller size or --dtype bfloat16", 1)
     except KeyboardInterrupt:
