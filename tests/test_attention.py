@@ -369,13 +369,14 @@ def test_the_dense_backends_serve_other_models(backend: str, call: str) -> None:
     q, k, v = torch.randn(3, 2, 7, 4, 8, generator=torch.Generator().manual_seed(0)).unbind(0)
     seen = torch.rand(2, 1, 7, 7, generator=torch.Generator().manual_seed(1)) > 0.3
     seen |= torch.eye(7, dtype=torch.bool)
-    told: dict[str, Any] = {
+    cases: dict[str, dict[str, Any]] = {
         "bool": {"attn_mask": seen},
         "2d": {"attn_mask": torch.where(seen[0, 0], 0.0, -1e9)},
         "causal": {"is_causal": True},
         "grouped": {"enable_gqa": True},
         "float": {"attn_mask": torch.where(seen, 0.5, -2.0)},
-    }[call]
+    }
+    told = cases[call]
     if call == "grouped":
         k, v = k[:, :, :2], v[:, :, :2]
     wanted = dispatch_attention_fn(q, k, v, backend="native", **told)

@@ -494,13 +494,16 @@ def test_text_is_projected_once_per_prompt_whoever_watches(
         return {}
 
     monkeypatch.setattr(WaltTransformer3DModel, "_text", count)
-    call = {"num_inference_steps": 3, "output_type": "pt", "num_frames": 5}
+    call: dict[str, Any] = {"num_inference_steps": 3, "output_type": "pt", "num_frames": 5}
     cascade(PROMPT, stages=2, generator=tiny.seeded(0), **call)
     assert len(projected) == 2  # once for each stage
     results = []
     for change in (scaled, in_place):
         projected.clear()
-        watched = {"callback_on_step_end": change, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+        watched: dict[str, Any] = {
+            "callback_on_step_end": change,
+            "callback_on_step_end_tensor_inputs": ["prompt_embeds"],
+        }
         results.append(base(PROMPT, generator=tiny.seeded(0), **watched, **call).frames)
         assert len(projected) == 3
     assert torch.equal(*results)

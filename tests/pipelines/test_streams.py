@@ -262,7 +262,7 @@ def test_callbacks_of_all_stages_get_what_was_asked_for(cascade: WaltCascadePipe
         seen.append((pipe.current_stage, list(tensors)))
         return {}
 
-    call = {"num_frames": 5, "stages": 2, "num_inference_steps": 1, "generator": tiny.seeded(0)}
+    call: dict[str, Any] = {"num_frames": 5, "stages": 2, "num_inference_steps": 1, "generator": tiny.seeded(0)}
     list(
         cascade.stream(PROMPT, callback_on_step_end=look, callback_on_step_end_tensor_inputs=["prompt_embeds"], **call)
     )
