@@ -10,11 +10,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers.video_processor import VideoProcessor
+from PIL import Image
 from torch import Tensor
 
 from walt.errors import WaltError
+
+# It takes the many forms of a video apart. To [-1, 1] it is brought here: of values slightly below 0, as scaling leaves
+# them, diffusers believes that they are in [-1, 1] already.
+_READER = VideoProcessor(do_resize=False, do_normalize=False, do_convert_rgb=True)
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,54 @@ class Known:
         shown = self.shown.expand(len(past), -1, -1, -1, -1).clone()
         video[:, :, :count], mask[:, :, :count], shown[:, :, :count] = past.to(video), True, False
         return Known(video, mask, shown)
+
+
+def read_video(video: Any, name: str = "video") -> Tensor:
+    """`(B, 3, T, H, W)` float32 in [-1, 1] of whatever diffusers' VideoProcessor takes.
+
+    Args:
+        video: floats in [0, 1] or uint8: a tensor `(B, T, 3, H, W)` or `(T, 3, H, W)`, an array `(B, T, H, W, 3)` or
+            `(T, H, W, 3)`, PIL images of any mode, or a list of frames or of videos of one size.
+        name: of the argument, for errors.
+
+    Raises:
+        WaltError: another form, another number of channels, or values outside of [0, 1].
+    """
+    try:
+        pixels: Tensor = _READER.preprocess_video(_as_floats(video)).float()
+    except (ValueError, TypeError, IndexError, AttributeError, RuntimeError) as error:
+        raise WaltError(
+            f"{name} must be a tensor (B, T, 3, H, W) or (T, 3, H, W), an array (B, T, H, W, 3) or (T, H, W, 3), "
+            f"or a list of PIL images or of videos of one size: {error}"
+        ) from error
+    if pixels.ndim != 5 or pixels.shape[1] != 3 or not pixels.numel():
+        raise WaltError(f"{name} must have 3 colour channels, got (B, C, T, H, W) = {tuple(pixels.shape)}")
+    low, high = (float(value) for value in pixels.aminmax())
+    if not (low > -1e-3 and high < 1 + 1e-3):
+        raise WaltError(f"{name} must be in [0, 1] (or uint8), got values from {low:g} to {high:g}")
+    return pixels.clamp(0, 1) * 2 - 1
+
+
+def read_image(image: Any, name: str = "image") -> Tensor:
+    """`(B, 3, 1, H, W)` in [-1, 1] of a PIL image, an array `([B,] H, W, 3)`, a tensor `([B,] 3, H, W)`, or a list of such.
+
+    Raises:
+        WaltError: as of `read_video`.
+    """
+    if isinstance(image, np.ndarray | Tensor):
+        return read_video(image[None] if image.ndim == 3 else image[:, None], name)
+    return read_video([[one] for one in image] if isinstance(image, list | tuple) else [[image]], name)
+
+
+def _as_floats(video: Any) -> Any:
+    """The same with uint8 as floats in [0, 1], also inside of lists."""
+    if isinstance(video, Image.Image):
+        return [video]
+    if isinstance(video, list | tuple):
+        return [one if isinstance(one, Image.Image) else _as_floats(one) for one in video]
+    if isinstance(video, np.ndarray) and video.dtype == np.uint8:
+        return video.astype(np.float32) / 255
+    return video / 255 if isinstance(video, Tensor) and video.dtype == torch.uint8 else video
 
 
 def place(known: Known, clip: Tensor, frame_index: int, still: bool, ratio: int) -> Known:

@@ -29,6 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from walt.data.sketches import check_classes, from_colours
 from walt.errors import WaltError
 from walt.models.transformer_nuwa import NuwaTransformer3DModel
+from walt.pipelines.conditions import read_image, read_video
 from walt.pipelines.pipeline_output import NuwaPipelineOutput
 from walt.pipelines.sampling import (
     OUTPUT_TYPES,
@@ -143,7 +144,7 @@ class NuwaPipeline(SamplingPipeline):
         Args:
             prompt: what to show, one or several. Not with a sketch.
             negative_prompt: what guidance steers away from, one or one per prompt; the constant condition "None" by
-                default.
+                default. Only with a prompt.
             sketch: classes, integers `(H, W)`, `(T, H, W)` or `(P, T, H, W)` (tensor or array), or a PIL image or a
                 list of them (one video) in the colours of `walt.data.sketches`.
             image: a PIL image, an array `(H, W, 3)` or a tensor `(3, H, W)` or `(P, 3, H, W)` in [0, 1].
@@ -195,6 +196,8 @@ class NuwaPipeline(SamplingPipeline):
         maps = None if sketch is None else self.read_sketch(sketch)
         given = self.prepare_given(image, video, mask, edit_from)
         self._check_task(prompt, prompts, maps, given)
+        if prompts is None and (negative_prompt is not None or negative_prompt_embeds is not None):
+            raise WaltError("negative_prompt goes with a prompt, and there is none: leave it out")
         shape = self._shape(height, width, num_frames, maps, given, image is not None)
         count = self._count(prompts, maps, given)
         self._begin(guidance_scale, 0.0, None, callback_on_step_end, callback_on_step_end_tensor_inputs)
@@ -296,7 +299,7 @@ class NuwaPipeline(SamplingPipeline):
             raise WaltError("mask: say which part of the image to make anew (white, or above 0.5)")
         if image is not None and edit_from is not None:
             raise WaltError("edit_from is a frame of a video; an image has a mask")
-        pixels = self._pixels(image, video)
+        pixels = read_video(video) if image is None else read_image(image)
         frames, height, width = pixels.shape[2:]
         check_size(height, width, self.vae_scale_factor_spatial)
         tokens = self._encode(pixels)
@@ -474,24 +477,6 @@ class NuwaPipeline(SamplingPipeline):
             return Told(sketch=sketch.expand(count, *sketch.shape[1:])), null
         return Told(text=_spread(prompt.rows(negative=False) or none, count)), null
 
-    def _pixels(self, image: Any, video: Any) -> Tensor:
-        """`(P, 3, T, H, W)` in [-1, 1]."""
-        what = "video" if image is None else "image"
-        try:
-            if image is None:
-                if isinstance(video, np.ndarray) and video.dtype == np.uint8:
-                    video = video.astype(np.float32) / 255
-                pixels: Tensor = self.video_processor.preprocess_video(video).float()
-            else:
-                if isinstance(image, np.ndarray) and image.dtype == np.uint8:
-                    image = image.astype(np.float32) / 255
-                pixels = self.video_processor.preprocess(image).float()[:, :, None]
-        except (ValueError, TypeError, IndexError, AttributeError, RuntimeError) as error:
-            raise WaltError(f"{what}: cannot be read as pixels: {error}") from error
-        if pixels.ndim != 5 or pixels.shape[1] != 3:
-            raise WaltError(f"{what} must have 3 colour channels, got {tuple(pixels.shape)}")
-        return pixels
-
     def _encode(self, pixels: Tensor) -> Tensor:
         """`(P, 3, T, H, W)` in [-1, 1] to tokens `(P, T, h, w[, S])`; one by one, so that no rounding depends on P."""
         frames = pixels.transpose(1, 2).to(self._execution_device, self.vq.dtype)
@@ -564,7 +549,9 @@ def _read_mask(mask: Any, frames: int, height: int, width: int) -> Tensor:
     """`(T, H, W)`, True where to make anew."""
     if isinstance(mask, Image.Image):
         mask = np.asarray(mask.convert("L"))
-    array = mask.cpu().numpy() if isinstance(mask, Tensor) else np.asarray(mask)
+    if isinstance(mask, Tensor):  # numpy has no bfloat16
+        mask = (mask.float() if mask.is_floating_point() else mask).cpu().numpy()
+    array = np.asarray(mask)
     if array.dtype == np.uint8:
         array = array / 255.0
     if array.dtype == object or array.ndim not in (2, 3) or array.shape[-2:] != (height, width):

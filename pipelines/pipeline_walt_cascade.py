@@ -16,6 +16,7 @@ from walt.chunking import chunk_count, peek, windows
 from walt.conditioning import low_res_kind
 from walt.errors import WaltError
 from walt.models.transformer_walt import WaltTransformer3DModel
+from walt.pipelines.conditions import read_video
 from walt.pipelines.pipeline_output import WaltPipelineOutput
 from walt.pipelines.pipeline_walt import WaltPipeline
 from walt.pipelines.pipeline_walt_super_resolution import WaltSuperResolutionPipeline
@@ -177,9 +178,9 @@ class WaltCascadePipeline(SamplingPipeline):
 
         Args:
             height, width: pixels of the last stage that runs; its base size times 2 per further stage by default.
-            num_inference_steps, guidance_scale: one number for every stage, or one per stage; from the config by
-                default.
-            noise_level: one number, or one per super-resolution stage.
+            num_inference_steps, guidance_scale: one number for every stage, or one per stage (of the temporal one the
+                default then); from the config by default.
+            noise_level: one number, or one per super-resolution stage; likewise.
             stages: how many stages to run, all by default.
             latents: start noise of the base stage.
             double_frame_rate: whether `temporal_super_resolution` makes 2 `num_frames` - 1 frames of the base's, so 16 per
@@ -276,6 +277,7 @@ class WaltCascadePipeline(SamplingPipeline):
                 **self._told(plan, i),
                 "guidance_scale": plan.scales[i],
                 "callback_on_step_end": self._stage_callback(stages, place, i, callback),
+                "callback_on_step_end_tensor_inputs": self._callback_inputs,
             }
             if frames is None:
                 frames = stage.stream(
@@ -285,7 +287,6 @@ class WaltCascadePipeline(SamplingPipeline):
                     context_guidance_scale=context_guidance_scale,
                     context_noise_level=context_noise_level,
                     anchor_every=anchor_every,
-                    callback_on_step_end_tensor_inputs=self._callback_inputs,
                     **told,
                 )
             else:
@@ -355,7 +356,7 @@ class WaltCascadePipeline(SamplingPipeline):
         models = self.transformers[1:]
         if not models:
             raise WaltError("this model has no super-resolution stage: a cascade of two or three stages enlarges")
-        pieces = video if isinstance(video, Iterator) else iter([self._video(video).transpose(1, 2) / 2 + 0.5])
+        pieces = video if isinstance(video, Iterator) else iter([read_video(video).transpose(1, 2) / 2 + 0.5])
         first, pieces = peek(pieces)
         order = self._enlargers(first.shape[-2], first.shape[-1], scale)
         steps = self.config.super_resolution_steps if num_inference_steps is None else num_inference_steps
@@ -453,6 +454,16 @@ class WaltCascadePipeline(SamplingPipeline):
         base, later = self.config.base_guidance_scale, self.config.super_resolution_guidance_scale
         scales = _per_stage("guidance_scale", guidance_scale, [base] + [later] * (stages - 1))
         levels = _per_stage("noise_level", noise_level, [self.config.noise_level] * (stages - 1))
+        order = list(range(stages))
+        if double_frame_rate and num_frames > 1:
+            order.insert(1, TEMPORAL)
+            # Numbers per stage do not speak of this one.
+            for values, given, default in (
+                (steps, num_inference_steps, self.config.super_resolution_steps),
+                (scales, guidance_scale, later),
+                (levels, noise_level, self.config.noise_level),
+            ):
+                values.append(default if given is None or isinstance(given, list | tuple) else given)
         for count in steps:
             self._check_common(count, num_videos_per_prompt, guidance_rescale, output_type)
         for scale in scales:
@@ -488,11 +499,6 @@ class WaltCascadePipeline(SamplingPipeline):
             negative_prompt_embeds_mask,
             max_sequence_length,
         )
-        order = list(range(stages))
-        if double_frame_rate and num_frames > 1:
-            order.insert(1, TEMPORAL)
-            steps, scales = [*steps, self.config.super_resolution_steps], [*scales, later]
-            levels = [*levels, self.config.noise_level]
         doubled = TEMPORAL in order
         self._num_timesteps = sum(
             self._count_steps(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from walt.chunking import chunk_starts, fitting_frames, overlap_frames
 from walt.errors import WaltError
-from walt.pipelines.conditions import Known, WaltCondition, fit, place
+from walt.pipelines.conditions import Known, WaltCondition, fit, place, read_image, read_video
 from walt.pipelines.pipeline_output import WaltPipelineOutput
 from walt.pipelines.pipeline_walt import WaltPipeline
 from walt.pipelines.sampling import (
@@ -110,7 +110,7 @@ class WaltConditionPipeline(WaltPipeline):
         """
         given_conditions = self._conditions(image, last_image, conditions, video, mask_video, strength, num_frames)
         self._check_task(bool(given_conditions) or (video is not None and strength is None), conditioning)
-        clip = None if video is None else self._video(video)
+        clip = None if video is None else read_video(video).cpu()
         whole = clip is not None and (mask_video is not None or strength is not None)
         if whole and clip is not None:
             if num_frames is not None and num_frames != clip.shape[2]:
@@ -251,7 +251,7 @@ class WaltConditionPipeline(WaltPipeline):
             `video`, the new frames and `next_video`.
         """
         kind = _Kind.of(call)
-        sizes = [tuple(self._video(x, name).shape[-2:]) for x, name in ((video, "video"), (next_video, "next_video"))]
+        sizes = [tuple(read_video(x, name).shape[-2:]) for x, name in ((video, "video"), (next_video, "next_video"))]
         if sizes[0] != sizes[1] and not (call.get("height") and call.get("width")):
             (h, w), (h2, w2) = sizes
             raise WaltError(f"video is {h}x{w} and next_video {h2}x{w2}: give both in one size, or height and width")
@@ -311,14 +311,17 @@ class WaltConditionPipeline(WaltPipeline):
         if len(sizes) > 1:
             raise WaltError(f"the keyframes have the sizes {sorted(sizes)}: scale them to one size")
         size = self._size(call.pop("height", None), call.pop("width", None), next(iter(sizes)))
-        pictures = [fit(x, *size) for x in pictures]
-        rows = _count(prompt, call.get("prompt_embeds"), call.get("class_labels"))
-        rows *= int(call.get("num_videos_per_prompt", 1))
+        count, each = _count(prompt, call.get("prompt_embeds"), call.get("class_labels")), 1
+        if "num_videos_per_prompt" in call:
+            each = call["num_videos_per_prompt"]
+            check_range("num_videos_per_prompt", each, 1, whole=True)
+        pictures = [_repeat(fit(x, *size), count, each) for x in pictures]
+        rows = count * each
         call["generator"] = [torch.Generator().manual_seed(s) for s in sample_seeds(call.pop("generator", None), rows)]
-        parts = [_repeat(pictures[0], rows, 1)]
+        parts = pictures[:1]
         for i in range(1, len(places)):
             parts.append(self._segment(pictures[i - 1], pictures[i], places[i] - places[i - 1], prompt, call))
-            parts.append(_repeat(pictures[i], rows, 1))
+            parts.append(pictures[i])
         return self._give(torch.cat(parts, dim=2), kind)
 
     @torch.no_grad()
@@ -345,7 +348,7 @@ class WaltConditionPipeline(WaltPipeline):
         for name in ("height", "width"):
             if name in call:
                 raise WaltError(f"outpaint takes no {name}: the video's own and the added pixels make it")
-        old = self._video(video)
+        old = read_video(video)
         border = (left, right, top, bottom)
         larger = F.pad(old, (*border, 0, 0))
         new = F.pad(torch.zeros_like(old[:, :1]), (*border, 0, 0), value=1.0)
@@ -354,7 +357,7 @@ class WaltConditionPipeline(WaltPipeline):
 
     def result_size(self, video: Any, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """(height, width) that a call with this video makes by default, or with one or both of them given."""
-        return self._size(height, width, tuple(self._video(video).shape[-2:]))
+        return self._size(height, width, tuple(read_video(video).shape[-2:]))
 
     # -- parts ---------------------------------------------------------------------------------------------------------
 
@@ -407,12 +410,7 @@ class WaltConditionPipeline(WaltPipeline):
 
     def _clip(self, condition: WaltCondition) -> Tensor:
         """A condition's pixels `(B, 3, n, H, W)` in [-1, 1]."""
-        if condition.video is not None:
-            return self._video(condition.video)
-        image = condition.image
-        if isinstance(image, np.ndarray | Tensor):
-            return self._video(image[None] if image.ndim == 3 else image[:, None], "image")
-        return self._video([[one] for one in image] if isinstance(image, list | tuple) else [[image]], "image")
+        return (read_image(condition.image) if condition.video is None else read_video(condition.video)).cpu()
 
     def _mask(self, mask: Any, clip: Tensor) -> Tensor:
         """`(B, 1, T, H, W)` bool, true where `clip` is made anew; a WaltError for another size or length."""
@@ -420,7 +418,7 @@ class WaltConditionPipeline(WaltPipeline):
         if isinstance(mask, np.ndarray):
             mask = torch.from_numpy(mask.astype(np.float32) / (255 if mask.dtype == np.uint8 else 1))
         if not isinstance(mask, Tensor):
-            found = self._video(mask, "mask_video").mean(1, keepdim=True) / 2 + 0.5
+            found = read_video(mask, "mask_video").mean(1, keepdim=True) / 2 + 0.5
         elif mask.ndim in (2, 3):
             found = mask.float().reshape(1, 1, -1, *mask.shape[-2:])
         elif mask.ndim in (4, 5):
@@ -446,7 +444,7 @@ class WaltConditionPipeline(WaltPipeline):
             raise WaltError(
                 "mask_video is black everywhere, so nothing would be made anew: make white what is to change"
             )
-        return (found > 0.5).expand(-1, -1, clip.shape[2], -1, -1)
+        return (found > 0.5).cpu().expand(-1, -1, clip.shape[2], -1, -1)
 
     def _size(self, height: int | None, width: int | None, given: tuple[int, ...] | None) -> tuple[int, int]:
         """Height and width of a result: those asked for, else the given shape at about the transformer's own area."""
@@ -465,7 +463,7 @@ class WaltConditionPipeline(WaltPipeline):
 
     def _whole(self, video: Any, call: dict[str, Any], name: str = "video") -> Tensor:
         """A video to go on from, `(B, 3, T, H, W)` in [-1, 1], at the size of the result."""
-        pixels = self._video(video, name)
+        pixels = read_video(video, name)
         return fit(pixels, *self._size(call.get("height"), call.get("width"), tuple(pixels.shape[-2:])))
 
     def _backward(self, old: Tensor, prompt: Any, num_frames: int, call: dict[str, Any]) -> Tensor:
@@ -527,10 +525,9 @@ class WaltConditionPipeline(WaltPipeline):
     def _segment(
         self, first: Tensor, last: Tensor, gap: int, prompt: str | list[str] | None, call: dict[str, Any]
     ) -> Tensor:
-        """The `gap - 1` frames between two pictures `(B, 3, 1, H, W)`."""
-        rows = len(call["generator"])
+        """The `gap - 1` frames between two pictures `(B, 3, 1, H, W)`, B videos."""
         if gap == 1:
-            return _repeat(first, rows, 1)[:, :, :0]
+            return first[:, :, :0]
         ratio = self.vae_scale_factor_temporal
         longest = SEGMENTS[-1]
         steps = next((s for s in SEGMENTS if s >= (gap if gap <= longest else -(-gap // longest))), longest)
@@ -540,7 +537,7 @@ class WaltConditionPipeline(WaltPipeline):
         if gap <= longest:
             return made[:, :, [round(i * steps / gap) - 1 for i in range(1, gap)]]
         places = [round(i * gap / steps) for i in range(steps + 1)]
-        pictures = [_repeat(first, rows, 1), *made.split(1, dim=2), _repeat(last, rows, 1)]
+        pictures = [first, *made.split(1, dim=2), last]
         parts = []
         for i in range(steps):
             parts.append(self._segment(pictures[i], pictures[i + 1], places[i + 1] - places[i], prompt, call))
@@ -578,7 +575,7 @@ def _count(prompt: Any, prompt_embeds: Tensor | None, class_labels: Any) -> int:
     """Prompts (or classes) of a call."""
     if prompt_embeds is not None:
         return len(prompt_embeds)
-    if class_labels is not None:
+    if prompt is None and class_labels is not None:
         return int(torch.as_tensor(class_labels).numel())
     return len(prompt) if isinstance(prompt, list) else 1
 

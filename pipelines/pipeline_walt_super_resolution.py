@@ -16,6 +16,7 @@ from walt.chunking import chunk_count, peek
 from walt.conditioning import frames_twice, low_res_kind, pieces_twice
 from walt.errors import WaltError
 from walt.models.transformer_walt import WaltTransformer3DModel
+from walt.pipelines.conditions import read_video
 from walt.pipelines.pipeline_output import WaltPipelineOutput
 from walt.pipelines.sampling import (
     Generators,
@@ -174,27 +175,50 @@ class WaltSuperResolutionPipeline(SamplingPipeline):
         generator: Generators = None,
         attention_kwargs: dict[str, Any] | None = None,
         callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | tuple[str, ...] = ("latents",),
     ) -> Iterator[Tensor]:
         """Enlarges a video that comes in pieces, chunk by chunk, in memory that does not depend on its length.
 
         Args:
             pieces: `(B, n, 3, H, W)` in [0, 1] one after another, of any number of frames and any size.
-            prompt_embeds, and all the rest: as of a call.
+            prompt_embeds, and all the rest: as of a call; guidance needs `negative_prompt_embeds` too.
 
         Yields:
             `(B, n, 3, scale H, scale W)` in [0, 1]; together the frames of one call with the whole video, so 2n - 1 of a
             temporal stage.
+
+        Raises:
+            WaltError: an argument that does not fit.
         """
         noise_level = noise_level if noise_level is not None else int(self.config.noise_level)
+        self._check_common(num_inference_steps, 1, guidance_rescale, "pt")
         check_range("noise_level", noise_level, 0, 999, whole=True)
         self._check_model()
+        prompts = self._check_prompt(
+            None,
+            None,
+            prompt_embeds,
+            prompt_embeds_mask,
+            negative_prompt_embeds,
+            negative_prompt_embeds_mask,
+        )
         guidance_scale = guidance_scale if self.transformer.config.text_dim is not None else 1.0
-        self._begin(guidance_scale, guidance_rescale, attention_kwargs, callback_on_step_end, ["latents"])
+        self._begin(
+            guidance_scale,
+            guidance_rescale,
+            attention_kwargs,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+        )
         if self.transformer.config.text_dim is None:
             prompt_embeds = negative_prompt_embeds = prompt_embeds_mask = negative_prompt_embeds_mask = None
         elif prompt_embeds is None:
             raise WaltError("give the prompt_embeds of the video")
+        elif negative_prompt_embeds is None and self.do_classifier_free_guidance:
+            raise WaltError("guidance_scale > 1 needs negative_prompt_embeds (or set guidance_scale=1)")
         first, source = peek(pieces)
+        if prompt_embeds is not None and prompts != len(first):
+            raise WaltError(f"prompt_embeds of {prompts} prompts for {len(first)} videos: give one per video")
         seeds = sample_seeds(generator, len(first))
         del first
         prompt = Prompt(prompt_embeds, prompt_embeds_mask, negative_prompt_embeds, negative_prompt_embeds_mask)
@@ -269,7 +293,7 @@ class WaltSuperResolutionPipeline(SamplingPipeline):
         self._check_model()
         if video is None:
             raise WaltError("give a video to enlarge")
-        small = self._video(video)
+        small = read_video(video)
         if self.temporal:
             small = frames_twice(small)
         if chunk_count(small.shape[2], self.vae_scale_factor_temporal) > 1 and not config.frame_conditioning:

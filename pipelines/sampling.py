@@ -20,7 +20,6 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import get_module_execution_device
 from diffusers.video_processor import VideoProcessor
-from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -131,6 +130,9 @@ class Context:
 
 def sample_seeds(generator: Generators, batch: int) -> list[int]:
     """One seed per sample: from its own generator (a list), from the one in turn, or from torch's global one."""
+    listed = isinstance(generator, list) and all(isinstance(one, torch.Generator) for one in generator)
+    if not (generator is None or listed or isinstance(generator, torch.Generator)):
+        raise WaltError(f"generator must be a torch.Generator, a list of one per sample, or None, got {generator!r}")
     if isinstance(generator, list) and len(generator) != batch:
         raise WaltError(f"generator is a list of {len(generator)}, but {batch} samples are made: give one per sample")
     sources = generator if isinstance(generator, list) else [generator] * batch
@@ -169,6 +171,11 @@ def encode_text(
     tokens = tokenizer(texts, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
     ids, mask = tokens["input_ids"].to(device), tokens["attention_mask"].to(device)
     return encoder(input_ids=ids, attention_mask=mask).last_hidden_state, mask
+
+
+def _version(states: Tensor | None) -> tuple[int, int]:
+    """Changes when a tensor is replaced or written to (one of inference mode does not count what is written)."""
+    return id(states), 0 if states is None or states.is_inference() else states._version
 
 
 # -- pixels and latents ------------------------------------------------------------------------------------------------
@@ -216,8 +223,8 @@ def predict(
         x: noisy latents `(B, C, t, h, w)`.
         timestep: one number, the same for all.
         x0: the previous estimate of the clean latents (self-conditioning), None for zeros.
-        texts: one dictionary for all calls with this transformer and `attention_kwargs`: holds what the text becomes,
-            so that it is projected once per prompt and not once per step.
+        texts: one dictionary for all calls with this transformer and `attention_kwargs`: holds the prompt's rows and what
+            they become, so that the text is cut and projected once per prompt and not once per step.
         progress: where the loop stands, for diffusers' step caches (fields of their `cache_context`).
         without_frames: whether to predict with the text but without the given frames too.
 
@@ -227,10 +234,22 @@ def predict(
     config, dtype, batch = transformer.config, transformer.dtype, len(x)
     branches = [(False, True)] + [(True, True)] * guided + [(False, False)] * without_frames
     rows = [(i, negative, framed) for negative, framed in branches for i in range(batch)]
-    text = {negative: prompt.rows(negative) for negative, _ in branches}
     if texts is not None and texts.get("prompt") is not prompt:
         texts.clear()
         texts["prompt"] = prompt
+    text: dict[bool, list[Tensor] | None] = {} if texts is None else texts.setdefault("rows", {})
+    for negative, _ in branches:
+        if negative not in text:
+            text[negative] = prompt.rows(negative)
+
+    def rows_of(negative: bool) -> list[Tensor]:
+        found = text[negative]
+        if found is None:
+            raise WaltError(
+                "guidance needs text states to steer away from: begin the call with guidance_scale above 1, or give "
+                "negative_prompt_embeds"
+            )
+        return found
 
     def pick(values: Tensor | None, part: list[tuple[int, bool, bool]]) -> list[Tensor] | None:
         return None if values is None else [values[i].to(dtype) for i, _, _ in part]
@@ -238,8 +257,7 @@ def predict(
     def forward(part: list[tuple[int, bool, bool]]) -> list[Tensor]:
         given: dict[str, Any] = {"self_conditioning": pick(x0, part)} if config.self_conditioning else {}
         if config.text_dim is not None:
-            states = [(text[negative] or [])[i].to(dtype) for i, negative, _ in part]
-            given["encoder_hidden_states"] = states
+            given["encoder_hidden_states"] = [rows_of(negative)[i].to(dtype) for i, negative, _ in part]
             if texts is not None and isinstance(transformer, WaltTransformer3DModel):
                 given["text_cache"] = texts.setdefault(tuple(part), TextCache())
         if conditions.class_labels is not None:
@@ -311,6 +329,8 @@ def denoise(
     x = noise * scheduler.init_noise_sigma if start is None else scheduler.add_noise(start, noise, timesteps[:1])
     x0: Tensor | None = None
     contextual = context_scale != 1 and conditions.frame_mask is not None
+    # Without text or class there is nothing to leave out.
+    conditional = transformer.config.text_dim is not None or conditions.class_labels is not None
     for i, t in enumerate(timesteps):
         for renewed in (None, *(again or ())):
             if pipe.interrupt:
@@ -326,7 +346,7 @@ def denoise(
                 x_t = torch.where(keep, add_noise(scheduler, kept, noise, step), x_t)
             scale = options.scale(pipe.guidance_scale, i, float(t), scheduler.config.num_train_timesteps - 1)
             # Step caches remember by row, so under them every step has the same rows.
-            guided = pipe.do_classifier_free_guidance and (scale != 1 or cached)
+            guided = conditional and pipe.do_classifier_free_guidance and (scale != 1 or cached)
             at = {"step_index": i, "num_inference_steps": len(timesteps), "timestep": t}
             cond, uncond, free = predict(
                 transformer, x_t, t, prompt, conditions, x0, guided, pipe.attention_kwargs, texts, at, contextual
@@ -549,7 +569,9 @@ def check_frames(num_frames: int, transformer: Any, ratio: int = TEMPORAL_RATIO)
 def check_size(height: int, width: int, multiple: int) -> None:
     """Raises a WaltError unless both are positive multiples of `multiple`, naming the nearest that are."""
     for name, value in (("height", height), ("width", width)):
-        if not isinstance(value, int) or value < 1 or value % multiple:
+        if not isinstance(value, int):
+            raise WaltError(f"{name} must be an integer, a multiple of {multiple}, got {value!r}")
+        if value < 1 or value % multiple:
             near = max(multiple, round(value / multiple) * multiple)
             raise WaltError(f"{name}={value} does not fit: it must be a multiple of {multiple}, for instance {near}")
 
@@ -728,16 +750,12 @@ class SamplingPipeline(HubCardMixin, DiffusionPipeline, WaltLoraLoaderMixin):
                 raise WaltError(f"{name}_embeds must be (B, S, D), got shape {tuple(embeds.shape)}")
             if mask is not None and (embeds is None or mask.shape != embeds.shape[:2]):
                 raise WaltError(f"{name}_embeds_mask must be (B, S) like {name}_embeds, got shape {tuple(mask.shape)}")
-        if prompt_embeds is not None:
-            if negative_prompt_embeds is not None and len(negative_prompt_embeds) != len(prompt_embeds):
-                raise WaltError(
-                    f"negative_prompt_embeds hold {len(negative_prompt_embeds)} prompts, "
-                    f"prompt_embeds {len(prompt_embeds)}"
-                )
-            return len(prompt_embeds)
-        if prompt is None:
+        if prompt_embeds is None and prompt is None:
             return None
-        return 1 if isinstance(prompt, str) else len(prompt)
+        count = len(prompt_embeds) if prompt_embeds is not None else 1 if isinstance(prompt, str) else len(prompt or ())
+        if negative_prompt_embeds is not None and len(negative_prompt_embeds) != count:
+            raise WaltError(f"negative_prompt_embeds are of {len(negative_prompt_embeds)} prompts, there are {count}")
+        return count
 
     def _check_common(self, steps: int, num_videos_per_prompt: int, rescale: float, output_type: str) -> None:
         check_range("num_inference_steps", steps, 1, 1000, whole=True)
@@ -775,23 +793,6 @@ class SamplingPipeline(HubCardMixin, DiffusionPipeline, WaltLoraLoaderMixin):
         """Calls of the scheduler that a video of so many chunks takes."""
         return ((len(set_timesteps(self.scheduler, steps, strength)) - 1) * resample + 1) * chunks
 
-    def _video(self, video: Any, name: str = "video") -> Tensor:
-        """`(B, 3, T, H, W)` float32 in [-1, 1] of whatever VideoProcessor takes, or uint8 arrays; else a WaltError."""
-        if isinstance(video, Image.Image):
-            video = [video]
-        if isinstance(video, np.ndarray) and video.dtype == np.uint8:
-            video = video.astype(np.float32) / 255
-        try:
-            pixels: Tensor = self.video_processor.preprocess_video(video).float()
-        except (ValueError, TypeError, IndexError, AttributeError, RuntimeError) as error:
-            raise WaltError(
-                f"{name} must be a tensor (B, T, 3, H, W) or (T, 3, H, W), an array (B, T, H, W, 3) or (T, H, W, 3), "
-                f"or a list of PIL images or of videos of one size: {error}"
-            ) from error
-        if pixels.ndim != 5 or pixels.shape[1] != 3:
-            raise WaltError(f"{name} must have 3 colour channels, got (B, C, T, H, W) = {tuple(pixels.shape)}")
-        return pixels
-
     def _end_step(self, t: Any, latents: Tensor, prompt: Prompt) -> tuple[Tensor, Prompt]:
         if self._callback is not None:
             values = {
@@ -800,9 +801,12 @@ class SamplingPipeline(HubCardMixin, DiffusionPipeline, WaltLoraLoaderMixin):
                 "negative_prompt_embeds": prompt.negative_embeds,
             }
             given = {name: values[name] for name in self._callback_inputs}
+            before = [_version(prompt.embeds), _version(prompt.negative_embeds)]
             changed = {**values, **(self._callback(self, self._step_index, t, given) or {})}
-            latents = changed["latents"]
-            prompt = replace(prompt, embeds=changed["prompt_embeds"], negative_embeds=changed["negative_prompt_embeds"])
+            latents, embeds, negative = (changed[name] for name in values)
+            # The same prompt where nothing changed: what has become of its text is kept by it.
+            if before != [_version(embeds), _version(negative)]:
+                prompt = replace(prompt, embeds=embeds, negative_embeds=negative)
         self._step_index += 1
         self._bar.update()
         return latents, prompt

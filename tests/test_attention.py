@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
-from diffusers.models.attention_dispatch import attention_backend
+from diffusers.models.attention_dispatch import attention_backend, dispatch_attention_fn
 from torch import Tensor
 
 from walt.attention import (
@@ -359,3 +360,24 @@ def test_automatic_choice() -> None:
     with attention_backend("walt_blocked"):
         assert choose_backend(None, torch.zeros(1), plan, True) == "walt_blocked"
     assert choose_backend("flex", torch.zeros(1), plan, False) == "flex"
+
+
+@pytest.mark.parametrize("backend", ["walt_windows", "walt_blocked"])
+@pytest.mark.parametrize("call", ["bool", "2d", "causal", "grouped", "float"])
+def test_the_dense_backends_serve_other_models(backend: str, call: str) -> None:
+    """Masks of any kind, causal attention and shared keys, which walt's models have no use for."""
+    q, k, v = torch.randn(3, 2, 7, 4, 8, generator=torch.Generator().manual_seed(0)).unbind(0)
+    seen = torch.rand(2, 1, 7, 7, generator=torch.Generator().manual_seed(1)) > 0.3
+    seen |= torch.eye(7, dtype=torch.bool)
+    cases: dict[str, dict[str, Any]] = {
+        "bool": {"attn_mask": seen},
+        "2d": {"attn_mask": torch.where(seen[0, 0], 0.0, -1e9)},
+        "causal": {"is_causal": True},
+        "grouped": {"enable_gqa": True},
+        "float": {"attn_mask": torch.where(seen, 0.5, -2.0)},
+    }
+    told = cases[call]
+    if call == "grouped":
+        k, v = k[:, :, :2], v[:, :, :2]
+    wanted = dispatch_attention_fn(q, k, v, backend="native", **told)
+    assert torch.allclose(dispatch_attention_fn(q, k, v, backend=backend, **told), wanted, atol=1e-5)

@@ -81,6 +81,9 @@ def test_stills_are_numbered_and_each_is_as_alone(model: Path, tmp_path: Path) -
         (("sample", "a", "-o", "x.mp4", "--model", "none"), 'there is no folder "none"'),
         (("info", "none"), 'there is no folder "none"'),
         (("info", "--frames", "18"), "nearest are 17 and 29"),
+        (("info", "--frames", "0"), "num_frames must be a positive integer"),
+        (("sample", "a", "-o", "x.mp4", "--guidance", "nan"), "--guidance takes one number"),
+        (("sample", "a", "-o", "x.mp4", "--guidance", "inf"), "--guidance takes one number"),
     ],
 )
 def test_usage_errors(
@@ -108,6 +111,31 @@ def test_what_does_not_fit_the_model_is_usage_too(
         assert run(*common, *wrong) == 2
         assert message in error_of(capsys)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("said", "ours"),
+    [
+        ("DefaultCPUAllocator: can't allocate memory: you tried to allocate", True),
+        ("CUDA out of memory. Tried to allocate", True),
+        ("an illegal memory access was encountered", False),
+        ("unsupported memory format option Preserve", False),
+    ],
+)
+def test_only_an_allocation_that_failed_is_out_of_memory(
+    said: str, ours: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Other faults that have memory in their words keep their own."""
+
+    def fail(args: object) -> None:
+        raise RuntimeError(said)
+
+    monkeypatch.setitem(cli.COMMANDS, "info", cli.COMMANDS["info"]._replace(run=fail))
+    if ours:
+        assert run("info", tmp_path) == 1 and "out of memory: try fewer --stages" in error_of(capsys)
+    else:
+        with pytest.raises(RuntimeError, match=said):
+            run("info", tmp_path)
 
 
 def test_without_embedded_model(

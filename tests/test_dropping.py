@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests import tiny
 from walt.attention import WindowPlan, plan_windows
 from walt.data.packing import draw_kept
 from walt.dropping import drop_from_plan, kept_tokens
@@ -177,3 +179,21 @@ def test_tubes_keep_whole_frame_windows_in_one_call() -> None:
 def test_bad_masks(kept: Any, message: str) -> None:
     with pytest.raises(WaltError, match=message):
         kept_tokens(((1, 2, 2), (1, 2, 2)), kept, CPU)
+
+
+def test_compiled_blocks_find_the_plan_in_the_backward_pass() -> None:
+    """The plan of dropped tokens is in no cache, and the forward pass has let go of it by then."""
+    model: Any = tiny.transformer(relative_positions="rope").train().requires_grad_(True)
+    mask = torch.rand(2, 4, 4, generator=torch.Generator().manual_seed(0)) < 0.6
+    text = [torch.randn(3, tiny.TEXT_DIM, generator=torch.Generator().manual_seed(1))]
+    noisy = [torch.randn(8, 2, 4, 4, generator=torch.Generator().manual_seed(2))]
+    gradients = []
+    for compiled in (False, True):
+        if compiled:
+            model.compile_repeated_blocks(backend="aot_eager")
+        model.zero_grad()
+        out = model(noisy, torch.tensor([500]), text, kept=[mask]).sample[0]
+        gc.collect()
+        out.square().sum().backward()
+        gradients.append(model.transformer_blocks[0].attn.to_q.weight.grad.clone())
+    assert torch.allclose(gradients[0], gradients[1], atol=1e-5) and bool(gradients[0].any())

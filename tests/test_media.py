@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import resource
 import subprocess
 import sys
@@ -11,9 +12,10 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from walt.errors import WaltError
-from walt.media import VideoWriter, read_image, read_video, stream_video, write_image, write_video
+from walt.media import MediaError, VideoWriter, read_image, read_video, stream_video, write_image, write_video
 
 
 @pytest.fixture
@@ -186,3 +188,36 @@ def test_corrupt_and_missing_input(tmp_path: Path, frames: np.ndarray) -> None:
     (tmp_path / "cut.mp4").write_bytes(data[: len(data) * 2 // 3])
     with pytest.raises(WaltError, match=r"cut\.mp4"):
         read_video(tmp_path / "cut.mp4")
+
+
+def test_pictures_and_videos_are_read_upright(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As telephones store them: a picture with an orientation, a film with a rotation."""
+    picture, exif = Image.new("RGB", (32, 16), "blue"), Image.Exif()
+    picture.paste("red", (0, 0, 16, 16))
+    exif[0x0112] = 6
+    picture.save(tmp_path / "x.png", exif=exif)
+    upright = read_image(tmp_path / "x.png")
+    assert (
+        upright.shape == (32, 16, 3)
+        and upright[0, 0].tolist() == [255, 0, 0]
+        and upright[-1, 0].tolist() == [0, 0, 255]
+    )
+
+    lying = np.zeros((3, 32, 64, 3), np.uint8)
+    lying[:, :, :32] = 255
+    write_video(lying, tmp_path / "x.mp4", fps=8)
+    box = (tmp_path / "x.mp4").read_bytes()
+    place = box.index(b"tkhd") + 4 + 40  # version and flags, times, ids, layer, volume: then the matrix
+    plain = np.frombuffer(box[place : place + 36], ">i4").tolist()
+    assert plain == [1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30]
+    turned = np.array([0, 1 << 16, 0, -(1 << 16), 0, 0, 32 << 16, 0, 1 << 30], ">i4").tobytes()
+    (tmp_path / "turned.mp4").write_bytes(box[:place] + turned + box[place + 36 :])
+    whole, _ = read_video(tmp_path / "turned.mp4")
+    assert whole.shape == (3, 64, 32, 3)
+    assert whole[:, :16].min() > 200 and whole[:, -16:].max() < 50  # a quarter turn clockwise: left is above
+    assert np.array_equal(np.concatenate(list(stream_video(tmp_path / "turned.mp4", 2))), whole)
+
+
+def test_errors_of_media_come_whole_from_other_processes() -> None:
+    error = pickle.loads(pickle.dumps(MediaError("damaged", "frame 3")))
+    assert isinstance(error, MediaError) and (error.reason, str(error)) == ("damaged", "frame 3")

@@ -114,7 +114,15 @@ def test_upscale(
         cli, "model_folder", lambda given, name="embedded": cascade if given is None else whole(given, name)
     )
     common = ("nuwa", "text-to-video", "a cat", "--model", model, "-o", tmp_path / "x.mp4", "--upscale")
-    assert run(*common, "128x224") == 0
+    load, asked = cli.load_cascade, list[object]()
+
+    def note(folder: Path, dtype: torch.dtype, device: torch.device) -> object:
+        asked.append(dtype)
+        return load(folder, dtype, device)
+
+    monkeypatch.setattr(cli, "load_cascade", note)
+    assert run(*common, "128x224", "--dtype", "float32") == 0
+    assert asked == [torch.float32]
     assert read_video(tmp_path / "x.mp4")[0].shape == (3, 128, 224, 3)
     assert run(*common, "100x224") == 2
     assert "the height must be 64 and the width a multiple of 16, or 128" in error_of(capsys)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from importlib import resources
@@ -62,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, 1)
     except (MemoryError, RuntimeError) as error:
         # torch reports an allocation that failed as a RuntimeError, in words that differ by device.
-        if not isinstance(error, MemoryError) and "memory" not in str(error).lower():
+        words = ("out of memory", "allocate memory", "enough memory")
+        if not isinstance(error, MemoryError) and not any(part in str(error).lower() for part in words):
             raise
         return _fail("out of memory: try fewer --stages, a smaller size or --dtype bfloat16", 1)
     except KeyboardInterrupt:
@@ -272,7 +274,7 @@ def _sample_prepare(args: argparse.Namespace) -> None:
     if not 0 <= args.seed < 2**63:
         raise WaltError(f"--seed must be from 0 to 2**63 - 1, got {args.seed}")
     for name, values, low in (("--steps", args.steps, 1), ("--guidance", args.guidance, 0)):
-        if values is not None and (len(values) > 3 or min(values) < low):
+        if values is not None and (len(values) > 3 or not all(low <= value < math.inf for value in values)):
             raise WaltError(f"{name} takes one number, or one per stage, of at least {low}, got {values}")
     args.options = guidance_options(args)
     args.model = model_folder(args.model)
@@ -385,7 +387,7 @@ def _info_prepare(args: argparse.Namespace) -> None:
     args.model = model_folder(args.model)
     args.nuwa = nuwa_commands.is_nuwa(args.model)
     if not args.nuwa:
-        args.frames = args.frames or 29
+        args.frames = 29 if args.frames is None else args.frames
         chunk_starts(args.frames)
 
 

@@ -6,6 +6,7 @@ of one length are again one attention call, without a mask. Training only: to sa
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,10 @@ from torch import Tensor
 from walt.attention import WindowGroup, WindowPlan
 from walt.errors import WaltError
 from walt.latents import Grid, token_counts
+
+_RECENT: deque[WindowPlan] = deque(maxlen=64)
+"""The last plans, those of eight forward passes or so. No cache holds them, and a compiled backward pass finds its plan by
+a number alone, when the forward pass has let go of it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +137,7 @@ def drop_from_plan(plan: WindowPlan, mask: Tensor, device: torch.device) -> Wind
         context_start += count * text_length
     permutation = torch.cat(places)
     identity = bool((permutation == torch.arange(len(permutation))).all())
-    return WindowPlan(
+    dropped = WindowPlan(
         start,
         tuple(groups),
         lone_tokens,
@@ -141,6 +146,8 @@ def drop_from_plan(plan: WindowPlan, mask: Tensor, device: torch.device) -> Wind
         torch.cat(context).to(device, non_blocking=True) if context else None,
         tuple(tables),
     )
+    _RECENT.append(dropped)
+    return dropped
 
 
 def dropped_lengths(grids: Sequence[Grid], kept: Kept | None) -> tuple[int, ...]:

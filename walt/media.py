@@ -65,6 +65,10 @@ class MediaError(WaltError):
         super().__init__(message)
         self.reason = reason
 
+    def __reduce__(self) -> tuple[type[MediaError], tuple[str, str]]:
+        """As it comes from another process: an exception is made again of what its message alone would not give."""
+        return MediaError, (self.reason, str(self))
+
 
 def is_image_path(path: str | Path) -> bool:
     """Whether `path` ends in one of IMAGE_SUFFIXES."""
@@ -215,7 +219,7 @@ def write_image(pixels: Pixels, path: str | Path) -> None:
 
 
 def read_video(path: str | Path) -> tuple[Pixels, float]:
-    """All frames of the first video stream, uint8 `(T, H, W, 3)`, and its frames per second.
+    """All frames of the first video stream, uint8 `(T, H, W, 3)`, turned upright, and its frames per second.
 
     Raises:
         WaltError: the file is missing, is no video, or breaks off.
@@ -226,7 +230,7 @@ def read_video(path: str | Path) -> tuple[Pixels, float]:
             if not container.streams.video:
                 raise WaltError(f'cannot read "{path}": it holds no video')
             stream = container.streams.video[0]
-            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+            frames = [_upright_frame(frame) for frame in container.decode(stream)]
             fps, promised = float(stream.average_rate or 0), stream.frames
     except (OSError, av.error.FFmpegError) as error:
         raise WaltError(f'cannot read "{path}" as a video: {error.strerror or error}') from error
@@ -246,7 +250,7 @@ def stream_video(path: str | Path, frames: int = 16) -> Iterator[Pixels]:
                 raise WaltError(f'cannot read "{path}": it holds no video')
             stream = container.streams.video[0]
             for frame in container.decode(stream):
-                held.append(np.asarray(frame.to_ndarray(format="rgb24"), np.uint8))
+                held.append(_upright_frame(frame))
                 count += 1
                 if len(held) == frames:
                     yield np.stack(held)
@@ -261,11 +265,11 @@ def stream_video(path: str | Path, frames: int = 16) -> Iterator[Pixels]:
 
 
 def read_image(path: str | Path) -> Pixels:
-    """uint8 RGB `(H, W, 3)`; a missing or corrupt file is a WaltError."""
+    """uint8 RGB `(H, W, 3)`, turned as its EXIF orientation asks; a missing or corrupt file is a WaltError."""
     path = _existing(path)
     try:
         with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except (OSError, SyntaxError, ValueError) as error:
         raise WaltError(f'cannot read "{path}" as an image: {error}') from error
 
@@ -561,6 +565,13 @@ def _fitted(image: Image.Image, size: tuple[int, int]) -> Pixels:
     if (height, width) != (image.height, image.width):
         image = image.resize((width, height), Image.Resampling.LANCZOS)
     return _centre(np.array(image), size)
+
+
+def _upright_frame(frame: av.VideoFrame) -> Pixels:
+    """A decoded frame in RGB, turned as its rotation says: telephones film lying on their side."""
+    pixels = np.asarray(frame.to_ndarray(format="rgb24"), np.uint8)
+    turns = round(frame.rotation / 90) % 4
+    return np.rot90(pixels, turns) if turns else pixels
 
 
 def _scaled(frame: av.VideoFrame, size: tuple[int, int]) -> Pixels:

@@ -295,7 +295,9 @@ def run(args: argparse.Namespace) -> None:
         raise UsageError(str(error)) from error
     if args.upscale is not None:
         prompt = getattr(args, "prompt", "")
-        frames = upscale(frames, args.upscale[0], args.upscale[1], args.cascade, prompt, args.seed)
+        frames = upscale(
+            frames, args.upscale[0], args.upscale[1], args.cascade, prompt, args.seed, args.device, args.dtype
+        )
     pixels = (frames.float() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     if is_image_path(args.output):
         write_image(np.concatenate(list(pixels), axis=1), args.output)
@@ -444,7 +446,7 @@ def info(folder: Path, frames: int | None, dtype: Any, device: Any) -> None:
 
     pipe = load_nuwa(folder, dtype, device)
     config, ratio = pipe.transformer.config, pipe.vae_scale_factor_spatial
-    frames = frames or int(pipe.config.num_frames)
+    frames = int(pipe.config.num_frames) if frames is None else frames
     if not 1 <= frames <= config.sample_size[0]:
         raise WaltError(f"--frames must be from 1 to {config.sample_size[0]} for this model, got {frames}")
     console = Console()
@@ -508,11 +510,20 @@ def fit(frames: Pixels, height: int, width: int) -> Pixels:
     return np.stack([np.asarray(image) for image in images])
 
 
-def upscale(frames: Tensor, height: int, width: int, folder: Path, prompt: str = "", seed: int = 0) -> Tensor:
+def upscale(
+    frames: Tensor,
+    height: int,
+    width: int,
+    folder: Path,
+    prompt: str = "",
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> Tensor:
     """Frames `(T, 3, H, W)` in [0, 1] to height x width by the super-resolution stages of a cascade folder.
 
     `height` is twice H or, with two stages, four times H. To the wanted shape the frames are cropped in the middle, or
-    go on with the colours of their edges. Stages that take text get the prompt.
+    go on with the colours of their edges. Stages that take text get the prompt. `device` and `dtype` as of the commands.
 
     Raises:
         WaltError: a size or model that does not allow it.
@@ -523,8 +534,8 @@ def upscale(frames: Tensor, height: int, width: int, folder: Path, prompt: str =
     from walt.pipelines.pipeline_walt_super_resolution import WaltSuperResolutionPipeline
 
     scale = _factor(frames.shape[2], height, width)
-    device = choose_device("auto")
-    cascade = load_cascade(folder, choose_dtype("auto", device), device)
+    place = choose_device(device)
+    cascade = load_cascade(folder, choose_dtype(dtype, place), place)
     stages = cascade.transformers[1 : 1 + int(math.log2(scale))]
     if len(stages) < math.log2(scale):
         raise WaltError(f"--upscale: the model {folder} has {len(stages)} super-resolution stages")

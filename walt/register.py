@@ -169,12 +169,35 @@ def _register_attention(dispatch: ModuleType) -> None:
     """
     names = dispatch.AttentionBackendName
 
-    def windows(query: Any, key: Any, value: Any, attn_mask: Any = None, scale: float | None = None) -> Any:
-        return dispatch.dispatch_attention_fn(query, key, value, attn_mask, scale=scale, backend=names.NATIVE)
+    def windows(
+        query: Any,
+        key: Any,
+        value: Any,
+        attn_mask: Any = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Any:
+        more = (dropout_p, is_causal, scale, enable_gqa)
+        return dispatch.dispatch_attention_fn(query, key, value, attn_mask, *more, backend=names.NATIVE)
 
-    def blocked(query: Any, key: Any, value: Any, attn_mask: Any = None, scale: float | None = None) -> Any:
+    def blocked(
+        query: Any,
+        key: Any,
+        value: Any,
+        attn_mask: Any = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Any:
         from walt.attention import blocked_attention
 
+        # What walt's models never ask for, and others may.
+        foreign = attn_mask is not None and not (attn_mask.ndim == 4 and attn_mask.is_floating_point())
+        if foreign or dropout_p or is_causal or key.shape[2] != query.shape[2]:
+            return windows(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         return blocked_attention(query, key, value, attn_mask, scale)
 
     def varlen(query: Any, key: Any, value: Any) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tests import tiny
 from walt.errors import WaltError
-from walt.pipelines.conditions import Known, WaltCondition, fill, fit, known_latents, place
+from walt.pipelines.conditions import Known, WaltCondition, fill, fit, known_latents, place, read_image, read_video
 from walt.pipelines.pipeline_walt import WaltPipeline
 from walt.pipelines.pipeline_walt_condition import WaltConditionPipeline
 from walt.pipelines.sampling import decode_latents, encode_video
@@ -448,3 +448,55 @@ def test_fit_covers_and_cuts_at_the_centre() -> None:
     video[..., 4:12] = 1
     assert fit(video, 8, 8).min() == 1 and fit(video, 8, 16) is video
     assert fit(video, 16, 16).shape == (1, 3, 1, 16, 16)
+
+
+# -- reading what is given ---------------------------------------------------------------------------------------------
+
+
+def test_every_form_of_a_video_is_the_same_pixels() -> None:
+    """uint8 in lists and tensors, whose values were once taken for [0, 1], among them."""
+    pixels = (clip_of(3, 5) * 255).byte()
+    array = pixels.permute(0, 2, 3, 1).numpy()
+    wanted = pixels.float().transpose(0, 1)[None] / 255 * 2 - 1
+    forms: list[Any] = [
+        pixels,
+        list(pixels),
+        array,
+        list(array),
+        tuple(array),
+        pixels / 255,
+        [Image.fromarray(x) for x in array],
+    ]
+    for form in forms:
+        assert close(read_video(form), wanted), type(form)
+    assert close(read_video([array, array]), wanted.expand(2, -1, -1, -1, -1))
+    assert close(read_image(list(array)), wanted[0].transpose(0, 1)[:, :, None])
+    for wrong in (array.astype(np.float32), pixels / 255 - 0.5, array.astype(np.int64)):
+        with pytest.raises(WaltError, match=r"clip must be in \[0, 1\] \(or uint8\), got values from"):
+            read_video(wrong, "clip")
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA"])
+def test_pictures_of_any_mode_are_read(mode: str) -> None:
+    picture = Image.new("RGB", (16, 16), "black")
+    picture.paste("white", (0, 0, 8, 16))
+    seen = read_image(picture.convert(mode))
+    assert seen.shape == (1, 3, 1, 16, 16)
+    assert bool((seen[..., :8] == 1).all()) and bool((seen[..., 8:] == -1).all())
+
+
+def test_black_stays_black_when_it_is_scaled() -> None:
+    """Scaling leaves values a rounding below 0, by which diffusers takes all pixels for [-1, 1]."""
+    black = torch.full((1, 3, 1, 16, 16), -1.0)
+    assert close(read_video(torch.full((1, 1, 3, 16, 16), -6e-8)), black)
+    for size in [(480, 640), (37, 53), (33, 47), (90, 160), (120, 200)]:
+        scaled = fit(torch.full((1, 3, 1, *size), -1.0), 16, 16)
+        assert close(read_video(scaled.transpose(1, 2) / 2 + 0.5), black)
+
+
+def test_pictures_per_prompt_and_several_videos_of_each(pipe: WaltConditionPipeline) -> None:
+    first = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
+    call = {"num_videos_per_prompt": 2, "num_inference_steps": 1}
+    made = run(pipe.interpolate, {0: first, 5: Image.new("RGB", (16, 16))}, [PROMPT, "a cat"], **call)
+    assert made.shape == (4, 6, 3, 16, 16)
+    assert [int(row[0].mean(dim=(1, 2)).argmax()) for row in made] == [0, 0, 2, 2]

@@ -277,3 +277,17 @@ def test_conventions(pipe: NuwaPipeline, tmp_path: Path) -> None:
 def test_faults(pipe: NuwaPipeline, call: dict[str, Any], message: str) -> None:
     with pytest.raises(WaltError, match=message):
         pipe(**call)
+
+
+def test_a_negative_prompt_needs_a_prompt(pipe: NuwaPipeline) -> None:
+    with pytest.raises(WaltError, match="negative_prompt goes with a prompt"):
+        pipe(sketch=drawing(1), negative_prompt="a dog")
+
+
+def test_masks_may_be_bfloat16_and_pictures_grey(pipe: NuwaPipeline) -> None:
+    mask, picture = torch.from_numpy(right_half() / 255), Image.new("L", (32, 32))
+    made = [
+        pipe(image=picture, mask=mask.to(dtype), generator=tiny.seeded(0), output_type="latent").frames
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    assert torch.equal(*made)

@@ -16,7 +16,9 @@ from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from PIL import Image
 
 from tests import tiny
+from walt.diffusion import make_scheduler
 from walt.errors import WaltError
+from walt.models.transformer_walt import WaltTransformer3DModel
 from walt.pipelines.pipeline_walt import WaltPipeline
 from walt.pipelines.pipeline_walt_cascade import WaltCascadePipeline
 from walt.pipelines.pipeline_walt_super_resolution import WaltSuperResolutionPipeline
@@ -471,3 +473,79 @@ def test_text_components_alone(base: WaltPipeline) -> None:
     """diffusers' testers build pipelines of text components only, and encode there."""
     alone = WaltPipeline(base.tokenizer, base.text_encoder, None, None, None)  # type: ignore[arg-type]
     assert torch.equal(alone.encode_prompt("a cat")[0], base.encode_prompt("a cat")[0])  # type: ignore[arg-type]
+
+
+def test_text_is_projected_once_per_prompt_whoever_watches(
+    base: WaltPipeline, cascade: WaltCascadePipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A callback must not make every step project the text anew, unless it changes the text."""
+    projected: list[object] = []
+    plain = WaltTransformer3DModel._text
+
+    def count(self: Any, *args: Any) -> Any:
+        projected.append(self)
+        return plain(self, *args)
+
+    def scaled(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        return {"prompt_embeds": tensors["prompt_embeds"] * 1.1}
+
+    def in_place(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        tensors["prompt_embeds"].mul_(1.1)
+        return {}
+
+    monkeypatch.setattr(WaltTransformer3DModel, "_text", count)
+    call: dict[str, Any] = {"num_inference_steps": 3, "output_type": "pt", "num_frames": 5}
+    cascade(PROMPT, stages=2, generator=tiny.seeded(0), **call)
+    assert len(projected) == 2  # once for each stage
+    results = []
+    for change in (scaled, in_place):
+        projected.clear()
+        watched: dict[str, Any] = {
+            "callback_on_step_end": change,
+            "callback_on_step_end_tensor_inputs": ["prompt_embeds"],
+        }
+        results.append(base(PROMPT, generator=tiny.seeded(0), **watched, **call).frames)
+        assert len(projected) == 3
+    assert torch.equal(*results)
+
+
+def test_a_base_without_text_or_class_is_not_computed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tiny.quiet(WaltPipeline(None, None, tiny.vae(), tiny.transformer(text_dim=None), make_scheduler()))
+    rows: list[int] = []
+    plain = pipe.transformer.forward
+
+    def count(samples: Any, *args: Any, **told: Any) -> Any:
+        rows.append(len(samples))
+        return plain(samples, *args, **told)
+
+    monkeypatch.setattr(pipe.transformer, "forward", count)
+    pipe(num_frames=1, generator=tiny.seeded(0), **FAST)
+    assert rows == [1, 1]
+
+
+def test_one_sentence_where_prompts_and_sizes_do_not_fit(
+    base: WaltPipeline, enlarge: WaltSuperResolutionPipeline
+) -> None:
+    def turn_on(pipe: Any, *_: Any) -> dict[str, Any]:
+        pipe._guidance_scale = 3.0
+        return {}
+
+    states, small = torch.zeros(1, 3, tiny.TEXT_DIM), torch.rand(1, 5, 3, 16, 16)
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"prompt": ["a cat", "a dog"], "negative_prompt_embeds": states}, "are of 1 prompts, there are 2"),
+        ({"negative_prompt_embeds": states.repeat(2, 1, 1)}, "are of 2 prompts, there are 1"),
+        ({"height": "16"}, "height must be an integer, a multiple of 8, got '16'"),
+        ({"generator": (tiny.seeded(0),)}, "generator must be a torch.Generator, a list"),
+        ({"guidance_scale": 1.0, "callback_on_step_end": turn_on}, "guidance needs text states to steer away from"),
+    ]
+    for changes, message in wrong:
+        with pytest.raises(WaltError, match=message):
+            base(**{"prompt": "a cat", "num_frames": 1, **FAST, **changes})
+    streams: list[tuple[dict[str, Any], str]] = [
+        ({"guidance_scale": 3.0}, "needs negative_prompt_embeds"),
+        ({"num_inference_steps": 0}, "num_inference_steps must be an integer from 1 to 1000, got 0"),
+        ({"prompt_embeds": states.repeat(2, 1, 1)}, "prompt_embeds of 2 prompts for 1 videos"),
+    ]
+    for changes, message in streams:
+        with pytest.raises(WaltError, match=message):
+            next(enlarge.stream(iter([small]), **{"prompt_embeds": states, **changes}))

@@ -253,3 +253,17 @@ def test_a_minute_takes_the_memory_of_a_short_video(tmp_path: Any) -> None:
     from walt.media import read_video
 
     assert len(read_video(tmp_path / "485.mp4")[0]) == 485
+
+
+def test_callbacks_of_all_stages_get_what_was_asked_for(cascade: WaltCascadePipeline) -> None:
+    seen: list[tuple[int, list[str]]] = []
+
+    def look(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        seen.append((pipe.current_stage, list(tensors)))
+        return {}
+
+    call: dict[str, Any] = {"num_frames": 5, "stages": 2, "num_inference_steps": 1, "generator": tiny.seeded(0)}
+    list(
+        cascade.stream(PROMPT, callback_on_step_end=look, callback_on_step_end_tensor_inputs=["prompt_embeds"], **call)
+    )
+    assert seen == [(1, ["prompt_embeds"]), (2, ["prompt_embeds"])]

@@ -296,3 +296,25 @@ def test_it_learns_where_a_dot_is_between_two_frames(tmp_path: Path) -> None:
     found = quality(made[:, :, 1::2])
     print(f"repeated {repeated:.1f} dB, blended {blended:.1f} dB, temporal stage {found:.1f} dB")
     assert found > max(repeated, blended) + 1
+
+
+def test_numbers_for_every_stage_are_the_temporal_stages_too() -> None:
+    """Its guidance may be the only one: the text to steer away from is encoded all the same."""
+    pipe = tiny.quiet(
+        WaltCascadePipeline(
+            tiny.tokenizer(),
+            tiny.bert(),
+            tiny.vae(),
+            tiny.transformer(),
+            None,
+            None,
+            make_scheduler(),
+            super_resolution_steps=2,
+            super_resolution_guidance_scale=2.0,
+            temporal_super_resolution=tiny.super_resolution_transformer(6, 1, low_res_scale=1),
+        )
+    )
+    call: dict[str, Any] = {"num_frames": 5, "double_frame_rate": True, "output_type": "pt"}
+    for steps, scale, wanted in ((1, 1.0, 2), ([1], [1.0], 3)):
+        made = pipe("a cat", num_inference_steps=steps, guidance_scale=scale, generator=tiny.seeded(0), **call)
+        assert made.frames.shape[1] == 9 and pipe.num_timesteps == wanted

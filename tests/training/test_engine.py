@@ -19,6 +19,7 @@ from accelerate import init_empty_weights
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests import tiny
 from tests.data import media
 from tests.training.jobs import benchmark, losses, save_tokenizer, saved, small_job, tokenizer_job
 from walt.commands import build_objective, draw_sheet, plan_job
@@ -43,7 +44,7 @@ from walt.training.job import (
 )
 from walt.training.loop import Loss, Objective, Part, _same_recipe, train
 from walt.training.muon import Muon, orthogonalize
-from walt.training.objectives import interpolated_positions
+from walt.training.objectives import TextStates, interpolated_positions
 from walt.training.optimizers import make_optimizer, warm
 
 
@@ -795,3 +796,14 @@ def test_first_stages_of_table_8(recipe: str) -> None:
 def test_a_few_kills_change_nothing(tmp_path: Path) -> None:
     """`benchmarks/kill.py` with 3 kills: SIGKILL at random moments, also inside a checkpoint write."""
     assert benchmark("kill").kill_training(tmp_path, kills=3, seed=1)["kills"] == 3
+
+
+def test_states_of_captions_take_bounded_memory() -> None:
+    """A user's media have captions without end, each of which was once kept for the whole run."""
+    limit = 3 * 5 * tiny.TEXT_DIM * 4  # three captions of five tokens
+    words = TextStates(tiny.tokenizer(), tiny.bert(), kept_bytes=limit)
+    captions = [f"a {word} cat" for word in ("red", "green", "blue", "purple", "long")]
+    first = words(captions)
+    assert len(first) == 5 and sum(states.nbytes for states in words.cache.values()) <= limit
+    for _ in range(2):  # those that are kept, and those that are made again
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(words(captions), first, strict=True))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.data import media
-from tests.training.jobs import nuwa_job, save_nuwa_parts
+from tests.training.jobs import nuwa_job, save_nuwa_parts, saved
 from walt.commands import build_objective, draw_sheet, plan_job
 from walt.errors import WaltError
 from walt.training.job import MediaJob, NuwaClip, NuwaJob, NuwaTask, NuwaTasks, SourceJob, load_job
@@ -120,6 +120,31 @@ def test_a_tiny_model_learns_and_is_exported(parts: Path, tmp_path: Path) -> Non
     first, last = (sum(row["text_to_video"] for row in part) / 5 for part in (rows[:5], rows[-5:]))
     assert last < 0.8 * first
     assert isinstance(NuwaTransformer3DModel.from_pretrained(final), NuwaTransformer3DModel)
+
+
+def test_a_run_goes_on_whose_model_has_parts_that_no_task_has_trained_yet(parts: Path, tmp_path: Path) -> None:
+    """Pre-training has no sketch task: the optimizer knows nothing of the sketch's way in, and so does a checkpoint."""
+    tasks = NuwaTasks(
+        text_to_image=NuwaTask(batch=1), video_to_video=NuwaTask(batch=0), text_to_video=NuwaTask(batch=0)
+    )
+
+    def run(folder: str, *steps: int) -> dict[str, torch.Tensor]:
+        for count in steps:
+            job = nuwa_job(parts, tmp_path / folder, tasks=tasks)
+            settings = {"steps": count, "checkpoint_every": 2}
+            job = job.model_copy(
+                update={
+                    "run": job.run.model_copy(update=settings),
+                    "optimizer": job.optimizer.model_copy(update={"schedule": "constant"}),
+                }
+            )
+            train(job, build_objective(job))
+        return saved(tmp_path / folder / f"checkpoint-{count:08d}")
+
+    whole, resumed = run("whole", 4), run("resumed", 2, 4)
+    assert not any("sketch_embed" in name and "optimizer" in name for name in whole)
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
 
 
 def test_it_trains_on_a_folder_and_on_shards(parts: Path, tmp_path: Path) -> None:

@@ -142,14 +142,10 @@ def load(folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str,
     Raises:
         WaltError: a file is missing, truncated or of another model; names the file and what to do.
     """
-    state = read_state(folder)
-    for name, size in state["files"].items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != size:
-            raise WaltError(f"{path} is missing or damaged; {_advice(folder)}")
+    state = _whole(folder)
     try:
         storage = dcp.HuggingFaceStorageReader(str(folder))
-        found = {name: tuple(entry.size) for name, entry in storage.read_metadata().state_dict_metadata.items()}  # type: ignore[union-attr]
+        found = _sizes(storage)
         rowed = {name: _rowed(tensor) for name, tensor in tensors.items()}
         wanted = {name: tuple(tensor.shape) for name, tensor in rowed.items()}
         differ = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
@@ -162,6 +158,29 @@ def load(folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str,
         first = next(iter(error.failures.values()))[0]
         raise WaltError(f"{folder} is damaged ({first}); {_advice(folder)}") from None
     return state
+
+
+def names(folder: Path) -> set[str]:
+    """The tensors that a checkpoint holds; a WaltError where its files cannot be read."""
+    _whole(folder)
+    try:
+        return set(_sizes(dcp.HuggingFaceStorageReader(str(folder))))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise WaltError(f"{folder} is damaged ({error}); {_advice(folder)}") from None
+
+
+def _whole(folder: Path) -> dict[str, Any]:
+    """The JSON state of a checkpoint whose files have the size that it says; else a WaltError."""
+    state = read_state(folder)
+    for name, size in state["files"].items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != size:
+            raise WaltError(f"{path} is missing or damaged; {_advice(folder)}")
+    return state
+
+
+def _sizes(storage: dcp.HuggingFaceStorageReader) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(entry.size) for name, entry in storage.read_metadata().state_dict_metadata.items()}  # type: ignore[union-attr]
 
 
 def read_state(folder: Path) -> dict[str, Any]:

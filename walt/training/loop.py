@@ -152,8 +152,9 @@ def train(job: Job, objective: Objective, sheet: Sheet | None = None, resume: bo
     if found is not None:
         state = checkpoint.read_state(found)
         _same_recipe(found, state, job, ranks.packs)
-        for trainer in trainers.values():
-            warm(trainer.optimizer)
+        held = checkpoint.names(found)
+        for name, trainer in trainers.items():
+            trainer.warm(name, held)
         checkpoint.load(found, _tensors(trainers, average), ranks)
         start, average.updates = int(state["step"]), int(state["updates"])
         guard.load(state["guard"])
@@ -273,6 +274,13 @@ class _Trainer:
         self.lr = self.job.lr
         self.loss = self.total = 0.0
         self.weight = 0.0
+
+    def warm(self, part: str, held: set[str]) -> None:
+        """Gives the optimizer the state that a checkpoint holds for `part`: none for what had no gradient yet."""
+        warm(self.optimizer)
+        for name, parameter in self.trained.items():
+            if not any(f"{part}.optimizer.{name}.{key}" in held for key in self.optimizer.state[parameter]):
+                self.optimizer.state.pop(parameter)
 
     def begin(self, step: int, steps: int) -> None:
         self.lr = learning_rate(self.job, step, steps)

@@ -818,18 +818,19 @@ def _pixels(kept: Tensor | None, like: Tensor) -> Tensor | float:
 
 
 class TextStates:
-    """Prompt -> text states `(S, text_dim)` of a frozen transformers encoder, cached by prompt.
+    """Prompt -> text states `(S, text_dim)` of a frozen transformers encoder, the latest ones kept by prompt.
 
     Args:
         tokenizer: a transformers tokenizer.
         encoder: a model whose call gives `last_hidden_state`.
         max_length: tokens kept of a prompt.
+        kept_bytes: most memory of the states that are kept: a user's media have captions without end.
     """
 
-    def __init__(self, tokenizer: Any, encoder: Any, max_length: int = 64) -> None:
+    def __init__(self, tokenizer: Any, encoder: Any, max_length: int = 64, kept_bytes: int = 2**28) -> None:
         self.tokenizer, self.encoder = tokenizer, encoder.eval().requires_grad_(False)
-        self.max_length = max_length
-        self.cache: dict[str, Tensor] = {}
+        self.max_length, self.kept_bytes = max_length, kept_bytes
+        self.cache: dict[str, Tensor] = {}  # the oldest first
 
     def to(self, device: torch.device) -> None:
         self.encoder.to(device)
@@ -844,7 +845,12 @@ class TextStates:
             states = self.encoder(input_ids=ids.input_ids, attention_mask=ids.attention_mask).last_hidden_state
             for prompt, row, mask in zip(fresh, states, ids.attention_mask, strict=True):
                 self.cache[prompt] = row[: int(mask.sum())].float().clone()
-        return [self.cache[prompt] for prompt in prompts]
+        found = [self.cache[prompt] for prompt in prompts]
+        if fresh:
+            size = sum(states.nbytes for states in self.cache.values())
+            while size > self.kept_bytes:
+                size -= self.cache.pop(next(iter(self.cache))).nbytes
+        return found
 
 
 def _shape_name(shape: Shape) -> str:
