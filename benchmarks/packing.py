@@ -137,7 +137,7 @@ def main() -> int:
     args = parser.parse_args()
     budget = args.budget
     torch.set_num_threads(1)
-    keep_freed_memory()  # as training does, for every way alike
+    keep_freed_memory()  # as `walt train` does, for every way alike
     trainer, grids = Trainer(), stream(4000)
 
     packer = Packer(budget, ranks=2)

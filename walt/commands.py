@@ -46,6 +46,9 @@ def load_recipe(args: argparse.Namespace) -> None:
 
 def train(args: argparse.Namespace) -> None:
     """Runs a recipe; resumes from the newest checkpoint in its run folder."""
+    import torch
+
+    from walt.heap import keep_freed_memory
     from walt.training.job import recipes
     from walt.training.loop import train as run_loop
 
@@ -58,6 +61,8 @@ def train(args: argparse.Namespace) -> None:
         console.print(job.model_dump_json(indent=2), highlight=False)
         _print_plan(job, args, console)
         return
+    if not torch.cuda.is_available():
+        keep_freed_memory()
     objective = build_objective(job)
     parameters = sum(p.numel() for p in objective.model.parameters())
     console.print(f"{args.recipe}: {parameters / 1e6:.2f}M parameters, {job.run.steps} steps, into {job.run.output}")
@@ -325,7 +330,9 @@ def _samples(objective: Any, model: Any) -> list[Tensor]:
         if objective.super_resolution:
             upscale = WaltSuperResolutionPipeline(vae=objective.vae, transformer=model, scheduler=objective.scheduler)
             low = half_rate(real) if objective.temporal else pixels(objective._low_res(packed[number]))
-            made = upscale(video=low.transpose(1, 2), num_inference_steps=10, generator=generator, output_type="pt")
+            made = upscale(
+                video=low.transpose(1, 2) / 2 + 0.5, num_inference_steps=10, generator=generator, output_type="pt"
+            )
         else:
             words = objective.words
             sample = WaltPipeline(

@@ -239,7 +239,7 @@ def test_fitted_shortcut_is_k_means_of_the_best_linear_block_code() -> None:
         (torch.rand(1, 3, 16, 20), "multiples of 8, got 16x20"),
         (torch.rand(1, 4, 16, 16), r"\(B, 3, H, W\)"),
         (torch.rand(3, 16, 16), r"\(B, 3, H, W\)"),
-        (torch.rand(1, 3, 16, 16) * 255, r"\[-1, 1\], got 0.*\.\.25"),
+        (torch.linspace(0, 255, 768).view(1, 3, 16, 16), r"\[-1, 1\], got 0.*\.\.255"),
         (torch.full((1, 3, 16, 16), float("nan")), r"\[-1, 1\], got nan"),
         (torch.zeros(1, 3, 16, 16, dtype=torch.uint8), "floats"),
     ],

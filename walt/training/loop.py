@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from walt.errors import Terminated, WaltError
-from walt.heap import keep_freed_memory
 from walt.training import checkpoint
 from walt.training.job import Job, OptimizerJob
 from walt.training.optimizers import Average, Guard, averaged, learning_rate, make_optimizer, warm
@@ -138,8 +137,6 @@ def train(job: Job, objective: Objective, sheet: Sheet | None = None, resume: bo
         if not resume:
             checkpoint.set_aside(output)
     torch.manual_seed(run.seed)
-    if ranks.device.type == "cpu":
-        keep_freed_memory()
     if run.gradient_checkpointing:
         objective.model.enable_gradient_checkpointing()
     trainers = {name: _Trainer(part, ranks) for name, part in objective.parts().items()}
