@@ -45,7 +45,7 @@ from walt.training.job import (
 from walt.training.loop import Loss, Objective, Part, _same_recipe, train
 from walt.training.muon import Muon, orthogonalize
 from walt.training.objectives import TextStates, interpolated_positions
-from walt.training.optimizers import make_optimizer, warm
+from walt.training.optimizers import Guard, make_optimizer, warm
 
 
 def run(job: Job, **arguments: Any) -> Path:
@@ -215,6 +215,17 @@ def test_guard_skips_what_is_not_finite_and_what_jumps(tmp_path: Path) -> None:
     train(job, Line(job, {20: 1e3}))
     a, b = saved(tmp_path / "was-24"), saved(tmp_path / "checkpoint-00000024")
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_guard_lets_a_discriminator_grow(tmp_path: Path) -> None:
+    """Its gradients begin next to nothing; only what is not finite is refused."""
+    guard = Guard(line_job(tmp_path, 24).run)
+    losses = {"model": 1.0, "adversary": 2.0}
+    for _ in range(2 * Guard.FIRST):
+        assert guard.refuses(losses, {"model": 1.0, "adversary": 1e-4}) is None
+    assert guard.refuses(losses, {"model": 1.0, "adversary": 5.0}) is None
+    assert "adversary" in (guard.refuses(losses, {"model": 1.0, "adversary": math.inf}) or "")
+    assert "model" in (guard.refuses(losses, {"model": 1e3, "adversary": 5.0}) or "")
 
 
 def test_guard_gives_up_after_enough_in_a_row(tmp_path: Path) -> None:

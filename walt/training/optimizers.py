@@ -110,6 +110,9 @@ class averaged:
 class Guard:
     """Refuses an update whose loss or gradient is not finite, or whose gradient norm jumps away from the last ones.
 
+    A discriminator's gradients grow from next to nothing and have penalties at some steps: of it, only what is not finite
+    is refused.
+
     What it remembers is saved with a checkpoint, so that a resumed run refuses what the uninterrupted one does.
     """
 
@@ -129,7 +132,12 @@ class Guard:
             usual = self.norms.setdefault(name, [])
             if not (math.isfinite(losses[name]) and math.isfinite(norms[name])):
                 reason = f"{name}: loss {losses[name]:.4g}, gradient norm {norms[name]:.4g}"
-            elif self.factor and len(usual) >= self.FIRST and norms[name] > self.factor * statistics.median(usual):
+            elif (
+                name == "model"
+                and self.factor
+                and len(usual) >= self.FIRST
+                and norms[name] > self.factor * statistics.median(usual)
+            ):
                 median = statistics.median(usual)
                 reason = (
                     f"{name}: gradient norm {norms[name]:.4g}, {norms[name] / median:.0f} times the usual {median:.3g}"
