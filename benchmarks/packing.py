@@ -62,12 +62,12 @@ def trim(grid: Grid) -> Grid:
 class Trainer:
     """A small denoiser and its training steps."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         torch.manual_seed(0)
         self.model = WaltTransformer3DModel(
             num_layers=4,
-            num_attention_heads=4,
-            attention_head_dim=64,  # as wide as the embedded base
+            num_attention_heads=width // 64,
+            attention_head_dim=64,
             sample_size=(5, 16, 28),
             absolute_positions=False,
             relative_positions="rope",
@@ -134,11 +134,16 @@ def main() -> int:
     parser.add_argument("--json", help="write the figures to this file")
     parser.add_argument("--repeats", type=int, default=3, help="the best of so many")
     parser.add_argument("--budget", type=int, default=2048, help="tokens of a step and rank, at least 784")
+    parser.add_argument(
+        "--width", type=int, default=512, help="of the denoiser, a multiple of 64; 256: the embedded base's"
+    )
     args = parser.parse_args()
+    if args.width < 64 or args.width % 64:
+        parser.error(f"--width: {args.width} is not a multiple of 64")
     budget = args.budget
     torch.set_num_threads(1)
     keep_freed_memory()  # as `walt train` does, for every way alike
-    trainer, grids = Trainer(), stream(4000)
+    trainer, grids = Trainer(args.width), stream(4000)
 
     packer = Packer(budget, ranks=2)
     rounds: list[list[list[Grid]]] = []
