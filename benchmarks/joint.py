@@ -119,10 +119,10 @@ def sample(model: WaltTransformer3DModel, job: DenoiserJob, scenes: Sequence[Sce
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=4000, help="of training, of each run")
+    parser.add_argument("--steps", type=int, default=8000, help="of training, of each run")
     parser.add_argument("--count", type=int, default=96, help="clips to judge, of each run")
     parser.add_argument("--sampling-steps", type=int, default=16)
-    parser.add_argument("--latents", default="1536,1536", help="clips and stills to encode, once")
+    parser.add_argument("--latents", default="3072,4096", help="clips and stills to encode, once")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--source", default="cache/emoji")
     parser.add_argument("--work", type=Path, default=Path("runs/joint"))

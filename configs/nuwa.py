@@ -151,6 +151,26 @@ def emoji() -> NuwaJob:
     )
 
 
+def emoji_clips() -> NuwaJob:
+    """`emoji` goes on with four times as many clips as before, once stills have shown what subjects look like."""
+    first = emoji()
+    return first.model_copy(
+        update={
+            "init": "runs/nuwa-emoji/final",
+            "data": DataJob(seed=31),
+            "tasks": NuwaTasks(
+                text_to_image=NuwaTask(batch=0.8),
+                video_to_video=NuwaTask(batch=0.4),
+                text_to_video=NuwaTask(batch=1.3),
+                sketch_to_image=NuwaTask(batch=0.3),
+                sketch_to_video=NuwaTask(batch=0.4),
+            ),
+            "optimizer": first.optimizer.model_copy(update={"lr": 8e-4}),
+            "run": first.run.model_copy(update={"output": "runs/nuwa-emoji-clips", "steps": 3600, "seed": 3}),
+        }
+    )
+
+
 RECIPES = {
     "nuwa_870m": nuwa_870m,
     "nuwa_256": nuwa_256,
@@ -158,4 +178,5 @@ RECIPES = {
     "base": base,
     "large": large,
     "emoji": emoji,
+    "emoji_clips": emoji_clips,
 }

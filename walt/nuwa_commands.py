@@ -70,7 +70,7 @@ def _common(add: Add, still: bool) -> None:
 
 def _export_arguments(add: Add) -> None:
     add("output", help="the folder to write")
-    add("--transformer", default="runs/nuwa-emoji/final", help="trained NUWA folder")
+    add("--transformer", default="runs/nuwa-emoji-clips/final", help="trained NUWA folder")
     add("--vq", default="runs/nuwa-vq/final", help="VQ folder")
     add("--vq-seg", default="runs/nuwa-vq-seg/final", help="VQ-Seg folder")
     add("--text", default="cache", help="folder with text_encoder/ and tokenizer/")

@@ -193,7 +193,9 @@ def test_faults(parts: Path) -> None:
             objective(parts, **changes)
 
 
-@pytest.mark.parametrize("name", ["nuwa.nuwa_870m", "nuwa.nuwa_256", "nuwa.small", "nuwa.large", "nuwa.emoji"])
+@pytest.mark.parametrize(
+    "name", ["nuwa.nuwa_870m", "nuwa.nuwa_256", "nuwa.small", "nuwa.large", "nuwa.emoji", "nuwa.emoji_clips"]
+)
 def test_recipes_are_complete(name: str) -> None:
     job = load_job(name, ["tasks.text_to_video.batch=3", "run.steps=7"])
     assert isinstance(job, NuwaJob) and job.tasks.text_to_video.batch == 3 and job.run.steps == 7
