@@ -71,8 +71,8 @@ def _common(add: Add, still: bool) -> None:
 def _export_arguments(add: Add) -> None:
     add("output", help="the folder to write")
     add("--transformer", default="runs/nuwa-emoji-clips/final", help="trained NUWA folder")
-    add("--vq", default="runs/nuwa-vq/final", help="VQ folder")
-    add("--vq-seg", default="runs/nuwa-vq-seg/final", help="VQ-Seg folder")
+    add("--vq", default="runs/emoji-vq/final", help="VQ folder")
+    add("--vq-seg", default="runs/emoji-vq-seg/final", help="VQ-Seg folder")
     add("--text", default="cache", help="folder with text_encoder/ and tokenizer/")
     add("--guidance", type=float, default=2.0, help="default guidance scale of the model")
     add("--top-p", type=float, default=1.0, help="default top-p of the model")
