@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from tests import tiny
-from walt import cli, demo
+from walt import cli, demo, media
 from walt.errors import WaltError
 from walt.media import read_image, read_video, write_image, write_video
 
@@ -77,8 +77,8 @@ def test_a_request_is_made_as_the_pipeline_would(
         pieces.append(frames)
         return to_pixels(frames)
 
-    to_pixels = demo.to_pixels
-    monkeypatch.setattr(demo, "to_pixels", keep)
+    to_pixels = media.to_pixels
+    monkeypatch.setattr(media, "to_pixels", keep)
     request = ask(studio, size="32 x 32", frames=5)
     result = studio.run("me", "text", request, lambda done, total, text: steps.append((done, total, text)))
     video, fps = read_video(result.path)
@@ -177,7 +177,7 @@ def test_outside_the_box_nothing_changes(studio: demo.Studio, uploads: dict[str,
     request = ask(studio, "fill", {"video": uploads["video"], **box})
     (frames,) = demo.TASKS["fill"].make(studio.pipe, request, lambda *_: {})
     given = request.clip("video")
-    made = demo.to_pixels(frames)
+    made = media.to_pixels(frames)
     assert np.array_equal(made[:, :, :8], given[:, :, :8]) and not np.array_equal(made[:, :, 8:], given[:, :, 8:])
 
 

@@ -572,7 +572,7 @@ class Studio:
 
     def run(self, session: str, task: str, request: Request, report: Callable[[int, int, str], None]) -> Result:
         """Makes what is asked for; raises Cancelled soon after `cancel(session)`."""
-        from walt.media import VideoWriter, write_image
+        from walt.media import VideoWriter, to_pixels, write_image
 
         stop = self._stops[session] = threading.Event()
 
@@ -623,14 +623,6 @@ def whole(name: str, value: Any, low: int, high: int) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not low <= value <= high or value != int(value):
         raise WaltError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
-
-
-def to_pixels(frames: Tensor) -> Pixels:
-    """`(T, 3, H, W)` in [0, 1] -> uint8 `(T, H, W, 3)`."""
-    import torch
-
-    pixels: Pixels = (frames.float() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    return pixels
 
 
 # -- walt demo ---------------------------------------------------------------------------------------------------------

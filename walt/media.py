@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Literal
+from typing import TYPE_CHECKING, BinaryIO, Literal
 
 import av
 import numpy as np
@@ -29,6 +29,9 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from walt.errors import WaltError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -68,6 +71,11 @@ class MediaError(WaltError):
     def __reduce__(self) -> tuple[type[MediaError], tuple[str, str]]:
         """As it comes from another process: an exception is made again of what its message alone would not give."""
         return MediaError, (self.reason, str(self))
+
+
+def to_pixels(frames: Tensor) -> Pixels:
+    """`(..., 3, H, W)` in [0, 1], on any device, to uint8 `(..., H, W, 3)`; values outside are cut to it."""
+    return (frames.float() * 255).round_().clamp_(0, 255).byte().movedim(-3, -1).cpu().numpy()
 
 
 def is_image_path(path: str | Path) -> bool:

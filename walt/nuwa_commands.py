@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from walt.errors import WaltError, suggest
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
 
     from walt.media import Pixels
@@ -267,7 +266,7 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from walt.cli import UsageError, choose_device, choose_dtype
-    from walt.media import is_image_path, write_image, write_video
+    from walt.media import is_image_path, to_pixels, write_image, write_video
 
     device = choose_device(args.device)
     pipe = load_nuwa(args.model, choose_dtype(args.dtype, device), device)
@@ -298,7 +297,7 @@ def run(args: argparse.Namespace) -> None:
         frames = upscale(
             frames, args.upscale[0], args.upscale[1], args.cascade, prompt, args.seed, args.device, args.dtype
         )
-    pixels = (frames.float() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    pixels = to_pixels(frames)
     if is_image_path(args.output):
         write_image(np.concatenate(list(pixels), axis=1), args.output)
     else:
@@ -588,6 +587,7 @@ def clip_ranker(folder: str | Path, device: Any) -> Callable[[list[str], Tensor]
     from transformers import AutoProcessor, CLIPModel
 
     from walt.evaluation.distances import clipsim
+    from walt.media import to_pixels
 
     try:
         model = CLIPModel.from_pretrained(folder, use_safetensors=True).eval().to(device)
@@ -596,7 +596,7 @@ def clip_ranker(folder: str | Path, device: Any) -> Callable[[list[str], Tensor]
         raise WaltError(f'--clip: "{folder}" holds no CLIP model: {str(error).splitlines()[0]}') from error
 
     def rank(prompts: list[str], frames: Tensor) -> Tensor:
-        pixels: np.ndarray = ((frames.transpose(1, 2) + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
+        pixels = to_pixels(frames.transpose(1, 2) / 2 + 0.5)
         texts = processor(text=prompts, return_tensors="pt", padding=True, truncation=True).to(device)
         images = processor(images=list(pixels.reshape(-1, *pixels.shape[2:])), return_tensors="pt").to(device)
         with torch.no_grad():

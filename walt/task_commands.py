@@ -321,25 +321,18 @@ def run_upscale(args: argparse.Namespace) -> None:
 
 def write(pieces: Iterator[Tensor], path: Path, fps: float) -> tuple[int, tuple[int, int]]:
     """Writes `(1, n, 3, H, W)` in [0, 1] as they come; the number of frames and (height, width)."""
-    from walt.media import VideoWriter, is_image_path, write_image
+    from walt.media import VideoWriter, is_image_path, to_pixels, write_image
 
     if is_image_path(path):
-        image = _pixels(next(pieces))
+        image = to_pixels(next(pieces)[0])
         write_image(image[0], path)
         return 1, image.shape[1:3]
     size = (0, 0)
     with VideoWriter(path, fps) as writer:
-        for frames in map(_pixels, pieces):  # no piece is held while the next one is made
+        for (frames,) in map(to_pixels, pieces):  # no piece is held while the next one is made
             size = frames.shape[1:3]
             writer.add(frames)
     return writer.count, size
-
-
-def _pixels(piece: Tensor) -> Pixels:
-    import torch
-
-    frames: Pixels = (piece[0].float() * 255).round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    return frames
 
 
 def _tensor(frames: Pixels) -> Tensor:
