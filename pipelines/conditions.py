@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from walt.errors import WaltError
+from walt.media import cover
 
 # It takes the many forms of a video apart. To [-1, 1] it is brought here: of values slightly below 0, as scaling leaves
 # them, diffusers believes that they are in [-1, 1] already.
@@ -230,10 +231,7 @@ def fit(video: Tensor, height: int, width: int) -> Tensor:
     batch, _, frames, h, w = video.shape
     if (h, w) == (height, width):
         return video
-    scale = max(height / h, width / w)
-    size = [max(height, round(h * scale)), max(width, round(w * scale))]
+    size, rows, columns = cover(h, w, (height, width))
     flat = video.transpose(1, 2).flatten(0, 1)
     flat = F.interpolate(flat, size=size, mode="bilinear", antialias=True, align_corners=False)
-    top, left = (size[0] - height) // 2, (size[1] - width) // 2
-    cut = flat[..., top : top + height, left : left + width]
-    return cut.unflatten(0, (batch, frames)).transpose(1, 2)
+    return flat[..., rows, columns].unflatten(0, (batch, frames)).transpose(1, 2)

@@ -355,7 +355,7 @@ def read_window(file: Path | bytes, suffix: str, times: Sequence[float], size: t
             if getattr(image, "n_frames", 1) > 1 and suffix in ANIMATED_SOURCES:
                 return _animated_window(image, times, size)
             image.draft("RGB", (size[1], size[0]))  # JPEG decodes faster at a half, quarter or eighth
-            return _fitted(_upright(image), size)[None]
+            return fit(_upright(image), size)[None]
         except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
             raise MediaError("damaged", str(error) or type(error).__name__) from error
 
@@ -400,7 +400,7 @@ def _animated_window(image: Image.Image, times: Sequence[float], size: tuple[int
         image.load()
         end += _seconds(image.info.get("duration"))
         if len(chosen) < len(times) and times[len(chosen)] < end - 1e-6:
-            fitted = _fitted(_upright(image), size)
+            fitted = fit(_upright(image), size)
             while len(chosen) < len(times) and times[len(chosen)] < end - 1e-6:
                 chosen.append(fitted)
         if len(chosen) == len(times):
@@ -557,22 +557,20 @@ def _upright(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _cover(height: int, width: int, size: tuple[int, int]) -> tuple[int, int]:
-    """The smallest height and width of the same shape that cover `size`."""
+def cover(height: int, width: int, size: tuple[int, int]) -> tuple[tuple[int, int], slice, slice]:
+    """The smallest height and width of the same shape that cover `size`, and the rows and columns of its middle."""
     scale = max(size[0] / height, size[1] / width)
-    return max(size[0], round(height * scale)), max(size[1], round(width * scale))
+    whole = max(size[0], round(height * scale)), max(size[1], round(width * scale))
+    top, left = (whole[0] - size[0]) // 2, (whole[1] - size[1]) // 2
+    return whole, slice(top, top + size[0]), slice(left, left + size[1])
 
 
-def _centre(pixels: Pixels, size: tuple[int, int]) -> Pixels:
-    y, x = (pixels.shape[0] - size[0]) // 2, (pixels.shape[1] - size[1]) // 2
-    return pixels[y : y + size[0], x : x + size[1]]
-
-
-def _fitted(image: Image.Image, size: tuple[int, int]) -> Pixels:
-    height, width = _cover(image.height, image.width, size)
+def fit(image: Image.Image, size: tuple[int, int]) -> Pixels:
+    """`image` scaled to cover `size` (height, width) with its shape kept, and cut at the centre."""
+    (height, width), rows, columns = cover(image.height, image.width, size)
     if (height, width) != (image.height, image.width):
         image = image.resize((width, height), Image.Resampling.LANCZOS)
-    return _centre(np.array(image), size)
+    return np.array(image)[rows, columns]
 
 
 def _upright_frame(frame: av.VideoFrame) -> Pixels:
@@ -586,12 +584,12 @@ def _scaled(frame: av.VideoFrame, size: tuple[int, int]) -> Pixels:
     """A decoded frame, scaled and turned to RGB in one pass, then upright and cut to `size`."""
     turns = round(frame.rotation / 90) % 4
     upright = (frame.width, frame.height) if turns % 2 else (frame.height, frame.width)
-    height, width = _cover(*upright, size)
+    (height, width), rows, columns = cover(*upright, size)
     wide, high = (height, width) if turns % 2 else (width, height)
-    smaller = wide <= frame.width
     # By name: PyAV converts its own enum objects more slowly.
-    pixels = frame.to_ndarray(format="rgb24", width=wide, height=high, interpolation="AREA" if smaller else "BICUBIC")
-    return _centre(np.rot90(pixels, turns), size)
+    kernel = "AREA" if wide <= frame.width else "BICUBIC"
+    pixels = frame.to_ndarray(format="rgb24", width=wide, height=high, interpolation=kernel)
+    return np.rot90(np.asarray(pixels, np.uint8), turns)[rows, columns]
 
 
 def _existing(path: str | Path) -> Path:

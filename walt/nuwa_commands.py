@@ -204,7 +204,7 @@ def _masked(args: argparse.Namespace, pipe: Any) -> dict[str, Any]:
 
     image = read_image(args.image)
     if args.resize:
-        image = fit(image[None], *model_size(pipe))[0]
+        image = _fit(image[None], pipe)[0]
     if args.box is not None:
         left, top, right, bottom = args.box
         if not (left < right <= image.shape[1] and top < bottom <= image.shape[0]):
@@ -212,9 +212,8 @@ def _masked(args: argparse.Namespace, pipe: Any) -> dict[str, Any]:
         mask = np.zeros(image.shape[:2], np.uint8)
         mask[top:bottom, left:right] = 255
     else:
-        mask = read_image(args.mask)[..., 0]
-        if args.resize:
-            mask = fit(read_image(args.mask)[None], *model_size(pipe))[0, ..., 0]
+        mask = read_image(args.mask)
+        mask = (_fit(mask[None], pipe)[0] if args.resize else mask)[..., 0]
     return {"image": image, "mask": mask, "prompt": getattr(args, "prompt", None)}
 
 
@@ -240,7 +239,7 @@ def _read_frames(args: argparse.Namespace, pipe: Any) -> Pixels:
         frames, rate = read_video(args.video)
     pace = max(1, round(rate / pipe.config.frame_rate)) if rate else 1
     frames = frames[::pace]
-    return fit(frames, *model_size(pipe)) if args.resize else frames
+    return _fit(frames, pipe) if args.resize else frames
 
 
 TASKS: dict[str, Task] = {
@@ -500,13 +499,14 @@ def model_size(pipe: Any) -> tuple[int, int]:
     return size[1] * ratio, size[2] * ratio
 
 
-def fit(frames: Pixels, height: int, width: int) -> Pixels:
-    """uint8 `(T, H, W, 3)` cropped in the middle to the shape of height x width, and resized to it."""
+def _fit(frames: Pixels, pipe: Any) -> Pixels:
+    """uint8 `(T, H, W, 3)` at the size that the model makes by default."""
     import numpy as np
-    from PIL import Image, ImageOps
+    from PIL import Image
 
-    images = [ImageOps.fit(Image.fromarray(frame), (width, height), Image.Resampling.BICUBIC) for frame in frames]
-    return np.stack([np.asarray(image) for image in images])
+    from walt.media import fit
+
+    return np.stack([fit(Image.fromarray(frame), model_size(pipe)) for frame in frames])
 
 
 def upscale(
