@@ -266,13 +266,20 @@ def run(args: argparse.Namespace) -> None:
 
     from walt.cli import UsageError, choose_device, choose_dtype
     from walt.media import is_image_path, to_pixels, write_image, write_video
+    from walt.task_commands import bars
 
     device = choose_device(args.device)
     pipe = load_nuwa(args.model, choose_dtype(args.dtype, device), device)
     task = TASKS[args.task]
     try:
         inputs = task.inputs(args, pipe)
-        with _Bar(args.task) as bar:
+        with bars() as progress:
+            bar = progress.add_task(args.task, total=None)
+
+            def step(pipe: Any, index: int, made: int, tensors: dict[str, Any]) -> dict[str, Any]:
+                progress.update(bar, completed=made, total=pipe.num_timesteps)
+                return tensors
+
             output = pipe(
                 **inputs,
                 guidance_scale=args.guidance,
@@ -283,7 +290,7 @@ def run(args: argparse.Namespace) -> None:
                 ranker=None if args.clip is None else clip_ranker(args.clip, device),
                 generator=torch.Generator().manual_seed(args.seed),
                 output_type="pt",
-                callback_on_step_end=bar.step,
+                callback_on_step_end=step,
                 callback_on_step_end_tensor_inputs=[],
             )
         frames = output.frames[0]
@@ -610,27 +617,3 @@ def clip_ranker(folder: str | Path, device: Any) -> Callable[[list[str], Tensor]
 def _features(output: Any) -> Tensor:
     features: Tensor = getattr(output, "pooler_output", output)  # transformers 5 returns it inside an output
     return features
-
-
-class _Bar:
-    """A bar on the terminal (stderr), fed by the pipeline's callback."""
-
-    def __init__(self, name: str) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-        columns = (TextColumn("{task.description:<18}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self.bars = Progress(*columns, console=Console(stderr=True))
-        self.task = self.bars.add_task(name, total=None)
-
-    def __enter__(self) -> _Bar:
-        self.bars.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bars.stop()
-
-    def step(self, pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        """The pipeline's `callback_on_step_end`."""
-        self.bars.update(self.task, completed=timestep, total=pipe.num_timesteps)
-        return tensors

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from walt.errors import Terminated, WaltError
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
     from torch import Tensor
 
     from walt.media import Pixels
@@ -265,8 +266,8 @@ def run(args: argparse.Namespace) -> None:
         if side is not None:
             call[name] = side // scale
     check_schedule(args.options, [call["guidance_scale"]])
-    with _Bar(args.command) as bar:
-        call["callback_on_step_end"] = bar.step
+    with _counting(args.command) as step:
+        call["callback_on_step_end"] = step
         frames: Tensor = TASKS[args.command].make(args, pipe, call).frames.float().cpu()
         if is_image_path(args.output) and frames.shape[1] > 1:
             raise UsageError(f'the result has {frames.shape[1]} frames and "{args.output}" is a picture: write an .mp4')
@@ -277,7 +278,7 @@ def run(args: argparse.Namespace) -> None:
                 args.prompt,
                 scale,
                 generator=torch.Generator().manual_seed(args.seed),
-                callback_on_step_end=bar.step,
+                callback_on_step_end=step,
             )
         given = getattr(args, "video", None)
         if args.command == "fill":
@@ -304,7 +305,7 @@ def run_upscale(args: argparse.Namespace) -> None:
         pieces, fps = iter([read_image(args.video)[None]]), 8.0
     else:
         pieces, fps = stream_video(args.video), args.facts.frames / args.facts.seconds
-    with _Bar("upscale") as bar:
+    with _counting("upscale") as step:
         made = cascade.upscale_stream(
             (_tensor(piece) for piece in pieces),
             args.prompt,
@@ -313,7 +314,7 @@ def run_upscale(args: argparse.Namespace) -> None:
             guidance_scale=args.guidance,
             noise_level=args.noise_level,
             generator=torch.Generator().manual_seed(args.seed),
-            callback_on_step_end=bar.step,
+            callback_on_step_end=step,
         )
         count, size = write(made, args.output, args.fps or round(fps, 3))
     print(f"{args.output}: {count} frame{'s' * (count != 1)} of {size[1]}x{size[0]}, seed {args.seed}")
@@ -396,28 +397,26 @@ def _keep(args: argparse.Namespace, pieces: Iterator[Tensor]) -> Iterator[Tensor
         yield torch.where(new, piece.cpu().float(), given)
 
 
-class _Bar:
-    """Counts denoising steps on the terminal (stderr)."""
+def bars() -> Progress:
+    """Progress bars on the terminal (stderr), for a `with` block."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    def __init__(self, name: str) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    columns = (TextColumn("{task.description:<18}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=Console(stderr=True))
 
-        columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self.bars = Progress(*columns, console=Console(stderr=True))
-        self.task = self.bars.add_task(name, total=None)
 
-    def __enter__(self) -> _Bar:
-        self.bars.start()
-        return self
+@contextmanager
+def _counting(name: str) -> Iterator[Callable[..., dict[str, Any]]]:
+    """A bar that counts denoising steps; yields what a pipeline takes as `callback_on_step_end`."""
+    with bars() as progress:
+        task = progress.add_task(name, total=None)
 
-    def __exit__(self, *_: object) -> None:
-        self.bars.stop()
+        def step(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            progress.advance(task)
+            return {}
 
-    def step(self, pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        """The pipeline's `callback_on_step_end`."""
-        self.bars.advance(self.task)
-        return {}
+        yield step
 
 
 def _image(given: Input) -> Any:
