@@ -200,7 +200,7 @@ class NuwaPipeline(SamplingPipeline):
             raise WaltError("negative_prompt goes with a prompt, and there is none: leave it out")
         shape = self._shape(height, width, num_frames, maps, given, image is not None)
         count = self._count(prompts, maps, given)
-        self._begin(guidance_scale, 0.0, None, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        self._prepare(guidance_scale, 0.0, None, callback_on_step_end, callback_on_step_end_tensor_inputs)()
         if prompts is None and maps is None:
             self._guidance_scale = 1.0  # nothing to steer towards
         device = self._execution_device

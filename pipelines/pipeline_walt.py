@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,7 @@ from walt.tokenizers.text import CompactTextEncoder
 class Start:
     """What every task of a base denoiser begins with."""
 
+    begin: Callable[[], None]  # sets the state of the call
     prompt: Prompt
     seeds: list[int]
     class_labels: Tensor | None
@@ -177,11 +178,19 @@ class WaltPipeline(SamplingPipeline):
 
         Yields:
             `(B, n, 3, H, W)` in [0, 1]: together the frames of a call with the same arguments.
+
+        Raises:
+            WaltError: an argument that does not fit, at the call.
         """
         start = self._start(prompt, num_frames=num_frames, **call)
-        with self.progress_bar(total=self._num_timesteps) as self._bar:
-            yield from self._outputs(self._denoise(start, decode=True))
-        self.maybe_free_model_hooks()
+
+        def run() -> Iterator[Tensor]:
+            start.begin()
+            with self.progress_bar(total=self._num_timesteps) as self._bar:
+                yield from self._outputs(self._denoise(start, decode=True))
+            self.maybe_free_model_hooks()
+
+        return run()
 
     def _finish(
         self,
@@ -192,6 +201,7 @@ class WaltPipeline(SamplingPipeline):
         frames: int | None = None,
     ) -> WaltPipelineOutput | Any:
         """All of a call after its checks; with `frames` no more than the first so many."""
+        start.begin()
         with self.progress_bar(total=self._num_timesteps) as self._bar:
             parts = list(self._denoise(start, output_type != "latent", latents))
         result = torch.cat(parts, dim=2)
@@ -244,7 +254,7 @@ class WaltPipeline(SamplingPipeline):
         anchor_every: int = 0,
         given: Given | None = None,
     ) -> Start:
-        """Checks the arguments of a call, begins it and encodes its prompts."""
+        """Checks the arguments of a call and encodes its prompts."""
         sample = self.transformer.config.sample_size
         height = height if height is not None else sample[1] * self.vae_scale_factor_spatial
         width = width if width is not None else sample[2] * self.vae_scale_factor_spatial
@@ -267,19 +277,22 @@ class WaltPipeline(SamplingPipeline):
         check_range("context_guidance_scale", context_guidance_scale, 0)
         check_range("context_noise_level", context_noise_level, 0, 999, whole=True)
         check_range("anchor_every", anchor_every, 0, whole=True)
-        self._begin(
+        given = given or Given()
+        chunks = chunk_count(num_frames, self.vae_scale_factor_temporal)
+        begin = self._prepare(
             guidance_scale,
             guidance_rescale,
             attention_kwargs,
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
+            self._count_steps(num_inference_steps, chunks, given.strength, given.resample),
         )
         device = self._execution_device
         seeds = sample_seeds(generator, count * num_videos_per_prompt)
         embeds, negative_embeds, mask, negative_mask = self.encode_prompt(
             prompt,
             negative_prompt,
-            self.do_classifier_free_guidance,
+            guidance_scale > 1,
             num_videos_per_prompt,
             prompt_embeds,
             negative_prompt_embeds,
@@ -289,10 +302,8 @@ class WaltPipeline(SamplingPipeline):
             device,
         )
         labels = self._labels(class_labels, count, device)
-        given = given or Given()
-        chunks = chunk_count(num_frames, self.vae_scale_factor_temporal)
-        self._num_timesteps = self._count_steps(num_inference_steps, chunks, given.strength, given.resample)
         return Start(
+            begin=begin,
             prompt=Prompt(embeds, mask, negative_embeds, negative_mask),
             seeds=seeds,
             class_labels=None if labels is None else labels.repeat_interleave(num_videos_per_prompt),

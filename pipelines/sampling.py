@@ -496,14 +496,21 @@ def denoise_stream(
 
 
 def stream_without_grad(stream: Callable[P, Iterator[Tensor]]) -> Callable[P, Iterator[Tensor]]:
-    """`torch.no_grad()` for a generator function; torch's own holds every value until the next one is there."""
+    """`torch.no_grad()` for a function that checks its arguments and returns a generator, and for what that makes.
+
+    torch's own, for generator functions, holds every value until the next one is there.
+    """
     advance = torch.no_grad()(next)
 
-    @wraps(stream)
-    def run(*args: P.args, **kwargs: P.kwargs) -> Iterator[Tensor]:
-        yield from map(advance, repeat(stream(*args, **kwargs)))
+    def run(pieces: Iterator[Tensor]) -> Iterator[Tensor]:
+        yield from map(advance, repeat(pieces))
 
-    return run
+    @wraps(stream)
+    @torch.no_grad()
+    def checked(*args: P.args, **kwargs: P.kwargs) -> Iterator[Tensor]:
+        return run(stream(*args, **kwargs))
+
+    return checked
 
 
 @dataclass(frozen=True)
@@ -764,15 +771,20 @@ class SamplingPipeline(HubCardMixin, DiffusionPipeline, WaltLoraLoaderMixin):
         if output_type not in OUTPUT_TYPES:
             raise WaltError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
 
-    def _begin(
+    def _prepare(
         self,
         guidance_scale: float,
         guidance_rescale: float,
         attention_kwargs: dict[str, Any] | None,
         callback: StepCallback | None,
         callback_inputs: Sequence[str],
-    ) -> None:
-        """Sets the state of a call, as diffusers' pipelines keep it on themselves for callbacks to see and change."""
+        num_timesteps: int = 0,
+    ) -> Callable[[], None]:
+        """Checks the state of a call, which diffusers' pipelines keep on themselves for callbacks to see and change.
+
+        Returns:
+            What sets it, when the call begins: a stream does so at its first chunk.
+        """
         check_range("guidance_scale", guidance_scale, 0)
         unknown = [name for name in callback_inputs if name not in self._callback_tensor_inputs]
         if unknown:
@@ -780,14 +792,19 @@ class SamplingPipeline(HubCardMixin, DiffusionPipeline, WaltLoraLoaderMixin):
                 f"callback_on_step_end_tensor_inputs has {unknown}; allowed are {self._callback_tensor_inputs}"
             )
         refuse_cache(self.transformer, guidance_scale > 1)
-        self._guidance_scale = guidance_scale
-        self._guidance_rescale = guidance_rescale
-        self._attention_kwargs = attention_kwargs
-        self._interrupt = False
-        self._current_timestep = None
-        self._callback = callback
-        self._callback_inputs = list(callback_inputs)
-        self._step_index = 0
+
+        def begin() -> None:
+            self._guidance_scale = guidance_scale
+            self._guidance_rescale = guidance_rescale
+            self._attention_kwargs = attention_kwargs
+            self._interrupt = False
+            self._current_timestep = None
+            self._num_timesteps = num_timesteps
+            self._callback = callback
+            self._callback_inputs = list(callback_inputs)
+            self._step_index = 0
+
+        return begin
 
     def _count_steps(self, steps: int, chunks: int, strength: float = 1.0, resample: int = 1) -> int:
         """Calls of the scheduler that a video of so many chunks takes."""

@@ -221,11 +221,6 @@ def _conditioned(make: Callable[[Any, Request, dict[str, Any]], Any]) -> Make:
 
 
 def _enlarge(pipe: Any, request: Request, step: Step, video: Any, scale: int, steps: int) -> Iterator[Tensor]:
-    from walt.chunking import chunk_count
-
-    # A stream does not know how long its video is; here it is known, and the bar shows it.
-    frames = video.shape[1] if video.ndim == 5 else len(video)
-    pipe._num_timesteps = chunk_count(frames) * steps * (scale.bit_length() - 1)
     pieces = pipe.upscale_stream(
         video,
         request.prompt or None,
