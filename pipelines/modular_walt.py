@@ -22,6 +22,7 @@ from diffusers.video_processor import VideoProcessor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from walt.chunking import chunk_starts, latent_frames
+from walt.conditioning import TEXT_TOKENS, encode_text
 from walt.diffusion import x0_from_velocity
 from walt.errors import WaltError
 from walt.models.transformer_walt import WaltTransformer3DModel
@@ -30,7 +31,6 @@ from walt.pipelines.sampling import (
     START_NOISE,
     check_size,
     decode_latents,
-    encode_text,
     sample_seeds,
     seeded_noise,
 )
@@ -74,7 +74,7 @@ class WaltTextEncoderStep(ModularPipelineBlocks):
             InputParam("prompt", required=True, description="a str or a list of str"),
             InputParam("negative_prompt", description="one for all or one per prompt; the empty text by default"),
             InputParam("num_videos_per_prompt", default=1, type_hint=int),
-            InputParam("max_sequence_length", default=128, type_hint=int),
+            InputParam("max_sequence_length", default=TEXT_TOKENS, type_hint=int),
         ]
 
     @property
@@ -95,8 +95,8 @@ class WaltTextEncoderStep(ModularPipelineBlocks):
                 components.tokenizer,
                 components.text_encoder,
                 texts,
-                block.max_sequence_length,
                 components._execution_device,
+                block.max_sequence_length,
             )
             return [value.repeat_interleave(block.num_videos_per_prompt, dim=0) for value in found]
 

@@ -26,6 +26,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from walt.conditioning import TEXT_TOKENS
 from walt.data.sketches import check_classes, from_colours
 from walt.errors import WaltError
 from walt.models.transformer_nuwa import NuwaTransformer3DModel
@@ -137,7 +138,7 @@ class NuwaPipeline(SamplingPipeline):
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: list[str] = [],  # noqa: B006 - diffusers' signature; never changed
-        max_sequence_length: int = 64,
+        max_sequence_length: int = TEXT_TOKENS,
     ) -> NuwaPipelineOutput | Any:
         """Makes images or videos; the module's table says which arguments make which task.
 
@@ -174,7 +175,7 @@ class NuwaPipeline(SamplingPipeline):
                 `pipe.num_timesteps` positions in all. One that sets `pipe._interrupt` ends the decoding: what has been
                 made is returned, of several candidates the first, and positions that have not are code 0.
             callback_on_step_end_tensor_inputs: []: tokens are made where they lie, and not handed out.
-            max_sequence_length: longer prompts are cut.
+            max_sequence_length: longer prompts are cut, with a warning.
 
         Returns:
             NuwaPipelineOutput, or `(frames,)`.

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from walt.chunking import chunk_count
+from walt.conditioning import TEXT_TOKENS
 from walt.errors import WaltError
 from walt.models.transformer_dit import DiTTransformer3DModel
 from walt.models.transformer_uvit import UViTTransformer3DModel
@@ -102,7 +103,7 @@ class WaltPipeline(SamplingPipeline):
         attention_kwargs: dict[str, Any] | None = None,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 - diffusers' signature; never changed
-        max_sequence_length: int = 128,
+        max_sequence_length: int = TEXT_TOKENS,
         context_guidance_scale: float = 1.0,
         context_noise_level: int = 0,
         anchor_every: int = 0,
@@ -129,7 +130,7 @@ class WaltPipeline(SamplingPipeline):
             callback_on_step_end: called as (pipe, step, timestep, tensors) after every step; what it returns is taken
                 over.
             callback_on_step_end_tensor_inputs: which of latents, prompt_embeds, negative_prompt_embeds it gets.
-            max_sequence_length: longer prompts are cut.
+            max_sequence_length: longer prompts are cut, with a warning; walt trains on no more than the default.
             context_guidance_scale: of long videos: how hard later chunks follow the frames before them; 1 for plain
                 conditioning, more takes another forward per step.
             context_noise_level: of long videos: the timestep to which those frames are noised before they are told.
@@ -248,7 +249,7 @@ class WaltPipeline(SamplingPipeline):
         attention_kwargs: dict[str, Any] | None = None,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: list[str] | tuple[str, ...] = ("latents",),
-        max_sequence_length: int = 128,
+        max_sequence_length: int = TEXT_TOKENS,
         context_guidance_scale: float = 1.0,
         context_noise_level: int = 0,
         anchor_every: int = 0,

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from walt.chunking import chunk_count, peek, windows
-from walt.conditioning import low_res_kind
+from walt.conditioning import TEXT_TOKENS, low_res_kind
 from walt.errors import WaltError
 from walt.models.transformer_walt import WaltTransformer3DModel
 from walt.pipelines.conditions import read_video
@@ -171,7 +171,7 @@ class WaltCascadePipeline(SamplingPipeline):
         attention_kwargs: dict[str, Any] | None = None,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 - diffusers' signature; never changed
-        max_sequence_length: int = 128,
+        max_sequence_length: int = TEXT_TOKENS,
         double_frame_rate: bool = False,
     ) -> WaltPipelineOutput | Any:
         """Generates videos with the first `stages` stages.
@@ -348,7 +348,7 @@ class WaltCascadePipeline(SamplingPipeline):
         negative_prompt_embeds_mask: Tensor | None = None,
         attention_kwargs: dict[str, Any] | None = None,
         callback_on_step_end: StepCallback | None = None,
-        max_sequence_length: int = 128,
+        max_sequence_length: int = TEXT_TOKENS,
     ) -> Iterator[Tensor]:
         """Enlarges a video chunk by chunk, in memory that does not depend on its length.
 
@@ -456,7 +456,7 @@ class WaltCascadePipeline(SamplingPipeline):
         attention_kwargs: dict[str, Any] | None = None,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        max_sequence_length: int = 128,
+        max_sequence_length: int = TEXT_TOKENS,
         double_frame_rate: bool = False,
     ) -> _Plan:
         """Checks the arguments of a call and encodes its prompts."""

@@ -17,6 +17,7 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from walt.chunking import chunk_starts, fitting_frames, overlap_frames
+from walt.conditioning import TEXT_TOKENS
 from walt.errors import WaltError
 from walt.pipelines.conditions import Known, WaltCondition, fit, place, read_image, read_video
 from walt.pipelines.pipeline_output import WaltPipelineOutput
@@ -73,7 +74,7 @@ class WaltConditionPipeline(WaltPipeline):
         attention_kwargs: dict[str, Any] | None = None,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 - diffusers' signature; never changed
-        max_sequence_length: int = 128,
+        max_sequence_length: int = TEXT_TOKENS,
         context_guidance_scale: float = 1.0,
         context_noise_level: int = 0,
         anchor_every: int = 0,

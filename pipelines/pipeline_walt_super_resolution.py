@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from walt.chunking import chunk_count, peek
-from walt.conditioning import frames_twice, low_res_kind, pieces_twice
+from walt.conditioning import TEXT_TOKENS, frames_twice, low_res_kind, pieces_twice
 from walt.errors import WaltError
 from walt.models.transformer_walt import WaltTransformer3DModel
 from walt.pipelines.conditions import read_video
@@ -84,7 +84,7 @@ class WaltSuperResolutionPipeline(SamplingPipeline):
         attention_kwargs: dict[str, Any] | None = None,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 - diffusers' signature; never changed
-        max_sequence_length: int = 128,
+        max_sequence_length: int = TEXT_TOKENS,
     ) -> WaltPipelineOutput | Any:
         """Doubles the size of videos.
 

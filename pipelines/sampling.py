@@ -17,7 +17,6 @@ from typing import Any, Literal, ParamSpec
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils import logging
 from diffusers.utils.torch_utils import get_module_execution_device
 from diffusers.video_processor import VideoProcessor
 from torch import Tensor
@@ -33,6 +32,7 @@ from walt.chunking import (
     overlap_frames,
     windows,
 )
+from walt.conditioning import TEXT_TOKENS, encode_text
 from walt.diffusion import GuidanceOptions, add_noise, guide, x0_from_velocity
 from walt.errors import WaltError, suggest
 from walt.heap import return_freed_memory
@@ -43,8 +43,6 @@ from walt.pipelines.lora import WaltLoraLoaderMixin
 from walt.register import refuse_cache
 from walt.tokenizers.adapter import adapt
 from walt.tokenizers.text import CompactTextEncoder
-
-logger = logging.get_logger(__name__)
 
 Generators = torch.Generator | list[torch.Generator] | None
 P = ParamSpec("P")
@@ -155,22 +153,6 @@ def seeded_noise(
         source = torch.Generator().manual_seed(int(state) & (2**63 - 1))
         rows.append(torch.randn(shape, generator=source))
     return torch.stack(rows).to(device)
-
-
-def encode_text(
-    tokenizer: PreTrainedTokenizerBase, encoder: Any, texts: list[str], max_length: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Text states `(P, S, D)` and their mask `(P, S)`; texts longer than `max_length` tokens are cut, with a warning."""
-    model = encoder.model if isinstance(encoder, CompactTextEncoder) else encoder
-    limit = getattr(model.config, "max_position_embeddings", None) or max_length  # none where relative (T5)
-    max_length = min(max_length, tokenizer.model_max_length, limit)
-    whole = tokenizer(texts, padding=False, truncation=False, verbose=False)["input_ids"]
-    for text, ids in zip(texts, whole, strict=True):
-        if len(ids) > max_length:
-            logger.warning(f'cut to {max_length} of {len(ids)} tokens: "{text[:60]}..."')
-    tokens = tokenizer(texts, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
-    ids, mask = tokens["input_ids"].to(device), tokens["attention_mask"].to(device)
-    return encoder(input_ids=ids, attention_mask=mask).last_hidden_state, mask
 
 
 def _version(states: Tensor | None) -> tuple[int, int]:
@@ -686,7 +668,7 @@ class SamplingPipeline(HubCardMixin, DiffusionPipeline, WaltLoraLoaderMixin):
         negative_prompt_embeds: Tensor | None = None,
         prompt_embeds_mask: Tensor | None = None,
         negative_prompt_embeds_mask: Tensor | None = None,
-        max_sequence_length: int = 128,
+        max_sequence_length: int = TEXT_TOKENS,
         device: torch.device | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """Text states of prompts, or the given ones, repeated for every video.
@@ -730,7 +712,7 @@ class SamplingPipeline(HubCardMixin, DiffusionPipeline, WaltLoraLoaderMixin):
     def _encode_text(self, texts: list[str], max_length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         if self.tokenizer is None or self.text_encoder is None:
             raise WaltError("this pipeline has no text encoder: give prompt_embeds instead of a prompt")
-        return encode_text(self.tokenizer, self.text_encoder, texts, max_length, device)
+        return encode_text(self.tokenizer, self.text_encoder, texts, device, max_length)
 
     def _check_prompt(
         self,
