@@ -572,11 +572,12 @@ class WaltCascadePipeline(SamplingPipeline):
             running: the stages that run, of which this is the one at `place`.
             number: its place in `transformers`, or TEMPORAL.
         """
-        stage = running[place]
+        stage, worded = running[place], self._model(number).config.text_dim is not None
 
         def step(_: Any, index: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             self._current_timestep, self._current_stage = t, number + 1
-            self._guidance_scale = stage._guidance_scale
+            if worded:  # one without text has no guidance, and nothing to say about that of later stages
+                self._guidance_scale = stage._guidance_scale
             result = callback(self, self._step_index, t, tensors) if callback is not None else None
             self._step_index += 1
             stage._guidance_scale = self._guidance_scale

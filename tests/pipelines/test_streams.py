@@ -71,6 +71,14 @@ def test_cascade_streams_through_all_stages(cascade: WaltCascadePipeline) -> Non
     assert cascade.current_stage == 0
 
 
+def test_guidance_outlives_a_stage_without_text() -> None:
+    pipe = tiny.cascade()
+    pipe.register_modules(transformer_2=tiny.super_resolution_transformer(4, 2, text_dim=None))
+    call: dict[str, Any] = {"num_frames": 1, "num_inference_steps": 1, "guidance_scale": 3.0}
+    made = pipe(PROMPT, generator=tiny.seeded(0), output_type="pt", **call).frames
+    assert torch.equal(torch.cat(list(pipe.stream(PROMPT, generator=tiny.seeded(0), **call)), dim=1), made)
+
+
 def held() -> int:
     """Bytes of all tensors that Python holds, save those without memory that compiling leaves behind."""
     gc.collect()
