@@ -50,7 +50,8 @@ class Request:
     """A checked request: `files` and `choices` hold what the task's own fields were given, by the field's name.
 
     `height` and `width` are those of the last of `stages`; `steps` and `guidance` have one number per stage, `later_steps`
-    is that of every super-resolution stage. `most` and `side` are the limits on frames and pixels a side; `options` say how guidance is spread over the steps and bounded.
+    is that of every super-resolution stage. `most` and `side` are the limits on frames and pixels a side; `options` say
+    how guidance is spread over the steps and bounded.
     """
 
     prompt: str
