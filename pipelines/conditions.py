@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from walt.errors import WaltError
+from walt.media import cover
 
 # It takes the many forms of a video apart. To [-1, 1] it is brought here: of values slightly below 0, as scaling leaves
 # them, diffusers believes that they are in [-1, 1] already.
@@ -85,7 +86,7 @@ class Known:
 
 
 def read_video(video: Any, name: str = "video") -> Tensor:
-    """`(B, 3, T, H, W)` float32 in [-1, 1] of whatever diffusers' VideoProcessor takes.
+    """`(B, 3, T, H, W)` float32 in [-1, 1], on the CPU, of whatever diffusers' VideoProcessor takes.
 
     Args:
         video: floats in [0, 1] or uint8: a tensor `(B, T, 3, H, W)` or `(T, 3, H, W)`, an array `(B, T, H, W, 3)` or
@@ -96,7 +97,7 @@ def read_video(video: Any, name: str = "video") -> Tensor:
         WaltError: another form, another number of channels, or values outside of [0, 1].
     """
     try:
-        pixels: Tensor = _READER.preprocess_video(_as_floats(video)).float()
+        pixels: Tensor = _READER.preprocess_video(as_floats(video)).float().cpu()
     except (ValueError, TypeError, IndexError, AttributeError, RuntimeError) as error:
         raise WaltError(
             f"{name} must be a tensor (B, T, 3, H, W) or (T, 3, H, W), an array (B, T, H, W, 3) or (T, H, W, 3), "
@@ -121,12 +122,12 @@ def read_image(image: Any, name: str = "image") -> Tensor:
     return read_video([[one] for one in image] if isinstance(image, list | tuple) else [[image]], name)
 
 
-def _as_floats(video: Any) -> Any:
+def as_floats(video: Any) -> Any:
     """The same with uint8 as floats in [0, 1], also inside of lists."""
     if isinstance(video, Image.Image):
         return [video]
     if isinstance(video, list | tuple):
-        return [one if isinstance(one, Image.Image) else _as_floats(one) for one in video]
+        return [one if isinstance(one, Image.Image) else as_floats(one) for one in video]
     if isinstance(video, np.ndarray) and video.dtype == np.uint8:
         return video.astype(np.float32) / 255
     return video / 255 if isinstance(video, Tensor) and video.dtype == torch.uint8 else video
@@ -230,10 +231,7 @@ def fit(video: Tensor, height: int, width: int) -> Tensor:
     batch, _, frames, h, w = video.shape
     if (h, w) == (height, width):
         return video
-    scale = max(height / h, width / w)
-    size = [max(height, round(h * scale)), max(width, round(w * scale))]
+    size, rows, columns = cover(h, w, (height, width))
     flat = video.transpose(1, 2).flatten(0, 1)
     flat = F.interpolate(flat, size=size, mode="bilinear", antialias=True, align_corners=False)
-    top, left = (size[0] - height) // 2, (size[1] - width) // 2
-    cut = flat[..., top : top + height, left : left + width]
-    return cut.unflatten(0, (batch, frames)).transpose(1, 2)
+    return flat[..., rows, columns].unflatten(0, (batch, frames)).transpose(1, 2)

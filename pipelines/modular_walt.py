@@ -22,15 +22,16 @@ from diffusers.video_processor import VideoProcessor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from walt.chunking import chunk_starts, latent_frames
+from walt.conditioning import TEXT_TOKENS, encode_text
 from walt.diffusion import x0_from_velocity
 from walt.errors import WaltError
 from walt.models.transformer_walt import WaltTransformer3DModel
 from walt.pipelines.lora import WaltLoraLoaderMixin
 from walt.pipelines.sampling import (
     START_NOISE,
+    check_range,
     check_size,
     decode_latents,
-    encode_text,
     sample_seeds,
     seeded_noise,
 )
@@ -74,7 +75,7 @@ class WaltTextEncoderStep(ModularPipelineBlocks):
             InputParam("prompt", required=True, description="a str or a list of str"),
             InputParam("negative_prompt", description="one for all or one per prompt; the empty text by default"),
             InputParam("num_videos_per_prompt", default=1, type_hint=int),
-            InputParam("max_sequence_length", default=128, type_hint=int),
+            InputParam("max_sequence_length", default=TEXT_TOKENS, type_hint=int),
         ]
 
     @property
@@ -95,8 +96,8 @@ class WaltTextEncoderStep(ModularPipelineBlocks):
                 components.tokenizer,
                 components.text_encoder,
                 texts,
-                block.max_sequence_length,
                 components._execution_device,
+                block.max_sequence_length,
             )
             return [value.repeat_interleave(block.num_videos_per_prompt, dim=0) for value in found]
 
@@ -145,6 +146,7 @@ class WaltPrepareLatentsStep(ModularPipelineBlocks):
         height = block.height or config.sample_size[1] * space
         width = block.width or config.sample_size[2] * space
         check_size(height, width, space * config.patch_size)
+        check_range("num_inference_steps", block.num_inference_steps, 1, 1000, whole=True)
         if len(chunk_starts(block.num_frames, time)) > 1:
             raise WaltError(f"num_frames={block.num_frames} takes several chunks: use WaltPipeline for long videos")
         shape = (config.in_channels, latent_frames(block.num_frames, time), height // space, width // space)

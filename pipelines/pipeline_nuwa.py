@@ -26,6 +26,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from walt.conditioning import TEXT_TOKENS
 from walt.data.sketches import check_classes, from_colours
 from walt.errors import WaltError
 from walt.models.transformer_nuwa import NuwaTransformer3DModel
@@ -137,7 +138,7 @@ class NuwaPipeline(SamplingPipeline):
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: list[str] = [],  # noqa: B006 - diffusers' signature; never changed
-        max_sequence_length: int = 64,
+        max_sequence_length: int = TEXT_TOKENS,
     ) -> NuwaPipelineOutput | Any:
         """Makes images or videos; the module's table says which arguments make which task.
 
@@ -174,7 +175,7 @@ class NuwaPipeline(SamplingPipeline):
                 `pipe.num_timesteps` positions in all. One that sets `pipe._interrupt` ends the decoding: what has been
                 made is returned, of several candidates the first, and positions that have not are code 0.
             callback_on_step_end_tensor_inputs: []: tokens are made where they lie, and not handed out.
-            max_sequence_length: longer prompts are cut.
+            max_sequence_length: longer prompts are cut, with a warning.
 
         Returns:
             NuwaPipelineOutput, or `(frames,)`.
@@ -200,7 +201,8 @@ class NuwaPipeline(SamplingPipeline):
             raise WaltError("negative_prompt goes with a prompt, and there is none: leave it out")
         shape = self._shape(height, width, num_frames, maps, given, image is not None)
         count = self._count(prompts, maps, given)
-        self._begin(guidance_scale, 0.0, None, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        texts = self._texts(prompt, count) if ranker is not None and num_candidates > 1 else []
+        self._prepare(guidance_scale, 0.0, None, callback_on_step_end, callback_on_step_end_tensor_inputs)()
         if prompts is None and maps is None:
             self._guidance_scale = 1.0  # nothing to steer towards
         device = self._execution_device
@@ -243,7 +245,6 @@ class NuwaPipeline(SamplingPipeline):
         elif num_candidates > 1:
             if ranker is not None:
                 assert frames is not None
-                texts = self._texts(prompt, count)
                 scores = ranker([text for text in texts for _ in range(each)], frames)
                 if tuple(scores.shape) != (len(tokens),):
                     raise WaltError(f"ranker: expected {len(tokens)} scores, got the shape {tuple(scores.shape)}")
@@ -320,7 +321,7 @@ class NuwaPipeline(SamplingPipeline):
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Tokens `(B, T, h, w[, S])` to frames `(B, 3, T, H, W)` in [-1, 1], clamped; one sample at a time."""
-        videos = [self.vq.decode_indices(one).float().clamp(-1, 1).transpose(0, 1) for one in tokens]
+        videos = [_onload(self.vq).decode_indices(one).float().clamp(-1, 1).transpose(0, 1) for one in tokens]
         return torch.stack(videos)
 
     def score(
@@ -359,7 +360,7 @@ class NuwaPipeline(SamplingPipeline):
                 self._step_index += 1
                 return self.interrupt
 
-            tokens: Tensor = self.transformer.generate(
+            tokens: Tensor = _onload(self.transformer).generate(
                 shape,
                 told.encode(self.transformer),
                 null_condition=null.encode(self.transformer) if guided else None,
@@ -480,10 +481,10 @@ class NuwaPipeline(SamplingPipeline):
     def _encode(self, pixels: Tensor) -> Tensor:
         """`(P, 3, T, H, W)` in [-1, 1] to tokens `(P, T, h, w[, S])`; one by one, so that no rounding depends on P."""
         frames = pixels.transpose(1, 2).to(self._execution_device, self.vq.dtype)
-        return torch.stack([self.vq.encode_indices(video) for video in frames])
+        return torch.stack([_onload(self.vq).encode_indices(video) for video in frames])
 
     def _encode_sketch(self, maps: Tensor) -> Tensor:
-        return torch.stack([self.vq_seg.encode_indices(one.to(self._execution_device)) for one in maps])
+        return torch.stack([_onload(self.vq_seg).encode_indices(one.to(self._execution_device)) for one in maps])
 
     def _known(
         self, given: Given | None, shape: tuple[int, int, int], count: int, each: int, device: torch.device
@@ -519,7 +520,7 @@ class Told:
         text = None
         if self.text is not None:
             text = [None if states is None else states.to(transformer.dtype) for states in self.text]
-        return transformer.encode_condition(text=text, sketch=self.sketch)
+        return _onload(transformer).encode_condition(text=text, sketch=self.sketch)
 
     def only(self, number: int, times: int) -> Told:
         """One of the conditions, `times` times."""
@@ -532,6 +533,14 @@ def log_likelihood(logits: Tensor, tokens: Tensor) -> Tensor:
     """log p of each token, `(B, T, h, w)` (summed over sub-codes), from logits `(B, T, h, w[, S], V)`."""
     values = logits.float().log_softmax(dim=-1).gather(-1, tokens[..., None]).squeeze(-1)
     return values if values.ndim == 4 else values.sum(dim=-1)
+
+
+def _onload(part: Any) -> Any:
+    """The part where it computes: offloading brings it there for `forward`, these are other methods."""
+    hook = getattr(part, "_hf_hook", None)
+    if hook is not None:
+        hook.pre_forward(part)
+    return part
 
 
 def _spread(rows: list[Any], count: int) -> list[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from walt.chunking import chunk_count
+from walt.conditioning import TEXT_TOKENS
 from walt.errors import WaltError
 from walt.models.transformer_dit import DiTTransformer3DModel
 from walt.models.transformer_uvit import UViTTransformer3DModel
@@ -39,6 +40,7 @@ from walt.tokenizers.text import CompactTextEncoder
 class Start:
     """What every task of a base denoiser begins with."""
 
+    begin: Callable[[], None]  # sets the state of the call
     prompt: Prompt
     seeds: list[int]
     class_labels: Tensor | None
@@ -101,7 +103,7 @@ class WaltPipeline(SamplingPipeline):
         attention_kwargs: dict[str, Any] | None = None,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 - diffusers' signature; never changed
-        max_sequence_length: int = 128,
+        max_sequence_length: int = TEXT_TOKENS,
         context_guidance_scale: float = 1.0,
         context_noise_level: int = 0,
         anchor_every: int = 0,
@@ -128,7 +130,7 @@ class WaltPipeline(SamplingPipeline):
             callback_on_step_end: called as (pipe, step, timestep, tensors) after every step; what it returns is taken
                 over.
             callback_on_step_end_tensor_inputs: which of latents, prompt_embeds, negative_prompt_embeds it gets.
-            max_sequence_length: longer prompts are cut.
+            max_sequence_length: longer prompts are cut, with a warning; walt trains on no more than the default.
             context_guidance_scale: of long videos: how hard later chunks follow the frames before them; 1 for plain
                 conditioning, more takes another forward per step.
             context_noise_level: of long videos: the timestep to which those frames are noised before they are told.
@@ -177,11 +179,19 @@ class WaltPipeline(SamplingPipeline):
 
         Yields:
             `(B, n, 3, H, W)` in [0, 1]: together the frames of a call with the same arguments.
+
+        Raises:
+            WaltError: an argument that does not fit, at the call.
         """
-        start = self._start(prompt, num_frames=num_frames, **call)
-        with self.progress_bar(total=self._num_timesteps) as self._bar:
-            yield from self._outputs(self._denoise(start, decode=True))
-        self.maybe_free_model_hooks()
+        start = self._start(prompt, num_frames=num_frames, output_type="pt", **call)
+
+        def run() -> Iterator[Tensor]:
+            start.begin()
+            with self.progress_bar(total=self._num_timesteps) as self._bar:
+                yield from self._outputs(self._denoise(start, decode=True))
+            self.maybe_free_model_hooks()
+
+        return run()
 
     def _finish(
         self,
@@ -192,6 +202,7 @@ class WaltPipeline(SamplingPipeline):
         frames: int | None = None,
     ) -> WaltPipelineOutput | Any:
         """All of a call after its checks; with `frames` no more than the first so many."""
+        start.begin()
         with self.progress_bar(total=self._num_timesteps) as self._bar:
             parts = list(self._denoise(start, output_type != "latent", latents))
         result = torch.cat(parts, dim=2)
@@ -234,17 +245,17 @@ class WaltPipeline(SamplingPipeline):
         prompt_embeds_mask: Tensor | None = None,
         negative_prompt_embeds_mask: Tensor | None = None,
         class_labels: int | list[int] | Tensor | None = None,
-        output_type: str = "pt",
+        output_type: str = "pil",
         attention_kwargs: dict[str, Any] | None = None,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: list[str] | tuple[str, ...] = ("latents",),
-        max_sequence_length: int = 128,
+        max_sequence_length: int = TEXT_TOKENS,
         context_guidance_scale: float = 1.0,
         context_noise_level: int = 0,
         anchor_every: int = 0,
         given: Given | None = None,
     ) -> Start:
-        """Checks the arguments of a call, begins it and encodes its prompts."""
+        """Checks the arguments of a call and encodes its prompts."""
         sample = self.transformer.config.sample_size
         height = height if height is not None else sample[1] * self.vae_scale_factor_spatial
         width = width if width is not None else sample[2] * self.vae_scale_factor_spatial
@@ -267,19 +278,22 @@ class WaltPipeline(SamplingPipeline):
         check_range("context_guidance_scale", context_guidance_scale, 0)
         check_range("context_noise_level", context_noise_level, 0, 999, whole=True)
         check_range("anchor_every", anchor_every, 0, whole=True)
-        self._begin(
+        given = given or Given()
+        chunks = chunk_count(num_frames, self.vae_scale_factor_temporal)
+        begin = self._prepare(
             guidance_scale,
             guidance_rescale,
             attention_kwargs,
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
+            self._count_steps(num_inference_steps, chunks, given.strength, given.resample),
         )
         device = self._execution_device
         seeds = sample_seeds(generator, count * num_videos_per_prompt)
         embeds, negative_embeds, mask, negative_mask = self.encode_prompt(
             prompt,
             negative_prompt,
-            self.do_classifier_free_guidance,
+            guidance_scale > 1,
             num_videos_per_prompt,
             prompt_embeds,
             negative_prompt_embeds,
@@ -289,10 +303,8 @@ class WaltPipeline(SamplingPipeline):
             device,
         )
         labels = self._labels(class_labels, count, device)
-        given = given or Given()
-        chunks = chunk_count(num_frames, self.vae_scale_factor_temporal)
-        self._num_timesteps = self._count_steps(num_inference_steps, chunks, given.strength, given.resample)
         return Start(
+            begin=begin,
             prompt=Prompt(embeds, mask, negative_embeds, negative_mask),
             seeds=seeds,
             class_labels=None if labels is None else labels.repeat_interleave(num_videos_per_prompt),

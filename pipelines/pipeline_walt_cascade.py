@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from walt.chunking import chunk_count, peek, windows
-from walt.conditioning import low_res_kind
+from walt.conditioning import TEXT_TOKENS, low_res_kind
 from walt.errors import WaltError
 from walt.models.transformer_walt import WaltTransformer3DModel
 from walt.pipelines.conditions import read_video
@@ -171,7 +171,7 @@ class WaltCascadePipeline(SamplingPipeline):
         attention_kwargs: dict[str, Any] | None = None,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 - diffusers' signature; never changed
-        max_sequence_length: int = 128,
+        max_sequence_length: int = TEXT_TOKENS,
         double_frame_rate: bool = False,
     ) -> WaltPipelineOutput | Any:
         """Generates videos with the first `stages` stages.
@@ -218,6 +218,7 @@ class WaltCascadePipeline(SamplingPipeline):
             max_sequence_length,
             double_frame_rate,
         )
+        plan.begin()
         frames: Any = None
         for place, i in enumerate(plan.order):
             last = place + 1 == len(plan.order)
@@ -267,6 +268,9 @@ class WaltCascadePipeline(SamplingPipeline):
         Yields:
             `(B, n, 3, H, W)` in [0, 1] of the last stage; together the frames of a call with the same arguments. A
             callback that sets `_interrupt` ends the stream with the chunk that runs.
+
+        Raises:
+            WaltError: an argument that does not fit, at the call.
         """
         plan = self._plan(prompt, num_frames=num_frames, output_type="pt", **call)
         stages: list[Any] = [self._stage(i) for i in plan.order]
@@ -277,7 +281,7 @@ class WaltCascadePipeline(SamplingPipeline):
                 **self._told(plan, i),
                 "guidance_scale": plan.scales[i],
                 "callback_on_step_end": self._stage_callback(stages, place, i, callback),
-                "callback_on_step_end_tensor_inputs": self._callback_inputs,
+                "callback_on_step_end_tensor_inputs": call.get("callback_on_step_end_tensor_inputs", ["latents"]),
             }
             if frames is None:
                 frames = stage.stream(
@@ -292,6 +296,11 @@ class WaltCascadePipeline(SamplingPipeline):
             else:
                 frames = stage.stream(frames, **told)
         assert frames is not None
+        return self._run(plan.begin, frames)
+
+    def _run(self, begin: Callable[[], None], frames: Iterator[Tensor]) -> Iterator[Tensor]:
+        """Begins a stream, whose frames are those of its last stage's."""
+        begin()
         yield from frames
         self._current_stage = 0
         self.maybe_free_model_hooks()
@@ -339,7 +348,7 @@ class WaltCascadePipeline(SamplingPipeline):
         negative_prompt_embeds_mask: Tensor | None = None,
         attention_kwargs: dict[str, Any] | None = None,
         callback_on_step_end: StepCallback | None = None,
-        max_sequence_length: int = 128,
+        max_sequence_length: int = TEXT_TOKENS,
     ) -> Iterator[Tensor]:
         """Enlarges a video chunk by chunk, in memory that does not depend on its length.
 
@@ -352,12 +361,17 @@ class WaltCascadePipeline(SamplingPipeline):
 
         Yields:
             `(B, n, 3, scale H, scale W)` in [0, 1].
+
+        Raises:
+            WaltError: an argument that does not fit, at the call, which reads the first piece.
         """
         models = self.transformers[1:]
         if not models:
             raise WaltError("this model has no super-resolution stage: a cascade of two or three stages enlarges")
-        pieces = video if isinstance(video, Iterator) else iter([read_video(video).transpose(1, 2) / 2 + 0.5])
-        first, pieces = peek(pieces)
+        whole = None if isinstance(video, Iterator) else read_video(video).transpose(1, 2) / 2 + 0.5
+        chunks = 0 if whole is None else chunk_count(whole.shape[1], self.vae_scale_factor_temporal)
+        first, pieces = peek(video if whole is None else [whole])
+        del whole
         order = self._enlargers(first.shape[-2], first.shape[-1], scale)
         steps = self.config.super_resolution_steps if num_inference_steps is None else num_inference_steps
         guidance = self.config.super_resolution_guidance_scale if guidance_scale is None else guidance_scale
@@ -376,7 +390,8 @@ class WaltCascadePipeline(SamplingPipeline):
             raise WaltError("the super-resolution stages of this model take text: give the prompt of the video")
         if prompts is not None and prompts != len(first):
             raise WaltError(f"{prompts} prompts for {len(first)} videos: give one per video")
-        self._begin(guidance, guidance_rescale, attention_kwargs, callback_on_step_end, ["latents"])
+        total = self._count_steps(steps, chunks) * len(order)
+        begin = self._prepare(guidance, guidance_rescale, attention_kwargs, callback_on_step_end, ["latents"], total)
         states: Any = (None, None, None, None)
         if texts:
             states = self.encode_prompt(
@@ -407,9 +422,7 @@ class WaltCascadePipeline(SamplingPipeline):
                 attention_kwargs=attention_kwargs,
                 callback_on_step_end=self._stage_callback(stages, place, i, callback_on_step_end),
             )
-        yield from frames
-        self._current_stage = 0
-        self.maybe_free_model_hooks()
+        return self._run(begin, frames)
 
     def _enlargers(self, height: int, width: int, scale: int | None) -> list[int]:
         """Places in `transformers` of the stages that enlarge a video of this size, one after another."""
@@ -443,10 +456,10 @@ class WaltCascadePipeline(SamplingPipeline):
         attention_kwargs: dict[str, Any] | None = None,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        max_sequence_length: int = 128,
+        max_sequence_length: int = TEXT_TOKENS,
         double_frame_rate: bool = False,
     ) -> _Plan:
-        """Checks the arguments of a call, begins it and encodes its prompts."""
+        """Checks the arguments of a call and encodes its prompts."""
         stages, height, width = self.check_inputs(stages, height, width, num_frames)
         if double_frame_rate and self.temporal_super_resolution is None:
             raise WaltError("this model has no temporal super-resolution stage: it makes 8 frames per second")
@@ -478,12 +491,20 @@ class WaltCascadePipeline(SamplingPipeline):
         )
         if prompts is None:
             raise WaltError("give a prompt (or prompt_embeds)")
-        self._begin(
+        doubled = TEMPORAL in order
+        begin = self._prepare(
             scales[0],
             guidance_rescale,
             attention_kwargs,
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
+            sum(
+                self._count_steps(
+                    steps[i],
+                    chunk_count(2 * num_frames - 1 if doubled and i else num_frames, self.vae_scale_factor_temporal),
+                )
+                for i in order
+            ),
         )
         # One seed per sample, drawn once: a sample's later stages do not depend on how many samples there are.
         batch = prompts * num_videos_per_prompt
@@ -499,14 +520,6 @@ class WaltCascadePipeline(SamplingPipeline):
             negative_prompt_embeds_mask,
             max_sequence_length,
         )
-        doubled = TEMPORAL in order
-        self._num_timesteps = sum(
-            self._count_steps(
-                steps[i],
-                chunk_count(2 * num_frames - 1 if doubled and i else num_frames, self.vae_scale_factor_temporal),
-            )
-            for i in order
-        )
         down = 2 ** (stages - 1)
         shared: dict[str, Any] = {
             "prompt_embeds": embeds,
@@ -517,7 +530,7 @@ class WaltCascadePipeline(SamplingPipeline):
             "guidance_rescale": guidance_rescale,
             "attention_kwargs": attention_kwargs,
         }
-        return _Plan(order, (height // down, width // down), steps, scales, levels, shared)
+        return _Plan(begin, order, (height // down, width // down), steps, scales, levels, shared)
 
     def _stage(self, i: int) -> Any:
         """The pipeline of one stage, 0 for the base, with this pipeline's parts."""
@@ -559,11 +572,12 @@ class WaltCascadePipeline(SamplingPipeline):
             running: the stages that run, of which this is the one at `place`.
             number: its place in `transformers`, or TEMPORAL.
         """
-        stage = running[place]
+        stage, worded = running[place], self._model(number).config.text_dim is not None
 
         def step(_: Any, index: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             self._current_timestep, self._current_stage = t, number + 1
-            self._guidance_scale = stage._guidance_scale
+            if worded:  # one without text has no guidance, and nothing to say about that of later stages
+                self._guidance_scale = stage._guidance_scale
             result = callback(self, self._step_index, t, tensors) if callback is not None else None
             self._step_index += 1
             stage._guidance_scale = self._guidance_scale
@@ -581,6 +595,7 @@ class _Plan:
     Those of the temporal stage are the last ones, where it is among them.
     """
 
+    begin: Callable[[], None]  # sets the state of the call
     order: list[int]  # places in `transformers`, or TEMPORAL
     base: tuple[int, int]  # height and width of the first stage
     steps: list[int]

@@ -17,8 +17,9 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from walt.chunking import chunk_starts, fitting_frames, overlap_frames
+from walt.conditioning import TEXT_TOKENS
 from walt.errors import WaltError
-from walt.pipelines.conditions import Known, WaltCondition, fit, place, read_image, read_video
+from walt.pipelines.conditions import Known, WaltCondition, as_floats, fit, place, read_image, read_video
 from walt.pipelines.pipeline_output import WaltPipelineOutput
 from walt.pipelines.pipeline_walt import WaltPipeline
 from walt.pipelines.sampling import (
@@ -73,7 +74,7 @@ class WaltConditionPipeline(WaltPipeline):
         attention_kwargs: dict[str, Any] | None = None,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 - diffusers' signature; never changed
-        max_sequence_length: int = 128,
+        max_sequence_length: int = TEXT_TOKENS,
         context_guidance_scale: float = 1.0,
         context_noise_level: int = 0,
         anchor_every: int = 0,
@@ -110,23 +111,23 @@ class WaltConditionPipeline(WaltPipeline):
         """
         given_conditions = self._conditions(image, last_image, conditions, video, mask_video, strength, num_frames)
         self._check_task(bool(given_conditions) or (video is not None and strength is None), conditioning)
-        clip = None if video is None else read_video(video).cpu()
-        whole = clip is not None and (mask_video is not None or strength is not None)
-        if whole and clip is not None:
-            if num_frames is not None and num_frames != clip.shape[2]:
+        clip = None if video is None else read_video(video)
+        whole = clip if mask_video is not None or strength is not None else None
+        if whole is not None:
+            if num_frames is not None and num_frames != whole.shape[2]:
                 raise WaltError(
-                    f"num_frames={num_frames}, but the video has {clip.shape[2]} frames: leave num_frames out to fill or "
+                    f"num_frames={num_frames}, but the video has {whole.shape[2]} frames: leave num_frames out to fill or "
                     "edit it, or use extend"
                 )
-            num_frames = clip.shape[2]
+            num_frames = whole.shape[2]
+        elif clip is not None:
+            given_conditions = [WaltCondition(video=video), *given_conditions]
         num_frames = 17 if num_frames is None else num_frames
         ratio = self.vae_scale_factor_temporal
-        frames = fitting_frames(num_frames, ratio) if whole else num_frames
+        frames = num_frames if whole is None else fitting_frames(num_frames, ratio)
         chunk_starts(frames, ratio)
-        if clip is not None and not whole:
-            given_conditions = [WaltCondition(video=video), *given_conditions]
         clips = [self._clip(condition) for condition in given_conditions]
-        sizes = {tuple(x.shape[-2:]) for x in [*clips, *([clip] if whole and clip is not None else [])]}
+        sizes = {tuple(x.shape[-2:]) for x in (*clips, whole) if x is not None}
         if len(sizes) > 1:
             listed = " and ".join(f"{h}x{w}" for h, w in sorted(sizes))
             raise WaltError(f"what is given has the sizes {listed}: scale it to one size")
@@ -142,13 +143,13 @@ class WaltConditionPipeline(WaltPipeline):
             still = condition.video is None
             known = place(known, fit(pixels, *size), condition.frame_index, still, ratio)
         start: Tensor | None = None
-        if whole and clip is not None:
-            whole_clip = _hold(fit(clip, *size), frames)
-            start = whole_clip if strength is not None else None
+        if whole is not None:
+            fitted = _hold(fit(whole, *size), frames)
+            start = fitted if strength is not None else None
             if mask_video is not None:
                 # Where a scaled mask is partly white, it is white.
-                new = _hold(fit(self._mask(mask_video, clip).float(), *size) > 1e-3, frames)
-                known = Known(whole_clip, ~new, ~new)
+                new = _hold(fit(self._mask(mask_video, whole).float(), *size) > 1e-3, frames)
+                known = Known(fitted, ~new, ~new)
         if composite is None:
             composite = mask_video is not None
         count = _count(prompt, prompt_embeds, class_labels)
@@ -296,7 +297,7 @@ class WaltConditionPipeline(WaltPipeline):
             call: as of a call.
 
         Returns:
-            The video from the first to the last keyframe.
+            The video from the first to the last keyframe; to where it had come, if a callback interrupts it.
         """
         if not isinstance(keyframes, Mapping):
             keyframes = {SEGMENTS[-1] * i: image for i, image in enumerate(keyframes)}
@@ -319,8 +320,11 @@ class WaltConditionPipeline(WaltPipeline):
         rows = count * each
         call["generator"] = [torch.Generator().manual_seed(s) for s in sample_seeds(call.pop("generator", None), rows)]
         parts = pictures[:1]
+        self._interrupt = False  # of an earlier call: here each segment is one, and an interrupt ends them all
         for i in range(1, len(places)):
             parts.append(self._segment(pictures[i - 1], pictures[i], places[i] - places[i - 1], prompt, call))
+            if self.interrupt:
+                break
             parts.append(pictures[i])
         return self._give(torch.cat(parts, dim=2), kind)
 
@@ -410,13 +414,14 @@ class WaltConditionPipeline(WaltPipeline):
 
     def _clip(self, condition: WaltCondition) -> Tensor:
         """A condition's pixels `(B, 3, n, H, W)` in [-1, 1]."""
-        return (read_image(condition.image) if condition.video is None else read_video(condition.video)).cpu()
+        return read_image(condition.image) if condition.video is None else read_video(condition.video)
 
     def _mask(self, mask: Any, clip: Tensor) -> Tensor:
         """`(B, 1, T, H, W)` bool, true where `clip` is made anew; a WaltError for another size or length."""
         channels_last = isinstance(mask, np.ndarray)
+        mask = as_floats(mask)
         if isinstance(mask, np.ndarray):
-            mask = torch.from_numpy(mask.astype(np.float32) / (255 if mask.dtype == np.uint8 else 1))
+            mask = torch.from_numpy(mask.astype(np.float32))
         if not isinstance(mask, Tensor):
             found = read_video(mask, "mask_video").mean(1, keepdim=True) / 2 + 0.5
         elif mask.ndim in (2, 3):
@@ -473,14 +478,14 @@ class WaltConditionPipeline(WaltPipeline):
             raise WaltError(f"reverse=False needs a video of at least {ratio} frames, got {old.shape[2]}")
         known = 2 * ratio if old.shape[2] >= 2 * ratio else ratio
         whole, missing = old, num_frames
-        while missing > 0:
+        while missing > 0 and not (missing < num_frames and self.interrupt):
             frames = min(1 + 4 * ratio, fitting_frames(missing + known, ratio))
             clip = WaltCondition(video=_pt(whole[:, :, :known]), frame_index=-known)
             made = self._pixels(prompt, [clip], frames, call)
             # The first time what the denoiser saw is shown as it is said to be; later it is its own.
             whole = torch.cat([made, _like(whole, made)[:, :, known:]], dim=2)
             missing -= frames - known
-        return whole[:, :, whole.shape[2] - old.shape[2] - num_frames :]
+        return whole[:, :, max(0, whole.shape[2] - old.shape[2] - num_frames) :]
 
     def _between(
         self,
@@ -538,11 +543,13 @@ class WaltConditionPipeline(WaltPipeline):
             return made[:, :, [round(i * steps / gap) - 1 for i in range(1, gap)]]
         places = [round(i * gap / steps) for i in range(steps + 1)]
         pictures = [first, *made.split(1, dim=2), last]
-        parts = []
+        parts = [first[:, :, :0]]
         for i in range(steps):
+            if self.interrupt:
+                break
+            parts += pictures[i : i + 1] if i else []
             parts.append(self._segment(pictures[i], pictures[i + 1], places[i + 1] - places[i], prompt, call))
-            parts.append(pictures[i + 1])
-        return torch.cat(parts[:-1], dim=2)
+        return torch.cat(parts, dim=2)
 
     def _pixels(self, prompt: Any, conditions: list[WaltCondition], frames: int, call: dict[str, Any]) -> Tensor:
         """`(B, 3, T, H, W)` in [-1, 1] of a call with these conditions."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from walt.chunking import chunk_count, peek
-from walt.conditioning import frames_twice, low_res_kind, pieces_twice
+from walt.conditioning import TEXT_TOKENS, frames_twice, low_res_kind, pieces_twice
 from walt.errors import WaltError
 from walt.models.transformer_walt import WaltTransformer3DModel
 from walt.pipelines.conditions import read_video
@@ -84,7 +84,7 @@ class WaltSuperResolutionPipeline(SamplingPipeline):
         attention_kwargs: dict[str, Any] | None = None,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 - diffusers' signature; never changed
-        max_sequence_length: int = 128,
+        max_sequence_length: int = TEXT_TOKENS,
     ) -> WaltPipelineOutput | Any:
         """Doubles the size of videos.
 
@@ -114,13 +114,15 @@ class WaltSuperResolutionPipeline(SamplingPipeline):
             negative_prompt_embeds_mask,
         )
         small = self.check_inputs(video, prompts)
-        self._begin(
+        num_frames = small.shape[2]
+        self._prepare(
             guidance_scale if self.transformer.config.text_dim is not None else 1.0,
             guidance_rescale,
             attention_kwargs,
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
-        )
+            self._count_steps(num_inference_steps, chunk_count(num_frames, self.vae_scale_factor_temporal)),
+        )()
         device = self._execution_device
         seeds = sample_seeds(generator, len(small) * num_videos_per_prompt)
         embeds, negative_embeds, mask, negative_mask = self.encode_prompt(
@@ -136,10 +138,6 @@ class WaltSuperResolutionPipeline(SamplingPipeline):
             device,
         )
         low_res = small.repeat_interleave(num_videos_per_prompt, dim=0)
-        num_frames = small.shape[2]
-        self._num_timesteps = self._count_steps(
-            num_inference_steps, chunk_count(num_frames, self.vae_scale_factor_temporal)
-        )
         with self.progress_bar(total=self._num_timesteps) as self._bar:
             result = torch.cat(
                 list(
@@ -188,7 +186,7 @@ class WaltSuperResolutionPipeline(SamplingPipeline):
             temporal stage.
 
         Raises:
-            WaltError: an argument that does not fit.
+            WaltError: an argument that does not fit, at the call; what does not fit the pieces, with the first of them.
         """
         noise_level = noise_level if noise_level is not None else int(self.config.noise_level)
         self._check_common(num_inference_steps, 1, guidance_rescale, "pt")
@@ -203,7 +201,7 @@ class WaltSuperResolutionPipeline(SamplingPipeline):
             negative_prompt_embeds_mask,
         )
         guidance_scale = guidance_scale if self.transformer.config.text_dim is not None else 1.0
-        self._begin(
+        begin = self._prepare(  # how many steps there are is not known beforehand
             guidance_scale,
             guidance_rescale,
             attention_kwargs,
@@ -214,21 +212,25 @@ class WaltSuperResolutionPipeline(SamplingPipeline):
             prompt_embeds = negative_prompt_embeds = prompt_embeds_mask = negative_prompt_embeds_mask = None
         elif prompt_embeds is None:
             raise WaltError("give the prompt_embeds of the video")
-        elif negative_prompt_embeds is None and self.do_classifier_free_guidance:
+        elif negative_prompt_embeds is None and guidance_scale > 1:
             raise WaltError("guidance_scale > 1 needs negative_prompt_embeds (or set guidance_scale=1)")
-        first, source = peek(pieces)
-        if prompt_embeds is not None and prompts != len(first):
-            raise WaltError(f"prompt_embeds of {prompts} prompts for {len(first)} videos: give one per video")
-        seeds = sample_seeds(generator, len(first))
-        del first
         prompt = Prompt(prompt_embeds, prompt_embeds_mask, negative_prompt_embeds, negative_prompt_embeds_mask)
-        self._num_timesteps = 0  # not known beforehand
-        with self.progress_bar(total=math.inf) as self._bar:
-            inputs: Iterator[Tensor] = map(_signed, source)
-            if self.temporal:
-                inputs = pieces_twice(inputs)
-            yield from self._outputs(self._enlarge(inputs, prompt, seeds, num_inference_steps, noise_level))
-        self.maybe_free_model_hooks()
+
+        def run() -> Iterator[Tensor]:
+            begin()
+            first, source = peek(pieces)
+            if prompt.embeds is not None and prompts != len(first):
+                raise WaltError(f"prompt_embeds of {prompts} prompts for {len(first)} videos: give one per video")
+            seeds = sample_seeds(generator, len(first))
+            del first
+            with self.progress_bar(total=math.inf) as self._bar:
+                inputs: Iterator[Tensor] = map(_signed, source)
+                if self.temporal:
+                    inputs = pieces_twice(inputs)
+                yield from self._outputs(self._enlarge(inputs, prompt, seeds, num_inference_steps, noise_level))
+            self.maybe_free_model_hooks()
+
+        return run()
 
     def _enlarge(
         self,

@@ -17,7 +17,6 @@ from typing import Any, Literal, ParamSpec
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils import logging
 from diffusers.utils.torch_utils import get_module_execution_device
 from diffusers.video_processor import VideoProcessor
 from torch import Tensor
@@ -33,6 +32,7 @@ from walt.chunking import (
     overlap_frames,
     windows,
 )
+from walt.conditioning import TEXT_TOKENS, encode_text
 from walt.diffusion import GuidanceOptions, add_noise, guide, x0_from_velocity
 from walt.errors import WaltError, suggest
 from walt.heap import return_freed_memory
@@ -43,8 +43,6 @@ from walt.pipelines.lora import WaltLoraLoaderMixin
 from walt.register import refuse_cache
 from walt.tokenizers.adapter import adapt
 from walt.tokenizers.text import CompactTextEncoder
-
-logger = logging.get_logger(__name__)
 
 Generators = torch.Generator | list[torch.Generator] | None
 P = ParamSpec("P")
@@ -155,22 +153,6 @@ def seeded_noise(
         source = torch.Generator().manual_seed(int(state) & (2**63 - 1))
         rows.append(torch.randn(shape, generator=source))
     return torch.stack(rows).to(device)
-
-
-def encode_text(
-    tokenizer: PreTrainedTokenizerBase, encoder: Any, texts: list[str], max_length: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Text states `(P, S, D)` and their mask `(P, S)`; texts longer than `max_length` tokens are cut, with a warning."""
-    model = encoder.model if isinstance(encoder, CompactTextEncoder) else encoder
-    limit = getattr(model.config, "max_position_embeddings", None) or max_length  # none where relative (T5)
-    max_length = min(max_length, tokenizer.model_max_length, limit)
-    whole = tokenizer(texts, padding=False, truncation=False, verbose=False)["input_ids"]
-    for text, ids in zip(texts, whole, strict=True):
-        if len(ids) > max_length:
-            logger.warning(f'cut to {max_length} of {len(ids)} tokens: "{text[:60]}..."')
-    tokens = tokenizer(texts, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
-    ids, mask = tokens["input_ids"].to(device), tokens["attention_mask"].to(device)
-    return encoder(input_ids=ids, attention_mask=mask).last_hidden_state, mask
 
 
 def _version(states: Tensor | None) -> tuple[int, int]:
@@ -496,14 +478,21 @@ def denoise_stream(
 
 
 def stream_without_grad(stream: Callable[P, Iterator[Tensor]]) -> Callable[P, Iterator[Tensor]]:
-    """`torch.no_grad()` for a generator function; torch's own holds every value until the next one is there."""
+    """`torch.no_grad()` for a function that checks its arguments and returns a generator, and for what that makes.
+
+    torch's own, for generator functions, holds every value until the next one is there.
+    """
     advance = torch.no_grad()(next)
 
-    @wraps(stream)
-    def run(*args: P.args, **kwargs: P.kwargs) -> Iterator[Tensor]:
-        yield from map(advance, repeat(stream(*args, **kwargs)))
+    def run(pieces: Iterator[Tensor]) -> Iterator[Tensor]:
+        yield from map(advance, repeat(pieces))
 
-    return run
+    @wraps(stream)
+    @torch.no_grad()
+    def checked(*args: P.args, **kwargs: P.kwargs) -> Iterator[Tensor]:
+        return run(stream(*args, **kwargs))
+
+    return checked
 
 
 @dataclass(frozen=True)
@@ -578,7 +567,7 @@ def check_size(height: int, width: int, multiple: int) -> None:
 
 def check_range(name: str, value: float, low: float, high: float = float("inf"), whole: bool = False) -> None:
     """Raises a WaltError unless low <= value <= high (and value is an integer where `whole`)."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
+    number = isinstance(value, int | float) and not isinstance(value, bool) and value < float("inf")
     if not number or not low <= value <= high or (whole and not isinstance(value, int)):
         kind = "an integer" if whole else "a number"
         bounds = f"of at least {low}" if high == float("inf") else f"from {low} to {high}"
@@ -679,7 +668,7 @@ class SamplingPipeline(HubCardMixin, DiffusionPipeline, WaltLoraLoaderMixin):
         negative_prompt_embeds: Tensor | None = None,
         prompt_embeds_mask: Tensor | None = None,
         negative_prompt_embeds_mask: Tensor | None = None,
-        max_sequence_length: int = 128,
+        max_sequence_length: int = TEXT_TOKENS,
         device: torch.device | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """Text states of prompts, or the given ones, repeated for every video.
@@ -723,7 +712,7 @@ class SamplingPipeline(HubCardMixin, DiffusionPipeline, WaltLoraLoaderMixin):
     def _encode_text(self, texts: list[str], max_length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         if self.tokenizer is None or self.text_encoder is None:
             raise WaltError("this pipeline has no text encoder: give prompt_embeds instead of a prompt")
-        return encode_text(self.tokenizer, self.text_encoder, texts, max_length, device)
+        return encode_text(self.tokenizer, self.text_encoder, texts, device, max_length)
 
     def _check_prompt(
         self,
@@ -764,15 +753,20 @@ class SamplingPipeline(HubCardMixin, DiffusionPipeline, WaltLoraLoaderMixin):
         if output_type not in OUTPUT_TYPES:
             raise WaltError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
 
-    def _begin(
+    def _prepare(
         self,
         guidance_scale: float,
         guidance_rescale: float,
         attention_kwargs: dict[str, Any] | None,
         callback: StepCallback | None,
         callback_inputs: Sequence[str],
-    ) -> None:
-        """Sets the state of a call, as diffusers' pipelines keep it on themselves for callbacks to see and change."""
+        num_timesteps: int = 0,
+    ) -> Callable[[], None]:
+        """Checks the state of a call, which diffusers' pipelines keep on themselves for callbacks to see and change.
+
+        Returns:
+            What sets it, when the call begins: a stream does so at its first chunk.
+        """
         check_range("guidance_scale", guidance_scale, 0)
         unknown = [name for name in callback_inputs if name not in self._callback_tensor_inputs]
         if unknown:
@@ -780,14 +774,19 @@ class SamplingPipeline(HubCardMixin, DiffusionPipeline, WaltLoraLoaderMixin):
                 f"callback_on_step_end_tensor_inputs has {unknown}; allowed are {self._callback_tensor_inputs}"
             )
         refuse_cache(self.transformer, guidance_scale > 1)
-        self._guidance_scale = guidance_scale
-        self._guidance_rescale = guidance_rescale
-        self._attention_kwargs = attention_kwargs
-        self._interrupt = False
-        self._current_timestep = None
-        self._callback = callback
-        self._callback_inputs = list(callback_inputs)
-        self._step_index = 0
+
+        def begin() -> None:
+            self._guidance_scale = guidance_scale
+            self._guidance_rescale = guidance_rescale
+            self._attention_kwargs = attention_kwargs
+            self._interrupt = False
+            self._current_timestep = None
+            self._num_timesteps = num_timesteps
+            self._callback = callback
+            self._callback_inputs = list(callback_inputs)
+            self._step_index = 0
+
+        return begin
 
     def _count_steps(self, steps: int, chunks: int, strength: float = 1.0, resample: int = 1) -> int:
         """Calls of the scheduler that a video of so many chunks takes."""

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from tests import tiny
-from walt import cli, demo
+from walt import cli, demo, media
 from walt.errors import WaltError
 from walt.media import read_image, read_video, write_image, write_video
 
@@ -77,8 +77,8 @@ def test_a_request_is_made_as_the_pipeline_would(
         pieces.append(frames)
         return to_pixels(frames)
 
-    to_pixels = demo.to_pixels
-    monkeypatch.setattr(demo, "to_pixels", keep)
+    to_pixels = media.to_pixels
+    monkeypatch.setattr(media, "to_pixels", keep)
     request = ask(studio, size="32 x 32", frames=5)
     result = studio.run("me", "text", request, lambda done, total, text: steps.append((done, total, text)))
     video, fps = read_video(result.path)
@@ -159,6 +159,14 @@ def test_every_task_makes_its_frames(task: str, studio: demo.Studio, uploads: di
     assert video.shape == (*shape, 3)
 
 
+def test_upscaling_takes_the_steps_of_super_resolution(studio: demo.Studio, uploads: dict[str, Path]) -> None:
+    """Whatever size was chosen on another tab."""
+    told: list[tuple[int, int, str]] = []
+    request = ask(studio, "upscale", {"video": uploads["image"], "scale": 2}, size="16 x 16")
+    studio.run("me", "upscale", request, lambda *state: told.append(state))
+    assert [state[:2] for state in told] == [(1, 1)]
+
+
 @pytest.mark.parametrize(("how", "frames"), [("Backward", 17), ("Loop", 17), ("Connect", 30)])
 def test_a_video_is_continued_in_every_way(
     how: str, frames: int, studio: demo.Studio, uploads: dict[str, Path]
@@ -177,7 +185,7 @@ def test_outside_the_box_nothing_changes(studio: demo.Studio, uploads: dict[str,
     request = ask(studio, "fill", {"video": uploads["video"], **box})
     (frames,) = demo.TASKS["fill"].make(studio.pipe, request, lambda *_: {})
     given = request.clip("video")
-    made = demo.to_pixels(frames)
+    made = media.to_pixels(frames)
     assert np.array_equal(made[:, :, :8], given[:, :, :8]) and not np.array_equal(made[:, :, 8:], given[:, :, 8:])
 
 
@@ -195,9 +203,11 @@ def test_a_model_with_the_temporal_stage_makes_16_frames_per_second(
     pipe.register_modules(temporal_super_resolution=stage)
     studio = demo.Studio(pipe, demo.Limits(), tmp_path)
     request = ask(studio, task, {**given, "fps": 16}, steps=1, frames=5)
-    result = studio.run("me", task, request, silent)
+    told: list[str] = []
+    result = studio.run("me", task, request, lambda done, total, text: told.append(text))
     video, fps = read_video(result.path)
     assert video.shape == (frames, 16, 16, 3) and fps == 16
+    assert set(told) == {"stage 1", "frame rate"}
 
 
 def test_sizes_stay_within_the_limit(pipe: Any, tmp_path: Path) -> None:

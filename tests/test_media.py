@@ -12,10 +12,20 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from walt.errors import WaltError
-from walt.media import MediaError, VideoWriter, read_image, read_video, stream_video, write_image, write_video
+from walt.media import (
+    MediaError,
+    VideoWriter,
+    read_image,
+    read_video,
+    stream_video,
+    to_pixels,
+    write_image,
+    write_video,
+)
 
 
 @pytest.fixture
@@ -44,6 +54,17 @@ def test_image_round_trip(tmp_path: Path, frames: np.ndarray) -> None:
     write_image(frames[0], tmp_path / "x.png")
     assert np.array_equal(read_image(tmp_path / "x.png"), frames[0])
     assert os.listdir(tmp_path) == ["x.png"]
+
+
+def test_tensors_become_pixels() -> None:
+    """Rounded to the nearest, cut to [0, 1], channels last."""
+    values = torch.tensor([-0.1, 0.0, 0.499 / 255, 0.501 / 255, 1.0, 1.1], dtype=torch.float64)
+    video = values.view(1, 1, 6, 1).expand(2, 3, 6, 4)
+    assert to_pixels(video).dtype == np.uint8 and to_pixels(video).shape == (2, 6, 4, 3)
+    assert to_pixels(video)[1, :, 3, 2].tolist() == [0, 0, 0, 1, 255, 255]
+    every = torch.arange(256).view(1, 256, 1).expand(3, -1, 2)
+    for dtype in (torch.float32, torch.float16):
+        assert np.array_equal(to_pixels((every / 255).to(dtype))[..., 0], every[0].numpy())
 
 
 def test_streamed_file_is_the_same(tmp_path: Path, frames: np.ndarray) -> None:

@@ -13,7 +13,8 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
@@ -323,8 +324,8 @@ def _sample_run(args: argparse.Namespace) -> None:
             "context_noise_level": args.context_noise,
             "anchor_every": args.anchor_every,
         }
-        with _Progress(prompt, pipe, steps, args.frames, double) as progress:
-            pieces = pipe.stream(prompt, callback_on_step_end=progress.step, **call, **long)
+        with _stage_bars(prompt, pipe, steps, args.frames, double) as step:
+            pieces = pipe.stream(prompt, callback_on_step_end=step, **call, **long)
             count, _ = task_commands.write(pieces, path, args.fps)
         print(f"{path}: {count} frame{'s' * (count != 1)} of {width}x{height}, seed {args.seed}")
 
@@ -337,38 +338,25 @@ def _spread(name: str, given: list[Any] | None, default: Any, stages: int) -> li
     return given * stages if len(given) == 1 else given
 
 
-class _Progress:
-    """A bar per stage on the terminal (stderr), fed by the pipeline's callback."""
+@contextmanager
+def _stage_bars(prompt: str, pipe: Any, steps: list[int], frames: int, double: bool) -> Iterator[Callable[..., Any]]:
+    """A bar per stage; yields what the pipeline takes as `callback_on_step_end`."""
+    from walt.chunking import chunk_count
 
-    def __init__(self, prompt: str, pipe: Any, steps: list[int], frames: int, double: bool = False) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    later = chunk_count(2 * frames - 1 if double else frames)
+    rows = [(i + 1, STAGE_NAMES[i], count * (later if i else chunk_count(frames))) for i, count in enumerate(steps)]
+    if double:
+        rows.insert(1, (0, "frame rate", pipe.config.super_resolution_steps * later))
+    with task_commands.bars() as progress:
+        progress.console.print(prompt, style="bold", markup=False, highlight=False)
+        tasks = {stage: progress.add_task(name, total=total, start=stage == 1) for stage, name, total in rows}
 
-        from walt.chunking import chunk_count
+        def step(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            progress.start_task(tasks[pipe.current_stage])
+            progress.advance(tasks[pipe.current_stage])
+            return tensors
 
-        console = Console(stderr=True)
-        console.print(prompt, style="bold", markup=False, highlight=False)
-        columns = (TextColumn("{task.description:<18}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self.bars = Progress(*columns, console=console)
-        later = chunk_count(2 * frames - 1 if double else frames)
-        rows = [(i + 1, STAGE_NAMES[i], count * (later if i else chunk_count(frames))) for i, count in enumerate(steps)]
-        if double:
-            rows.insert(1, (0, "frame rate", pipe.config.super_resolution_steps * later))
-        self.tasks = {stage: self.bars.add_task(name, total=total, start=stage == 1) for stage, name, total in rows}
-
-    def __enter__(self) -> _Progress:
-        self.bars.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bars.stop()
-
-    def step(self, pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        """The pipeline's `callback_on_step_end`."""
-        task = self.tasks[pipe.current_stage]
-        self.bars.start_task(task)
-        self.bars.advance(task)
-        return tensors
+        yield step
 
 
 # -- walt info ---------------------------------------------------------------------------------------------------------

@@ -207,9 +207,8 @@ def draw_sheet(objective: Any, model: nn.Module, path: Path | None) -> None:
     """PNG: originals above reconstructions (tokenizer), or samples of training prompts (denoiser, NUWA); and the clips
     beside it as an mp4. Without a path they are made and not written: what the other ranks of a sharded model do."""
     import torch
-    from PIL import Image
 
-    from walt.media import write_video
+    from walt.media import to_pixels, write_image, write_video
     from walt.training.nuwa import NuwaObjective
     from walt.training.objectives import TokenizerObjective
 
@@ -223,10 +222,7 @@ def draw_sheet(objective: Any, model: nn.Module, path: Path | None) -> None:
     rows = [row if row.ndim == 3 else _strip(row) for row in made]
     width = max(row.shape[-1] for row in rows)
     rows = [torch.nn.functional.pad(row, (0, width - row.shape[-1], 0, 4), value=1.0) for row in rows]
-    sheet = ((torch.cat(rows, dim=1).clamp(-1, 1) + 1.0) * 127.5).round().to(torch.uint8).permute(1, 2, 0)
-    temporary = path.with_suffix(".tmp.png")
-    Image.fromarray(sheet.cpu().numpy()).save(temporary)
-    temporary.replace(path)
+    write_image(to_pixels(torch.cat(rows, dim=1) / 2 + 0.5), path)
     clips = [video for video in made if video.ndim == 4 and video.shape[1] > 1]
     if clips:
         write_video(_grid(clips), path.with_suffix(".mp4"), 8.0)
@@ -236,6 +232,8 @@ def _grid(videos: list[Tensor]) -> Any:
     """Clips `(3, T, H, W)` in [-1, 1] in two columns (real and made), uint8 `(T, H, W, 3)`; short ones hold their end."""
     import torch
 
+    from walt.media import to_pixels
+
     frames, height, width = (max(video.shape[axis] for video in videos) for axis in (1, 2, 3))
     cells = []
     for video in videos:
@@ -244,8 +242,7 @@ def _grid(videos: list[Tensor]) -> Any:
     if len(cells) % 2:
         cells.append(torch.ones_like(cells[0]))
     rows = [torch.cat(cells[i : i + 2], dim=3) for i in range(0, len(cells), 2)]
-    pixels = ((torch.cat(rows, dim=2).clamp(-1, 1) + 1.0) * 127.5).round().to(torch.uint8)
-    return pixels.permute(1, 2, 3, 0).cpu().numpy()
+    return to_pixels(torch.cat(rows, dim=2).transpose(0, 1) / 2 + 0.5)
 
 
 def _nuwa_samples(objective: Any, model: Any) -> list[Tensor]:
@@ -1103,6 +1100,7 @@ def _evaluate_prompts(args: argparse.Namespace, pipe: Any) -> int:
         table,
         write_report,
     )
+    from walt.media import to_pixels
 
     theatre = _held_out(args)
     stages, height, width = pipe.check_inputs(args.stages, None, None, args.frames)
@@ -1123,8 +1121,7 @@ def _evaluate_prompts(args: argparse.Namespace, pipe: Any) -> int:
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             output_type="pt",
         ).frames
-        pixels = (frames.float() * 255).round().clamp(0, 255).to(torch.uint8)
-        return pixels.permute(0, 1, 3, 4, 2).cpu().numpy()
+        return to_pixels(frames)
 
     scenes = held_out_scenes(theatre, args.count, frames=args.frames)
     wanted = [asked(scene) for scene in scenes]
@@ -1178,7 +1175,7 @@ def _seed_sheet(args: argparse.Namespace, pipe: Any) -> None:
     import torch
     from PIL import Image, ImageDraw
 
-    from walt.media import write_image
+    from walt.media import to_pixels, write_image
 
     rows = []
     for seed in range(args.count):
@@ -1192,7 +1189,7 @@ def _seed_sheet(args: argparse.Namespace, pipe: Any) -> None:
             output_type="pt",
         ).frames[0]
         small = torch.nn.functional.interpolate(frames.float(), size=(96, 168), mode="area").transpose(0, 1)
-        strip = (_strip(small).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+        strip = to_pixels(_strip(small))
         row = Image.new("RGB", (strip.shape[1], strip.shape[0] + 16), "white")
         row.paste(Image.fromarray(strip), (0, 16))
         ImageDraw.Draw(row).text((4, 2), f"seed {seed}: {prompt}", fill="black")

@@ -1,12 +1,42 @@
-"""What a denoiser is told in training, and how it is dropped for guidance (papers: W.A.L.T. sections 3.3-3.4)."""
+"""What a denoiser is told, and how that is dropped in training for guidance (papers: W.A.L.T. sections 3.3-3.4)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+TEXT_TOKENS = 64
+"""Most tokens of a prompt, special ones included, in training and (unless a call says otherwise) in sampling."""
+
+
+def encode_text(
+    tokenizer: Any,
+    encoder: Any,
+    texts: list[str],
+    device: torch.device,
+    max_length: int = TEXT_TOKENS,
+    warn: Callable[[str], None] = logger.warning,
+) -> tuple[Tensor, Tensor]:
+    """Text states `(P, S, D)` of a transformers encoder and their mask `(P, S)`.
+
+    Texts of more than `max_length` tokens, or than encoder or tokenizer take, are cut; `warn` is told what of each.
+    """
+    config = getattr(encoder, "model", encoder).config  # that of the encoder inside a CompactTextEncoder
+    limit = getattr(config, "max_position_embeddings", None) or max_length  # none where relative (T5)
+    max_length = min(max_length, tokenizer.model_max_length, limit)
+    for ids in tokenizer(texts, padding=False, truncation=False, verbose=False)["input_ids"]:
+        if len(ids) > max_length:
+            lost = tokenizer.decode(ids[max_length - 1 : -1])  # the last token is a special one, and stays
+            warn(f'a prompt of {len(ids)} tokens is cut to {max_length}; what is left out: "{lost}"')
+    tokens = tokenizer(texts, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
+    ids, mask = tokens["input_ids"].to(device), tokens["attention_mask"].to(device)
+    return encoder(input_ids=ids, attention_mask=mask).last_hidden_state, mask
 
 
 def frame_mask(latent: Tensor, given: int) -> Tensor:

@@ -49,8 +49,9 @@ class Limits:
 class Request:
     """A checked request: `files` and `choices` hold what the task's own fields were given, by the field's name.
 
-    `height` and `width` are those of the last of `stages`; `steps` and `guidance` have one number per stage. `most` and
-    `side` are the limits on frames and pixels a side; `options` say how guidance is spread over the steps and bounded.
+    `height` and `width` are those of the last of `stages`; `steps` and `guidance` have one number per stage, `later_steps`
+    is that of every super-resolution stage. `most` and `side` are the limits on frames and pixels a side; `options` say
+    how guidance is spread over the steps and bounded.
     """
 
     prompt: str
@@ -61,6 +62,7 @@ class Request:
     frames: int
     seed: int
     steps: list[int]
+    later_steps: int
     guidance: list[float]
     options: GuidanceOptions
     most: int
@@ -215,22 +217,17 @@ def _conditioned(make: Callable[[Any, Request, dict[str, Any]], Any]) -> Make:
         if request.stages == 1:
             yield frames[0]
             return
-        yield from _enlarge(pipe, request, step, frames, 2 ** (request.stages - 1), request.steps[1])
+        yield from _enlarge(pipe, request, step, frames, 2 ** (request.stages - 1))
 
     return whole
 
 
-def _enlarge(pipe: Any, request: Request, step: Step, video: Any, scale: int, steps: int) -> Iterator[Tensor]:
-    from walt.chunking import chunk_count
-
-    # A stream does not know how long its video is; here it is known, and the bar shows it.
-    frames = video.shape[1] if video.ndim == 5 else len(video)
-    pipe._num_timesteps = chunk_count(frames) * steps * (scale.bit_length() - 1)
+def _enlarge(pipe: Any, request: Request, step: Step, video: Any, scale: int) -> Iterator[Tensor]:
     pieces = pipe.upscale_stream(
         video,
         request.prompt or None,
         scale=scale,
-        num_inference_steps=steps,
+        num_inference_steps=request.later_steps,
         generator=_generator(request),
         callback_on_step_end=step,
     )
@@ -288,7 +285,7 @@ def _edit(base: Any, request: Request, call: dict[str, Any]) -> Any:
 def _upscale(pipe: Any, request: Request, step: Step) -> Iterator[Tensor]:
     scale = int(request.choices["scale"])
     video = read_clip(request.files["video"], request.most, None, request.side // scale)
-    yield from _enlarge(pipe, request, step, video, scale, request.steps[-1])
+    yield from _enlarge(pipe, request, step, video, scale)
 
 
 RATE = Field("choice", "Frames per second", options=(FPS, 2 * FPS), lacks=_no_doubling)
@@ -539,6 +536,7 @@ class Studio:
             frames=int(frames),
             seed=int(seed),
             steps=[int(steps)] + [int(later_steps)] * (stages - 1),
+            later_steps=int(later_steps),
             guidance=[float(guidance)] + [scale] * (stages - 1),
             options=options,
             most=limits.frames,
@@ -572,15 +570,16 @@ class Studio:
 
     def run(self, session: str, task: str, request: Request, report: Callable[[int, int, str], None]) -> Result:
         """Makes what is asked for; raises Cancelled soon after `cancel(session)`."""
-        from walt.media import VideoWriter, write_image
+        from walt.media import VideoWriter, to_pixels, write_image
 
         stop = self._stops[session] = threading.Event()
 
         def step(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             if stop.is_set():
                 raise Cancelled
-            stage = getattr(pipe, "current_stage", 0)
-            report(index + 1, max(pipe.num_timesteps, index + 1), f"stage {stage}" if stage else "base")
+            stage = getattr(pipe, "current_stage", None)
+            name = {None: "base", 0: "frame rate"}.get(stage, f"stage {stage}")
+            report(index + 1, max(pipe.num_timesteps, index + 1), name)
             return tensors
 
         folder = self.folder / secrets.token_hex(16)
@@ -623,14 +622,6 @@ def whole(name: str, value: Any, low: int, high: int) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not low <= value <= high or value != int(value):
         raise WaltError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
-
-
-def to_pixels(frames: Tensor) -> Pixels:
-    """`(T, 3, H, W)` in [0, 1] -> uint8 `(T, H, W, 3)`."""
-    import torch
-
-    pixels: Pixels = (frames.float() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    return pixels
 
 
 # -- walt demo ---------------------------------------------------------------------------------------------------------

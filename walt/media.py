@@ -19,9 +19,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Literal
+from typing import TYPE_CHECKING, BinaryIO, Literal
 
 import av
 import numpy as np
@@ -29,6 +30,9 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from walt.errors import WaltError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -68,6 +72,11 @@ class MediaError(WaltError):
     def __reduce__(self) -> tuple[type[MediaError], tuple[str, str]]:
         """As it comes from another process: an exception is made again of what its message alone would not give."""
         return MediaError, (self.reason, str(self))
+
+
+def to_pixels(frames: Tensor) -> Pixels:
+    """`(..., 3, H, W)` in [0, 1], on any device, to uint8 `(..., H, W, 3)`; values outside are cut to it."""
+    return (frames.float() * 255).round_().clamp_(0, 255).byte().movedim(-3, -1).cpu().numpy()
 
 
 def is_image_path(path: str | Path) -> bool:
@@ -224,25 +233,20 @@ def read_video(path: str | Path) -> tuple[Pixels, float]:
     Raises:
         WaltError: the file is missing, is no video, or breaks off.
     """
-    path = _existing(path)
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise WaltError(f'cannot read "{path}": it holds no video')
-            stream = container.streams.video[0]
-            frames = [_upright_frame(frame) for frame in container.decode(stream)]
-            fps, promised = float(stream.average_rate or 0), stream.frames
-    except (OSError, av.error.FFmpegError) as error:
-        raise WaltError(f'cannot read "{path}" as a video: {error.strerror or error}') from error
-    if not frames or len(frames) < promised:
-        raise WaltError(f'cannot read "{path}": it breaks off after {len(frames)} of {promised} frames')
-    return np.stack(frames), fps
+    frames, rates = zip(*_decoded(path), strict=True)
+    return np.stack(frames), rates[0]
 
 
 def stream_video(path: str | Path, frames: int = 16) -> Iterator[Pixels]:
     """The frames of `read_video` in pieces of at most so many, decoded as they are asked for; the same errors."""
+    decoded = _decoded(path)
+    while held := [pixels for pixels, _ in islice(decoded, frames)]:
+        yield np.stack(held)
+
+
+def _decoded(path: str | Path) -> Iterator[tuple[Pixels, float]]:
+    """Every frame of `read_video`, and the frames per second."""
     path = _existing(path)
-    held: list[Pixels] = []
     count = 0
     try:
         with av.open(str(path)) as container:
@@ -250,18 +254,13 @@ def stream_video(path: str | Path, frames: int = 16) -> Iterator[Pixels]:
                 raise WaltError(f'cannot read "{path}": it holds no video')
             stream = container.streams.video[0]
             for frame in container.decode(stream):
-                held.append(_upright_frame(frame))
                 count += 1
-                if len(held) == frames:
-                    yield np.stack(held)
-                    held = []
+                yield _upright_frame(frame), float(stream.average_rate or 0)
             promised = stream.frames
     except (OSError, av.error.FFmpegError) as error:
         raise WaltError(f'cannot read "{path}" as a video: {error.strerror or error}') from error
     if not count or count < promised:
         raise WaltError(f'cannot read "{path}": it breaks off after {count} of {promised} frames')
-    if held:
-        yield np.stack(held)
 
 
 def read_image(path: str | Path) -> Pixels:
@@ -347,7 +346,7 @@ def read_window(file: Path | bytes, suffix: str, times: Sequence[float], size: t
             if getattr(image, "n_frames", 1) > 1 and suffix in ANIMATED_SOURCES:
                 return _animated_window(image, times, size)
             image.draft("RGB", (size[1], size[0]))  # JPEG decodes faster at a half, quarter or eighth
-            return _fitted(_upright(image), size)[None]
+            return fit(_upright(image), size)[None]
         except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
             raise MediaError("damaged", str(error) or type(error).__name__) from error
 
@@ -392,7 +391,7 @@ def _animated_window(image: Image.Image, times: Sequence[float], size: tuple[int
         image.load()
         end += _seconds(image.info.get("duration"))
         if len(chosen) < len(times) and times[len(chosen)] < end - 1e-6:
-            fitted = _fitted(_upright(image), size)
+            fitted = fit(_upright(image), size)
             while len(chosen) < len(times) and times[len(chosen)] < end - 1e-6:
                 chosen.append(fitted)
         if len(chosen) == len(times):
@@ -549,22 +548,20 @@ def _upright(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _cover(height: int, width: int, size: tuple[int, int]) -> tuple[int, int]:
-    """The smallest height and width of the same shape that cover `size`."""
+def cover(height: int, width: int, size: tuple[int, int]) -> tuple[tuple[int, int], slice, slice]:
+    """The smallest height and width of the same shape that cover `size`, and the rows and columns of its middle."""
     scale = max(size[0] / height, size[1] / width)
-    return max(size[0], round(height * scale)), max(size[1], round(width * scale))
+    whole = max(size[0], round(height * scale)), max(size[1], round(width * scale))
+    top, left = (whole[0] - size[0]) // 2, (whole[1] - size[1]) // 2
+    return whole, slice(top, top + size[0]), slice(left, left + size[1])
 
 
-def _centre(pixels: Pixels, size: tuple[int, int]) -> Pixels:
-    y, x = (pixels.shape[0] - size[0]) // 2, (pixels.shape[1] - size[1]) // 2
-    return pixels[y : y + size[0], x : x + size[1]]
-
-
-def _fitted(image: Image.Image, size: tuple[int, int]) -> Pixels:
-    height, width = _cover(image.height, image.width, size)
+def fit(image: Image.Image, size: tuple[int, int]) -> Pixels:
+    """`image` scaled to cover `size` (height, width) with its shape kept, and cut at the centre."""
+    (height, width), rows, columns = cover(image.height, image.width, size)
     if (height, width) != (image.height, image.width):
         image = image.resize((width, height), Image.Resampling.LANCZOS)
-    return _centre(np.array(image), size)
+    return np.array(image)[rows, columns]
 
 
 def _upright_frame(frame: av.VideoFrame) -> Pixels:
@@ -578,12 +575,12 @@ def _scaled(frame: av.VideoFrame, size: tuple[int, int]) -> Pixels:
     """A decoded frame, scaled and turned to RGB in one pass, then upright and cut to `size`."""
     turns = round(frame.rotation / 90) % 4
     upright = (frame.width, frame.height) if turns % 2 else (frame.height, frame.width)
-    height, width = _cover(*upright, size)
+    (height, width), rows, columns = cover(*upright, size)
     wide, high = (height, width) if turns % 2 else (width, height)
-    smaller = wide <= frame.width
     # By name: PyAV converts its own enum objects more slowly.
-    pixels = frame.to_ndarray(format="rgb24", width=wide, height=high, interpolation="AREA" if smaller else "BICUBIC")
-    return _centre(np.rot90(pixels, turns), size)
+    kernel = "AREA" if wide <= frame.width else "BICUBIC"
+    pixels = frame.to_ndarray(format="rgb24", width=wide, height=high, interpolation=kernel)
+    return np.rot90(np.asarray(pixels, np.uint8), turns)[rows, columns]
 
 
 def _existing(path: str | Path) -> Path:

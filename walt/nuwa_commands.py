@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from walt.errors import WaltError, suggest
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
 
     from walt.media import Pixels
@@ -205,7 +204,7 @@ def _masked(args: argparse.Namespace, pipe: Any) -> dict[str, Any]:
 
     image = read_image(args.image)
     if args.resize:
-        image = fit(image[None], *model_size(pipe))[0]
+        image = _fit(image[None], pipe)[0]
     if args.box is not None:
         left, top, right, bottom = args.box
         if not (left < right <= image.shape[1] and top < bottom <= image.shape[0]):
@@ -213,9 +212,8 @@ def _masked(args: argparse.Namespace, pipe: Any) -> dict[str, Any]:
         mask = np.zeros(image.shape[:2], np.uint8)
         mask[top:bottom, left:right] = 255
     else:
-        mask = read_image(args.mask)[..., 0]
-        if args.resize:
-            mask = fit(read_image(args.mask)[None], *model_size(pipe))[0, ..., 0]
+        mask = read_image(args.mask)
+        mask = (_fit(mask[None], pipe)[0] if args.resize else mask)[..., 0]
     return {"image": image, "mask": mask, "prompt": getattr(args, "prompt", None)}
 
 
@@ -241,7 +239,7 @@ def _read_frames(args: argparse.Namespace, pipe: Any) -> Pixels:
         frames, rate = read_video(args.video)
     pace = max(1, round(rate / pipe.config.frame_rate)) if rate else 1
     frames = frames[::pace]
-    return fit(frames, *model_size(pipe)) if args.resize else frames
+    return _fit(frames, pipe) if args.resize else frames
 
 
 TASKS: dict[str, Task] = {
@@ -267,14 +265,21 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from walt.cli import UsageError, choose_device, choose_dtype
-    from walt.media import is_image_path, write_image, write_video
+    from walt.media import is_image_path, to_pixels, write_image, write_video
+    from walt.task_commands import bars
 
     device = choose_device(args.device)
     pipe = load_nuwa(args.model, choose_dtype(args.dtype, device), device)
     task = TASKS[args.task]
     try:
         inputs = task.inputs(args, pipe)
-        with _Bar(args.task) as bar:
+        with bars() as progress:
+            bar = progress.add_task(args.task, total=None)
+
+            def step(pipe: Any, index: int, made: int, tensors: dict[str, Any]) -> dict[str, Any]:
+                progress.update(bar, completed=made, total=pipe.num_timesteps)
+                return tensors
+
             output = pipe(
                 **inputs,
                 guidance_scale=args.guidance,
@@ -285,7 +290,7 @@ def run(args: argparse.Namespace) -> None:
                 ranker=None if args.clip is None else clip_ranker(args.clip, device),
                 generator=torch.Generator().manual_seed(args.seed),
                 output_type="pt",
-                callback_on_step_end=bar.step,
+                callback_on_step_end=step,
                 callback_on_step_end_tensor_inputs=[],
             )
         frames = output.frames[0]
@@ -298,7 +303,7 @@ def run(args: argparse.Namespace) -> None:
         frames = upscale(
             frames, args.upscale[0], args.upscale[1], args.cascade, prompt, args.seed, args.device, args.dtype
         )
-    pixels = (frames.float() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    pixels = to_pixels(frames)
     if is_image_path(args.output):
         write_image(np.concatenate(list(pixels), axis=1), args.output)
     else:
@@ -501,13 +506,14 @@ def model_size(pipe: Any) -> tuple[int, int]:
     return size[1] * ratio, size[2] * ratio
 
 
-def fit(frames: Pixels, height: int, width: int) -> Pixels:
-    """uint8 `(T, H, W, 3)` cropped in the middle to the shape of height x width, and resized to it."""
+def _fit(frames: Pixels, pipe: Any) -> Pixels:
+    """uint8 `(T, H, W, 3)` at the size that the model makes by default."""
     import numpy as np
-    from PIL import Image, ImageOps
+    from PIL import Image
 
-    images = [ImageOps.fit(Image.fromarray(frame), (width, height), Image.Resampling.BICUBIC) for frame in frames]
-    return np.stack([np.asarray(image) for image in images])
+    from walt.media import fit
+
+    return np.stack([fit(Image.fromarray(frame), model_size(pipe)) for frame in frames])
 
 
 def upscale(
@@ -588,6 +594,7 @@ def clip_ranker(folder: str | Path, device: Any) -> Callable[[list[str], Tensor]
     from transformers import AutoProcessor, CLIPModel
 
     from walt.evaluation.distances import clipsim
+    from walt.media import to_pixels
 
     try:
         model = CLIPModel.from_pretrained(folder, use_safetensors=True).eval().to(device)
@@ -596,7 +603,7 @@ def clip_ranker(folder: str | Path, device: Any) -> Callable[[list[str], Tensor]
         raise WaltError(f'--clip: "{folder}" holds no CLIP model: {str(error).splitlines()[0]}') from error
 
     def rank(prompts: list[str], frames: Tensor) -> Tensor:
-        pixels: np.ndarray = ((frames.transpose(1, 2) + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
+        pixels = to_pixels(frames.transpose(1, 2) / 2 + 0.5)
         texts = processor(text=prompts, return_tensors="pt", padding=True, truncation=True).to(device)
         images = processor(images=list(pixels.reshape(-1, *pixels.shape[2:])), return_tensors="pt").to(device)
         with torch.no_grad():
@@ -610,27 +617,3 @@ def clip_ranker(folder: str | Path, device: Any) -> Callable[[list[str], Tensor]
 def _features(output: Any) -> Tensor:
     features: Tensor = getattr(output, "pooler_output", output)  # transformers 5 returns it inside an output
     return features
-
-
-class _Bar:
-    """A bar on the terminal (stderr), fed by the pipeline's callback."""
-
-    def __init__(self, name: str) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-        columns = (TextColumn("{task.description:<18}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self.bars = Progress(*columns, console=Console(stderr=True))
-        self.task = self.bars.add_task(name, total=None)
-
-    def __enter__(self) -> _Bar:
-        self.bars.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bars.stop()
-
-    def step(self, pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        """The pipeline's `callback_on_step_end`."""
-        self.bars.update(self.task, completed=timestep, total=pipe.num_timesteps)
-        return tensors

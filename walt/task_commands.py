@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from walt.errors import Terminated, WaltError
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
     from torch import Tensor
 
     from walt.media import Pixels
@@ -265,8 +266,8 @@ def run(args: argparse.Namespace) -> None:
         if side is not None:
             call[name] = side // scale
     check_schedule(args.options, [call["guidance_scale"]])
-    with _Bar(args.command) as bar:
-        call["callback_on_step_end"] = bar.step
+    with _counting(args.command) as step:
+        call["callback_on_step_end"] = step
         frames: Tensor = TASKS[args.command].make(args, pipe, call).frames.float().cpu()
         if is_image_path(args.output) and frames.shape[1] > 1:
             raise UsageError(f'the result has {frames.shape[1]} frames and "{args.output}" is a picture: write an .mp4')
@@ -277,7 +278,7 @@ def run(args: argparse.Namespace) -> None:
                 args.prompt,
                 scale,
                 generator=torch.Generator().manual_seed(args.seed),
-                callback_on_step_end=bar.step,
+                callback_on_step_end=step,
             )
         given = getattr(args, "video", None)
         if args.command == "fill":
@@ -304,7 +305,7 @@ def run_upscale(args: argparse.Namespace) -> None:
         pieces, fps = iter([read_image(args.video)[None]]), 8.0
     else:
         pieces, fps = stream_video(args.video), args.facts.frames / args.facts.seconds
-    with _Bar("upscale") as bar:
+    with _counting("upscale") as step:
         made = cascade.upscale_stream(
             (_tensor(piece) for piece in pieces),
             args.prompt,
@@ -313,7 +314,7 @@ def run_upscale(args: argparse.Namespace) -> None:
             guidance_scale=args.guidance,
             noise_level=args.noise_level,
             generator=torch.Generator().manual_seed(args.seed),
-            callback_on_step_end=bar.step,
+            callback_on_step_end=step,
         )
         count, size = write(made, args.output, args.fps or round(fps, 3))
     print(f"{args.output}: {count} frame{'s' * (count != 1)} of {size[1]}x{size[0]}, seed {args.seed}")
@@ -321,25 +322,18 @@ def run_upscale(args: argparse.Namespace) -> None:
 
 def write(pieces: Iterator[Tensor], path: Path, fps: float) -> tuple[int, tuple[int, int]]:
     """Writes `(1, n, 3, H, W)` in [0, 1] as they come; the number of frames and (height, width)."""
-    from walt.media import VideoWriter, is_image_path, write_image
+    from walt.media import VideoWriter, is_image_path, to_pixels, write_image
 
     if is_image_path(path):
-        image = _pixels(next(pieces))
+        image = to_pixels(next(pieces)[0])
         write_image(image[0], path)
         return 1, image.shape[1:3]
     size = (0, 0)
     with VideoWriter(path, fps) as writer:
-        for frames in map(_pixels, pieces):  # no piece is held while the next one is made
+        for (frames,) in map(to_pixels, pieces):  # no piece is held while the next one is made
             size = frames.shape[1:3]
             writer.add(frames)
     return writer.count, size
-
-
-def _pixels(piece: Tensor) -> Pixels:
-    import torch
-
-    frames: Pixels = (piece[0].float() * 255).round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    return frames
 
 
 def _tensor(frames: Pixels) -> Tensor:
@@ -403,28 +397,26 @@ def _keep(args: argparse.Namespace, pieces: Iterator[Tensor]) -> Iterator[Tensor
         yield torch.where(new, piece.cpu().float(), given)
 
 
-class _Bar:
-    """Counts denoising steps on the terminal (stderr)."""
+def bars() -> Progress:
+    """Progress bars on the terminal (stderr), for a `with` block."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    def __init__(self, name: str) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    columns = (TextColumn("{task.description:<18}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=Console(stderr=True))
 
-        columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self.bars = Progress(*columns, console=Console(stderr=True))
-        self.task = self.bars.add_task(name, total=None)
 
-    def __enter__(self) -> _Bar:
-        self.bars.start()
-        return self
+@contextmanager
+def _counting(name: str) -> Iterator[Callable[..., dict[str, Any]]]:
+    """A bar that counts denoising steps; yields what a pipeline takes as `callback_on_step_end`."""
+    with bars() as progress:
+        task = progress.add_task(name, total=None)
 
-    def __exit__(self, *_: object) -> None:
-        self.bars.stop()
+        def step(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            progress.advance(task)
+            return {}
 
-    def step(self, pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        """The pipeline's `callback_on_step_end`."""
-        self.bars.advance(self.task)
-        return {}
+        yield step
 
 
 def _image(given: Input) -> Any:

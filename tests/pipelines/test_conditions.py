@@ -156,6 +156,8 @@ def test_masks_in_any_form(pipe: WaltConditionPipeline, clip: Tensor) -> None:
         pictures[0],
         mask[:, None].expand(-1, 3, -1, -1),
         mask[None, :, None],
+        (mask * 155 + 100).byte().numpy(),  # dark grey and white
+        (mask * 155 + 100).byte(),
     )
     for form in forms:
         assert torch.equal(one, run(pipe, PROMPT, video=clip[:5], mask_video=form))
@@ -281,6 +283,54 @@ def test_loop(pipe: WaltConditionPipeline, clip: Tensor) -> None:
     # The new frames are those between the video and itself.
     joined = run(pipe.connect, clip[:17], clip[:17], PROMPT, 8, composite=True)[0]
     assert close(made[17:], joined[17:25], 1e-6)
+
+
+class Elsewhere(Tensor):
+    """Goes together with no other tensor until it is brought to the CPU, as one of a GPU."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.cpu:
+            with torch._C.DisableTorchFunctionSubclass():
+                return args[0].as_subclass(Tensor)
+        assert func is not torch.cat or len({type(part) for part in args[0]}) == 1, "tensors of two devices"
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_a_video_may_lie_on_another_device(pipe: WaltConditionPipeline, clip: Tensor) -> None:
+    """What a call with output_type="pt" gives goes into the next task, wherever it is."""
+    tasks: list[Any] = [
+        lambda x: run(pipe.extend, x, PROMPT, 4),
+        lambda x: run(pipe.extend, x, PROMPT, 4, direction="backward", reverse=False),
+        lambda x: run(pipe.loop, x, PROMPT, 4),
+        lambda x: run(pipe.connect, x, x, PROMPT, 4),
+        lambda x: run(pipe.interpolate, {0: x[0], 5: x[1]}, PROMPT),
+        lambda x: run(pipe.outpaint, x[:5], PROMPT, left=8),
+    ]
+    for task in tasks:
+        assert torch.equal(task(clip[:9].as_subclass(Elsewhere)), task(clip[:9]))
+
+
+def test_an_interrupt_ends_tasks_of_several_calls(pipe: WaltConditionPipeline, clip: Tensor) -> None:
+    """At the step that it comes at, also where the task would begin further calls."""
+    steps: list[int] = []
+
+    def stop(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        steps.append(index)
+        pipe._interrupt = len(steps) == last
+        return {}
+
+    back = {"direction": "backward", "reverse": False}
+    cases: list[tuple[int, Any, int]] = [
+        (1, lambda **call: pipe.interpolate({0: clip[0], 40: clip[1]}, PROMPT, **call), 1),  # far pictures between
+        (5, lambda **call: pipe.interpolate({0: clip[0], 40: clip[1]}, PROMPT, **call), 16),  # after one gap of them
+        (3, lambda **call: pipe.interpolate({0: clip[0], 5: clip[1], 10: clip[2], 15: clip[3]}, PROMPT, **call), 10),
+        (2, lambda **call: pipe.extend(clip[:9], PROMPT, 24, **back, **call), 18),
+    ]
+    for last, make, frames in cases:
+        steps.clear()
+        assert run(make, callback_on_step_end=stop).shape[1] == frames and len(steps) == last
+    assert run(pipe.interpolate, {0: clip[0], 1: clip[1], 6: clip[2]}, PROMPT).shape[1] == 7  # what was is over
 
 
 def test_interpolate(pipe: WaltConditionPipeline, clip: Tensor) -> None:

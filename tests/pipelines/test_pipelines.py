@@ -16,6 +16,7 @@ from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from PIL import Image
 
 from tests import tiny
+from walt.conditioning import TEXT_TOKENS
 from walt.diffusion import make_scheduler
 from walt.errors import WaltError
 from walt.models.transformer_walt import WaltTransformer3DModel
@@ -24,6 +25,7 @@ from walt.pipelines.pipeline_walt_cascade import WaltCascadePipeline
 from walt.pipelines.pipeline_walt_super_resolution import WaltSuperResolutionPipeline
 from walt.pipelines.sampling import decode_latents, encode_video
 from walt.tokenizers.text import CompactTextEncoder, quantize_text_encoder
+from walt.training.objectives import TextStates
 
 PROMPT = "a rocket flies up on the purple background"
 FAST: dict[str, Any] = {"num_inference_steps": 2, "output_type": "pt"}
@@ -469,6 +471,29 @@ def test_int8_text_encoder_is_a_component(tmp_path: Path, capsys: pytest.Capture
     )
 
 
+def test_long_prompts_are_cut_as_in_training(base: WaltPipeline, caplog: pytest.LogCaptureFixture) -> None:
+    """With a line that names what is left out; training, whose captions have no end, says it once."""
+    tokenizer, encoder = tiny.tokenizer(), tiny.t5()
+    tokenizer.model_max_length = 1000
+    pipe = WaltPipeline(**{**base.components, "tokenizer": tokenizer, "text_encoder": encoder})
+    fits, long = " ".join(["cat"] * (TEXT_TOKENS - 2)), " ".join(["cat"] * (TEXT_TOKENS - 2) + ["red", "rocket"])
+    states, _, mask, _ = pipe.encode_prompt([fits, long], do_classifier_free_guidance=False)
+    assert states is not None and mask is not None and states.shape[1] == TEXT_TOKENS and bool(mask.all())
+
+    def said() -> list[str]:
+        return [record.getMessage() for record in caplog.records if record.name.startswith("walt.")]
+
+    (line,) = said()
+    assert f'{TEXT_TOKENS + 2} tokens is cut to {TEXT_TOKENS}; what is left out: "red rocket"' in line
+    caplog.clear()
+    words = TextStates(tokenizer, encoder)
+    for _ in range(2):
+        words.cache.clear()
+        for trained, sampled in zip(words([fits, long]), states, strict=True):
+            assert torch.allclose(trained, sampled, atol=1e-6)
+    assert ["red rocket" in line for line in said()] == [True]
+
+
 def test_text_components_alone(base: WaltPipeline) -> None:
     """diffusers' testers build pipelines of text components only, and encode there."""
     alone = WaltPipeline(base.tokenizer, base.text_encoder, None, None, None)  # type: ignore[arg-type]
@@ -535,6 +560,7 @@ def test_one_sentence_where_prompts_and_sizes_do_not_fit(
         ({"prompt": ["a cat", "a dog"], "negative_prompt_embeds": states}, "are of 1 prompts, there are 2"),
         ({"negative_prompt_embeds": states.repeat(2, 1, 1)}, "are of 2 prompts, there are 1"),
         ({"height": "16"}, "height must be an integer, a multiple of 8, got '16'"),
+        ({"guidance_scale": float("inf")}, "guidance_scale must be a number of at least 0, got inf"),
         ({"generator": (tiny.seeded(0),)}, "generator must be a torch.Generator, a list"),
         ({"guidance_scale": 1.0, "callback_on_step_end": turn_on}, "guidance needs text states to steer away from"),
     ]

@@ -71,6 +71,14 @@ def test_cascade_streams_through_all_stages(cascade: WaltCascadePipeline) -> Non
     assert cascade.current_stage == 0
 
 
+def test_guidance_outlives_a_stage_without_text() -> None:
+    pipe = tiny.cascade()
+    pipe.register_modules(transformer_2=tiny.super_resolution_transformer(4, 2, text_dim=None))
+    call: dict[str, Any] = {"num_frames": 1, "num_inference_steps": 1, "guidance_scale": 3.0}
+    made = pipe(PROMPT, generator=tiny.seeded(0), output_type="pt", **call).frames
+    assert torch.equal(torch.cat(list(pipe.stream(PROMPT, generator=tiny.seeded(0), **call)), dim=1), made)
+
+
 def held() -> int:
     """Bytes of all tensors that Python holds, save those without memory that compiling leaves behind."""
     gc.collect()
@@ -101,6 +109,41 @@ def test_interrupt_ends_a_stream(cascade: WaltCascadePipeline) -> None:
         )
     )
     assert [piece.shape[1] for piece in made] == [17, 12, 12]
+
+
+def test_arguments_are_checked_at_the_call(base: WaltPipeline, cascade: WaltCascadePipeline) -> None:
+    """Not only when the first chunk is asked for."""
+    enlarge, video = tiny.super_resolution_pipeline(), torch.rand(1, 1, 3, 16, 16)
+    states = torch.zeros(1, 3, tiny.TEXT_DIM)
+    cases: list[tuple[Any, str]] = [
+        (lambda: base.stream(PROMPT, num_frames=18), "num_frames"),
+        (lambda: base.stream(PROMPT, guidance_scale=-1.0), "guidance_scale must be"),
+        (lambda: base.stream(PROMPT, callback_on_step_end_tensor_inputs=["x"]), r"has \['x'\]; allowed are"),
+        (lambda: base.stream(PROMPT, negative_prompt=["a", "b"]), "2 negative prompts for 1 prompts"),
+        (lambda: base.stream(PROMPT, generator="seed"), "generator must be"),
+        (lambda: cascade.stream(PROMPT, stages=4), "stages=4, but this model has 3"),
+        (lambda: cascade.stream(PROMPT, noise_level=[1, 2, 3]), "noise_level has 3 values"),
+        (lambda: cascade.stream(PROMPT, noise_level=1000), "noise_level must be"),
+        (lambda: cascade.stream(PROMPT, context_noise_level=-1), "context_noise_level must be"),
+        (lambda: cascade.upscale_stream(video, PROMPT, scale=3), "scale must be 2, 4 or a higher power of 2"),
+        (lambda: cascade.upscale_stream(iter([video]), PROMPT, noise_level=1000), "noise_level must be"),
+        (lambda: enlarge.stream(iter([video]), states, num_inference_steps=0), "num_inference_steps must be"),
+    ]
+    for make, message in cases:
+        with pytest.raises(WaltError, match=message):
+            make()
+    pipes: list[Any] = [base, cascade]
+    for pipe in pipes:  # they give tensors
+        with pytest.raises(TypeError, match="output_type"):
+            pipe.stream(PROMPT, output_type="np")
+
+
+def test_streams_made_beforehand_have_their_own_arguments(base: WaltPipeline) -> None:
+    scales = (1.0, 4.0)
+    streams = [base.stream(**base_call(5, guidance_scale=scale)) for scale in scales]
+    for scale, stream in zip(scales, streams, strict=True):
+        made = base(**base_call(5, guidance_scale=scale), output_type="pt").frames
+        assert torch.equal(torch.cat(list(stream), dim=1), made)
 
 
 # -- how chunks see what was before ------------------------------------------------------------------------------------
@@ -165,6 +208,9 @@ def test_upscale_any_length_and_size(cascade: WaltCascadePipeline, frames: int, 
     del call["output_type"]
     stream = cascade.upscale_stream(pieces_of(video, 7), PROMPT, scale=2, generator=tiny.seeded(0), **call)
     assert torch.equal(made, torch.cat(list(stream), dim=1))
+    assert cascade.num_timesteps == 0  # pieces may come without end
+    list(cascade.upscale_stream(video, PROMPT, scale=2, **call))
+    assert cascade.num_timesteps == cascade._step_index == 1 + (frames > 17) + (frames > 29)
 
 
 def test_upscale_chooses_stages_by_size(cascade: WaltCascadePipeline) -> None:

@@ -28,7 +28,7 @@ from walt.evaluation.distances import Interval, mean_interval, mmd_interval
 from walt.evaluation.features import FeatureNetwork
 from walt.evaluation.prompts import Judge, wilson
 from walt.evaluation.tracks import LINES, Pixels, Track, find_subject, name_motion
-from walt.media import replacing, write_image
+from walt.media import replacing, to_pixels, write_image
 
 OPPOSITE = {
     "moves left to right": "moves right to left",
@@ -115,8 +115,7 @@ class Stage:
                 yield self.pixels(one), one.cpu()
 
     def pixels(self, tokens: Tensor) -> Pixels:
-        video = self.pipe.decode(tokens[None])[0].permute(1, 2, 3, 0)
-        return ((video + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
+        return to_pixels(self.pipe.decode(tokens[None])[0].transpose(0, 1) / 2 + 0.5)
 
     def tokens(self, clip: Pixels) -> Tensor:
         """`(T, h, w)` of uint8 `(T, H, W, 3)`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from walt.attention import RelativeBias
 from walt.conditioning import (
     draw_given_frames,
     drop,
+    encode_text,
     frame_mask,
     frames_twice,
     half_rate,
@@ -820,16 +822,17 @@ def _pixels(kept: Tensor | None, like: Tensor) -> Tensor | float:
 class TextStates:
     """Prompt -> text states `(S, text_dim)` of a frozen transformers encoder, the latest ones kept by prompt.
 
+    Long prompts are cut as the pipelines cut them, with a warning about the first one.
+
     Args:
         tokenizer: a transformers tokenizer.
         encoder: a model whose call gives `last_hidden_state`.
-        max_length: tokens kept of a prompt.
         kept_bytes: most memory of the states that are kept: a user's media have captions without end.
     """
 
-    def __init__(self, tokenizer: Any, encoder: Any, max_length: int = 64, kept_bytes: int = 2**28) -> None:
+    def __init__(self, tokenizer: Any, encoder: Any, kept_bytes: int = 2**28) -> None:
         self.tokenizer, self.encoder = tokenizer, encoder.eval().requires_grad_(False)
-        self.max_length, self.kept_bytes = max_length, kept_bytes
+        self.kept_bytes, self.warned = kept_bytes, False
         self.cache: dict[str, Tensor] = {}  # the oldest first
 
     def to(self, device: torch.device) -> None:
@@ -839,18 +842,20 @@ class TextStates:
     def __call__(self, prompts: list[str]) -> list[Tensor]:
         fresh = sorted({prompt for prompt in prompts if prompt not in self.cache})
         if fresh:
-            ids = self.tokenizer(
-                fresh, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
-            ).to(self.encoder.device)
-            states = self.encoder(input_ids=ids.input_ids, attention_mask=ids.attention_mask).last_hidden_state
-            for prompt, row, mask in zip(fresh, states, ids.attention_mask, strict=True):
-                self.cache[prompt] = row[: int(mask.sum())].float().clone()
+            states, masks = encode_text(self.tokenizer, self.encoder, fresh, self.encoder.device, warn=self._warn)
+            for prompt, row, mask in zip(fresh, states, masks, strict=True):
+                self.cache[prompt] = row[mask.bool()].float()
         found = [self.cache[prompt] for prompt in prompts]
         if fresh:
             size = sum(states.nbytes for states in self.cache.values())
             while size > self.kept_bytes:
                 size -= self.cache.pop(next(iter(self.cache))).nbytes
         return found
+
+    def _warn(self, line: str) -> None:
+        if not self.warned:
+            logging.getLogger(__name__).warning("%s (of further prompts this is not said)", line)
+        self.warned = True
 
 
 def _shape_name(shape: Shape) -> str:
