@@ -304,11 +304,26 @@ def test_precision_is_set_as_it_is_written(precision: str) -> None:
         ("emoji.base", ["run.steps=many"], "run.steps: .*integer"),
         ("emoji.base", ["run.steps"], "field=value"),
         ("emoji.base", ["diffusion.loss_weighting=pixel"], "'token' or 'sample'"),
+        # Each of these was found out deep inside, or never: no frames made a pack that had always room for more.
+        ("emoji.base", ["shapes=[{frames: 0, height: 128, width: 128}]"], "shapes.0.frames: .*greater than 0, got 0"),
+        ("emoji.base", ["shapes=[]"], "shapes: .*at least 1 item"),
+        ("emoji.base", ["optimizer.lr=inf"], "optimizer.lr: .*finite number"),
+        ("emoji.base", ["optimizer.betas=[0.9, 1.0]"], "optimizer.betas.1: .*less than 1, got 1"),
+        ("emoji.base", ["run.seed=-1"], "run.seed: .*greater than or equal to 0, got -1"),
+        ("emoji.base", ["data.seed=-1"], "data.*seed: .*greater than or equal to 0, got -1"),
+        ("emoji.base", ["diffusion.given_frames=[0]"], "given_frames.0: .*greater than 0, got 0"),
+        ("emoji.base", ["diffusion.timestep_logit_normal=[0, -1]"], "timestep_logit_normal.1: .*got -1"),
+        ("emoji.base", ["token_drop={high: 0.5, schedule: sigmoid, scale: 0}"], "token_drop.scale: .*slope"),
     ],
 )
 def test_recipe_errors(recipe: str, override: list[str], words: str) -> None:
     with pytest.raises(WaltError, match=words):
         load_job(recipe, override)
+
+
+def test_the_discriminators_own_arguments_can_be_set() -> None:
+    job = load_job("emoji.decoder_finish", ["loss.adversarial.model.base=24"])
+    assert job.loss.adversarial.model["base"] == 24  # type: ignore[union-attr]
 
 
 def test_missing_folders_and_unknown_model_fields(tmp_path: Path) -> None:
