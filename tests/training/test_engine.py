@@ -45,7 +45,7 @@ from walt.training.job import (
 from walt.training.loop import Loss, Objective, Part, _same_recipe, train
 from walt.training.muon import Muon, orthogonalize
 from walt.training.objectives import TextStates, interpolated_positions
-from walt.training.optimizers import make_optimizer, warm
+from walt.training.optimizers import Guard, make_optimizer, warm
 
 
 def run(job: Job, **arguments: Any) -> Path:
@@ -215,6 +215,24 @@ def test_guard_skips_what_is_not_finite_and_what_jumps(tmp_path: Path) -> None:
     train(job, Line(job, {20: 1e3}))
     a, b = saved(tmp_path / "was-24"), saved(tmp_path / "checkpoint-00000024")
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_skipped_step_has_no_share_in_the_mean_loss(tmp_path: Path) -> None:
+    for every in (1, 4):
+        job = line_job(tmp_path / str(every), 4, log_every=every)
+        train(job, Line(job, {2: math.nan}))
+    found = [row["loss"] for row in rows(tmp_path / "1") if "loss" in row]
+    assert len(found) == 3
+    (mean,) = (row["loss"] for row in rows(tmp_path / "4") if "loss" in row)
+    assert mean == pytest.approx(sum(found) / 3)
+    assert [row["samples"] for row in rows(tmp_path / "4") if "samples" in row] == [2.0]
+
+
+def test_a_gradient_after_none_is_no_jump(tmp_path: Path) -> None:
+    guard = Guard(line_job(tmp_path, 1).run)
+    for _ in range(Guard.FIRST):
+        assert guard.refuses({"model": 1.0}, {"model": 0.0}) is None
+    assert guard.refuses({"model": 1.0}, {"model": 0.5}) is None
 
 
 def test_guard_gives_up_after_enough_in_a_row(tmp_path: Path) -> None:

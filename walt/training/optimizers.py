@@ -129,8 +129,12 @@ class Guard:
             usual = self.norms.setdefault(name, [])
             if not (math.isfinite(losses[name]) and math.isfinite(norms[name])):
                 reason = f"{name}: loss {losses[name]:.4g}, gradient norm {norms[name]:.4g}"
-            elif self.factor and len(usual) >= self.FIRST and norms[name] > self.factor * statistics.median(usual):
-                median = statistics.median(usual)
+            elif (
+                self.factor
+                and len(usual) >= self.FIRST
+                and norms[name] > self.factor * (median := statistics.median(usual))
+                and median  # after steps without a gradient none is a jump
+            ):
                 reason = (
                     f"{name}: gradient norm {norms[name]:.4g}, {norms[name] / median:.0f} times the usual {median:.3g}"
                 )

@@ -45,6 +45,7 @@ class Report:
         self.job, self.enabled, self.rate = job, enabled, rate
         self.console = Console(highlight=False)
         self.sums: dict[str, float] = {}
+        self.seen: dict[str, int] = {}  # in how many steps: a figure may be missing in some
         self.times: dict[str, float] = {}
         self.count = 0
         self.begun = time.monotonic()
@@ -115,6 +116,7 @@ class Report:
             return
         for name, value in figures.items():
             self.sums[name] = self.sums.get(name, 0.0) + float(value)
+            self.seen[name] = self.seen.get(name, 0) + 1
         self.count += 1
         self.left -= 1
         self.at = step + 1
@@ -130,7 +132,13 @@ class Report:
         whole = now - self.begun
         other = self.times.pop("other", 0.0)
         took = max(whole - other, 1e-9)
-        row = {name: value / self.count for name, value in self.sums.items() if name != "flops"}
+        # Of counts what a step has on average; of other figures the mean of those that there were: a step without a
+        # finite loss has none, and a penalty may come every few steps.
+        row = {
+            name: value / (self.count if name in COUNTS else self.seen[name])
+            for name, value in self.sums.items()
+            if name != "flops"
+        }
         row["seconds_per_step"] = took / self.count
         for name in ("samples", "tokens"):
             if name in self.sums:
@@ -154,7 +162,7 @@ class Report:
             )
         self._write({"step": self.at, **row})
         self.scalars(self.at, row)
-        self.sums, self.times, self.count, self.begun = {}, {}, 0, now
+        self.sums, self.seen, self.times, self.count, self.begun = {}, {}, {}, 0, now
 
     def heldout(self, step: int, figures: Mapping[str, float]) -> None:
         """Writes held-out figures, a row of their own."""
