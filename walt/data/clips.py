@@ -421,10 +421,16 @@ class Clips:
 
     def identity(self) -> str:
         """Changes with all that the order of samples depends on."""
-        counts = [(len(table.trained), int(table.trained.sum())) for table in self.tables]
+        known = [(table, table.index.items) for table in self.tables]
+        counts = [(len(table.trained), int(table.trained.sum()), len(rows)) for table, rows in known]
+        sizes = [
+            zlib.crc32(rows[name].tobytes()) for _, rows in known for name in ("video", "height", "width", "seconds")
+        ]
         fields = self.data.model_dump(mode="json", exclude={"index", "latents", "max_broken"})
         rows = [shape.model_dump() for shape in self.shapes]
-        text = json.dumps([fields, rows, counts, self.budget, self.multiple, self.packs, self.low_res], sort_keys=True)
+        text = json.dumps(
+            [fields, rows, counts, sizes, self.budget, self.multiple, self.packs, self.low_res], sort_keys=True
+        )
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
