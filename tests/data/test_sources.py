@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 from collections import Counter
 from fractions import Fraction
@@ -21,7 +22,7 @@ from tests.training.jobs import denoiser_job, save_tokenizer, tokenizer_job
 from walt.commands import build_objective
 from walt.data import clips as clips_module
 from walt.data.clips import Clips, Draw, fit_size
-from walt.data.index import build_index, decode_all
+from walt.data.index import Broken, build_index, decode_all
 from walt.data.sources import Where, expand_braces, open_source, pick_captions, sniff, split_key
 from walt.errors import WaltError
 from walt.media import MediaError, probe, read_window
@@ -206,6 +207,53 @@ def test_shards_are_read_where_they_lie_and_the_index_is_kept(shards: Path, tmp_
     again = build_index(Where(f"{shards}/part-{{000..003}}.tar"), tmp_path, workers=2)
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
     assert again.items.tolist() == index.items.tolist()
+
+
+def test_two_readings_of_one_folder_do_not_meet(tmp_path: Path) -> None:
+    folder = tmp_path / "media"
+    folder.mkdir()
+    for name in "abc":
+        (folder / f"{name}.png").write_bytes(media.image_bytes(media.noise(0)))
+        (folder / f"{name}.json").write_text(json.dumps({"short": name, "long": f"a long caption of {name}"}))
+    sources = [SourceJob(path=str(folder), caption=field) for field in ("short", "long")]
+    clips = open_clips(tmp_path, *sources, shapes=SHAPES[2:], budget=48)
+    captions = [[table.index.item(i).captions for i in range(3)] for table in clips.tables]
+    assert sorted(captions[0]) == [("a",), ("b",), ("c",)]
+    assert all(text.startswith("a long caption of") for (text,) in captions[1])
+    # What another run finds after a change is not put under the feet of the one that is training.
+    (folder / "a.json").write_text(json.dumps({"short": "something that is much longer than before"}))
+    again = build_index(Where(str(folder), caption="short"), tmp_path / "index")
+    assert [clips.tables[0].index.item(i).captions for i in range(3)] == captions[0]
+    assert ("something that is much longer than before",) in [again.item(i).captions for i in range(3)]
+
+
+def test_names_and_captions_that_are_no_text(tmp_path: Path) -> None:
+    folder = tmp_path / "media"
+    folder.mkdir()
+    for number, name in enumerate((b"caf\xe9.png", b"line\xe2\x80\xa8feed.png", b"good.png", b"\xff.png")):
+        path = folder / os.fsdecode(name)
+        path.write_bytes(media.image_bytes(media.noise(number)) if number < 3 else b"no picture")
+        path.with_suffix(".json").write_text('{"caption": "half an emoji \\ud83d"}')
+    clips = open_clips(tmp_path, SourceJob(path=str(folder)), shapes=SHAPES[2:], budget=48, heldout_share=0.01)
+    assert len(clips.tables[0].trained) == 3
+    assert {clip.caption for step in range(3) for clip in clips.pack(step, 0)} == {"half an emoji ?"}
+    names = {clips.tables[0].index.item(i).key for i in range(3)}
+    assert names == {"caf\\xe9.png", "line\u2028feed.png", "good.png"}
+    assert account(tmp_path / "run" / "skipped.jsonl") == {"\\xff.png": "unreadable"}
+    clips.account.skip(str(folder), Broken("line\u2028feed.png", "damaged", "x"))
+    with (tmp_path / "run" / "skipped.jsonl").open("ab") as file:
+        file.write("{caf\u00e9".encode()[:-1])  # a full disk cut the line
+    again = open_clips(tmp_path, SourceJob(path=str(folder)), shapes=SHAPES[2:], budget=48)
+    assert again.account.summary()[str(folder)]["reasons"] == {"damaged": 1, "unreadable": 1}
+
+
+def test_a_row_without_a_name_is_said(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(media.image_bytes(media.noise(0)))
+    for second, words in (('{"text": "x"}', "only text"), ("[1]", r"only \[1\]")):
+        (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}\n' + second + "\n")
+        source = open_source(Where(str(tmp_path)))
+        with pytest.raises(WaltError, match=f"row 2 of .*no field file_name, {words}"):
+            list(source.entries(source.units()[0]))
 
 
 def test_processes_make_the_same_index(shards: Path, tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ class Account:
         if self.path is None:
             return
         row = {"source": source, "item": item.key, "reason": item.reason, "detail": item.detail}
-        line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+        line = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
         handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             os.write(handle, line)
@@ -115,10 +115,11 @@ class Account:
         """Reads what other processes (and earlier runs) have written."""
         if self.path is None or not self.path.exists():
             return
-        for line in self.path.read_text(encoding="utf-8").splitlines():
+        # Only at line feeds: a name may hold other separators. A line that was cut off may end inside a character.
+        for line in self.path.read_bytes().decode("utf-8", "replace").split("\n"):
             try:
                 row = json.loads(line)
                 key = (row["source"], row["item"])
                 self.skipped.setdefault(key, Broken(row["item"], row["reason"], row["detail"]))
-            except (ValueError, KeyError):  # a line that a kill cut off
+            except (ValueError, KeyError, TypeError):  # a line that a kill cut off
                 continue
