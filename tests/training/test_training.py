@@ -20,9 +20,9 @@ from tests.training.jobs import denoiser_job, losses, save_tokenizer, saved, tok
 from walt.commands import build_objective
 from walt.data.latents import LatentShards, write_latents
 from walt.data.packing import fill_budget
-from walt.data.scenes import world
+from walt.data.scenes import Clip, Scenes, world
 from walt.errors import WaltError
-from walt.training.job import DataJob, DiffusionJob, Job, OptimizerJob, load_job, recipes
+from walt.training.job import DataJob, DiffusionJob, Job, OptimizerJob, Shape, load_job, recipes
 from walt.training.loop import learning_rate, train
 
 ROOT = Path(__file__).parents[2]
@@ -250,6 +250,21 @@ def test_precomputed_latents_equal_encoding_on_the_fly(tmp_path: Path) -> None:
     save_tokenizer(tmp_path / "vae")  # other random weights
     with pytest.raises(WaltError, match="another tokenizer"):
         LatentShards(tmp_path / "latents", job)
+
+
+def test_no_scene_is_encoded_for_two_shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = denoiser_job(save_tokenizer(tmp_path / "vae"), tmp_path / "run")
+    job = job.model_copy(update={"data": job.data.model_copy(update={"scenes": DataJob().scenes})})
+    seen: dict[int, set[int]] = {}
+    whole = Scenes.clip
+
+    def watched(self: Scenes, number: int, shape: Shape, *rest: bool) -> Clip:
+        seen.setdefault(job.shapes.index(shape), set()).add(number % self.job.scenes)
+        return whole(self, number, shape, *rest)
+
+    monkeypatch.setattr(Scenes, "clip", watched)
+    write_latents(job, tmp_path / "latents", [5] * len(job.shapes), lambda video: torch.zeros(1, 8, 1, 1, 1))
+    assert len(seen) == len(job.shapes) and len(set().union(*seen.values())) == 5 * len(job.shapes)
 
 
 def test_latents_of_another_world_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

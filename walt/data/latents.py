@@ -35,7 +35,9 @@ def fingerprint(tokenizer: Path) -> str:
     if not files:
         raise WaltError(f"no tokenizer in {tokenizer}: train one with `walt train emoji.tokenizer`")
     for path in files:
-        digest.update(path.read_bytes())
+        with open(path, "rb") as file:  # a text encoder may be larger than memory
+            while piece := file.read(1 << 24):
+                digest.update(piece)
     return digest.hexdigest()[:16]
 
 
@@ -91,8 +93,10 @@ def write_latents(
     done, total = 0, sum(len(numbers) for *_, numbers, _ in mine)
     for place, shape, numbers, path in mine:
         if not path.exists():
-            # Each shape has scenes of its own, so that stills and clips together show more of the world.
-            clips = [scenes.clip(number + 1_000_003 * place, shape, twins) for number in numbers]
+            # Each shape has a part of the scenes for itself, so that stills and clips together show more of the world,
+            # and no held-out clip of one shape is trained on as another.
+            first = place * (data.scenes // len(job.shapes))
+            clips = [scenes.clip(first + number, shape, twins) for number in numbers]
             tensors = {"latents": torch.cat([encode(clip.video[None]).half().cpu() for clip in clips])}
             if twins:
                 low = [clip.low_res for clip in clips]
