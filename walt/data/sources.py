@@ -37,8 +37,9 @@ METADATA = ("metadata.jsonl", "metadata.csv")
 class Entry:
     """One item as its source lists it, not yet opened.
 
-    `key` names it inside its source (in valid UTF-8, as it is hashed, printed and written); `where` is what `Source.open` needs; `captions` are all of them; `fault` is the
-    reason and the detail when the listing alone shows that the item is broken.
+    `key` names it inside its source (in valid UTF-8, as it is hashed, printed and written); `where` is what
+    `Source.open` needs; `captions` are all of them; `fault` is the reason and the detail when the listing alone shows
+    that the item is broken.
     """
 
     key: str

@@ -147,8 +147,9 @@ class TokenFolder:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not index.exists():
-                index.with_suffix(".tmp").write_text(json.dumps(known, indent=1))
-                os.replace(index.with_suffix(".tmp"), index)
+                temporary = index.with_suffix(f".{os.getpid()}.tmp")  # several ranks may write it at once
+                temporary.write_text(json.dumps(known, indent=1))
+                os.replace(temporary, index)
             old = json.loads(index.read_text())
         except (OSError, ValueError) as error:
             raise WaltError(f"tokens: the folder {self.folder} cannot be used ({error})") from error
