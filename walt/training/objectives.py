@@ -123,6 +123,8 @@ class TokenizerObjective(Objective):
             )
         if self.quantizer is not None and job.loss.latent_noise:
             raise WaltError(f"loss.latent_noise: codes take no noise, got {job.loss.latent_noise}; set it to 0")
+        if job.data.latents is not None:
+            raise WaltError("data.latents: a tokenizer is trained on pixels; leave it out")
         if (adversary is None) != (job.loss.adversarial is None):
             raise WaltError("loss.adversarial: the objective needs an adversary with it, and takes none without")
         if self.segmentation:
@@ -441,6 +443,12 @@ class DenoiserObjective(Objective):
         if job.lora is not None:
             add_lora(self.model, job.lora, job.init)
         config = self.model.config
+        if job.diffusion.mask_probability and not config.frame_conditioning:
+            raise WaltError(
+                "diffusion.mask_probability: a model without frame_conditioning is given nothing; set it to 0"
+            )
+        if job.interpolate_positions and job.init is None:
+            raise WaltError("interpolate_positions: there is nothing to interpolate; give init=FOLDER")
         self.classes = read_classes(job.classes, config.num_classes)
         if low_res_kind(config) == "time" and job.data.latents is not None:
             raise WaltError("data.latents: a temporal stage encodes both frame rates as it trains, it needs pixels")
