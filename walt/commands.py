@@ -322,7 +322,8 @@ def _samples(objective: Any, model: Any) -> list[Tensor]:
         return objective.vae.decode(latent[None]).sample.float().clamp(-1, 1)
 
     rows = []
-    packed = [sample for step in range(4) for sample in objective.batch(step, 0) if sample.start == 0]
+    packed = [sample for step in range(4) for sample in objective.batch(step, 0)]
+    packed = [sample for sample in packed if sample.start == 0] or packed  # of a recipe of later chunks alone those
     latents = [objective._latent(sample.video, sample.latent) for sample in packed]
     order = sorted(range(len(packed)), key=lambda i: -latents[i].shape[1])[:4]
     for number in order:
@@ -404,7 +405,7 @@ def encode(args: argparse.Namespace) -> None:
         _encode_media(args.job, Path(args.output))
         return
     job, counts = args.job, args.counts
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = _rank_device()
     vae = load_vae(job.tokenizer).eval().to(device)
 
     def encoder(video: Tensor) -> Tensor:
@@ -418,12 +419,20 @@ def encode(args: argparse.Namespace) -> None:
             progress.update(task, completed=done, total=total)
 
         write_latents(job, Path(args.output), counts, encoder, told)
+    Console().print(f"wrote {args.output}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _rank_device() -> torch.device:
+    """This process's own accelerator under torchrun, or the CPU."""
+    import os
+
+    import torch
+
+    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
 
 
 def _encode_media(job: Any, output: Path) -> None:
     """Encodes a user's media: this rank's share of the units, with the account at the end."""
-    import os
-
     import torch
 
     from walt.data.precompute import Tally, encode_media
@@ -432,11 +441,10 @@ def _encode_media(job: Any, output: Path) -> None:
     vae, words = _encoders(job)
     clips = open_clips(job, vae, words is not None, output / "skipped.jsonl")
     assert clips is not None
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else None
-    if device is not None:
-        vae.to(device)
-        if words is not None:
-            words.to(device)
+    device = _rank_device()
+    vae.to(device)
+    if words is not None:
+        words.to(device)
 
     def encoder(video: Tensor) -> Tensor:
         with torch.no_grad():
