@@ -320,6 +320,51 @@ def test_sigterm_saves_and_resume_is_exact(tmp_path: Path) -> None:
     assert losses(tmp_path / "stopped") == losses(tmp_path / "straight")
 
 
+def test_sigterm_to_the_workers_too_is_no_crash(tmp_path: Path) -> None:
+    """A scheduler signals every process of a job."""
+
+    class Stopping(Line):
+        def batch(self, step: int, rank: int) -> torch.Tensor:
+            if step == 5:
+                for process in (os.getppid(), os.getpid()):
+                    os.kill(process, signal.SIGTERM)
+            return super().batch(step, rank)
+
+    job = line_job(tmp_path / "stopped", 30, checkpoint_every=100, workers=1)
+    with pytest.raises(Terminated):
+        train(job, Stopping(job))
+    assert checkpoint.latest(tmp_path / "stopped") is not None
+    train(job, Line(job))
+    straight = line_job(tmp_path / "straight", 30, checkpoint_every=100)
+    train(straight, Line(straight))
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "straight")
+
+
+def test_what_a_stopped_run_did_not_come_to_look_at_is_looked_at(tmp_path: Path) -> None:
+    class Watched(Line):
+        stop = False
+
+        def heldout(self, model: torch.nn.Module) -> dict[str, float]:
+            if self.stop:
+                raise KeyboardInterrupt  # after the checkpoint of the same step
+            return {"loss": 1.0}
+
+    def draw(objective: Objective, model: torch.nn.Module, path: Path | None) -> None:
+        assert path is not None
+        path.write_bytes(b"sheet")
+
+    job = line_job(tmp_path, 4, checkpoint_every=2, heldout_every=2, sheet_every=2, checkpoint_async=False)
+    stopped = Watched(job)
+    stopped.stop = True
+    with pytest.raises(KeyboardInterrupt):
+        train(job, stopped, draw)
+    assert checkpoint.latest(tmp_path) == tmp_path / "checkpoint-00000002"
+    for _ in range(2):  # the second time there is nothing left to do
+        train(job, Watched(job), draw)
+        assert [row["step"] for row in rows(tmp_path) if "heldout" in row] == [2, 4]
+        assert sorted(path.name for path in tmp_path.glob("sheet-*")) == ["sheet-00000002.png", "sheet-00000004.png"]
+
+
 def test_cli_exit_code_of_sigterm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     from walt import cli, commands
 
@@ -453,6 +498,23 @@ def test_a_checkpoint_older_than_a_field_is_still_of_its_recipe(tmp_path: Path) 
     before["data"]["seed"] = 5
     with pytest.raises(WaltError, match=r"another recipe \(data differ\)"):
         _same_recipe(tmp_path, {"job": before, "packs": 1}, job, 1)
+
+
+def test_held_out_clips_of_a_latent_folder_stay_held_out(tmp_path: Path) -> None:
+    """A step sees other clips when others are held out: no resume would be exact."""
+    job = small_job(tmp_path / "vae", tmp_path / "run")
+    watched = {"run": job.run.model_copy(update={"heldout_every": 5, "heldout_clips": 2})}
+    _same_recipe(tmp_path, {"job": job.model_dump(), "packs": 1}, job.model_copy(update=watched), 1)
+    job = job.model_copy(update={"data": job.data.model_copy(update={"latents": "folder"})})
+    with pytest.raises(WaltError, match=r"another recipe \(run.heldout_clips differ\)"):
+        _same_recipe(tmp_path, {"job": job.model_dump(), "packs": 1}, job.model_copy(update=watched), 1)
+
+
+def test_a_state_that_is_no_state_is_said(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-00000001").mkdir()
+    (tmp_path / "checkpoint-00000001" / "state.json").write_text("[]")
+    with pytest.raises(WaltError, match=r"state.json cannot be read .*delete .* to start over"):
+        checkpoint.read_state(tmp_path / "checkpoint-00000001")
 
 
 def test_tensorboard_shows_figures_and_sheets(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ step, the recipe, the guard's memory and the size of every file.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import json
 import os
 import shutil
@@ -120,7 +121,9 @@ class Writer:
                     os.fsync(handle.fileno())
                 shutil.rmtree(target, ignore_errors=True)
                 os.replace(temporary, target)
-                prune(self.run, self.keep)
+                # It is there. Older ones that cannot be deleted now are tried again after the next.
+                with contextlib.suppress(OSError):
+                    prune(self.run, self.keep)
         except (OSError, SafetensorError, RuntimeError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             return self._problem(target, error)
@@ -188,7 +191,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     path = folder / "state.json"
     try:
         state: dict[str, Any] = json.loads(path.read_text())
-        if not isinstance(state.get("files"), dict):
+        if not isinstance(state, dict) or not isinstance(state.get("files"), dict):
             raise ValueError("it is of an older walt")
     except (OSError, ValueError) as error:
         raise WaltError(f"{path} cannot be read ({error}); {_advice(folder)}") from None

@@ -172,15 +172,18 @@ def train(job: Job, objective: Objective, sheet: Sheet | None = None, resume: bo
             }
             writer.save(done, _tensors(trainers, average), state, last)
 
-    def look(done: int) -> None:
-        """Held-out loss and sample sheets, from the averaged weights."""
-        last = done == run.steps
-        if run.heldout_every and (last or done % run.heldout_every == 0):
+    def look(done: int, resumed: bool = False) -> None:
+        """Held-out loss and sample sheets, from the averaged weights; of a `resumed` step what it was stopped before."""
+        last, path = done == run.steps, output / f"sheet-{done:08d}.png"
+        held = bool(run.heldout_every) and (last or done % run.heldout_every == 0)
+        drawn = sheet is not None and (last or (bool(run.sheet_every) and done % run.sheet_every == 0))
+        if resumed:
+            held, drawn = ranks.agree((held and done not in report.held, drawn and not path.exists()))
+        if held:
             with report.time("other"), averaged(average, model), torch.no_grad(), ranks.autocast():
                 figures = objective.heldout(model)
             report.heldout(done, figures)
-        if sheet is not None and (last or (run.sheet_every and done % run.sheet_every == 0)):
-            path = output / f"sheet-{done:08d}.png"
+        if sheet is not None and drawn:
             # Sharded weights are gathered by all ranks, so all of them draw.
             if ranks.main or ranks.sharded:
                 with report.time("other"), averaged(average, model):
@@ -191,6 +194,8 @@ def train(job: Job, objective: Objective, sheet: Sheet | None = None, resume: bo
     stop = _Stop()
     try:
         with stop:
+            if start:
+                look(start, resumed=True)
             for step in range(start, run.steps):
                 for trainer in trainers.values():
                     trainer.begin(step, run.steps)
@@ -439,11 +444,21 @@ class _Packs(Dataset[Any]):
 
 def _loader(objective: Objective, start: int, stop: int, lanes: range, workers: int) -> Iterator[Any]:
     packs = _Packs(objective, start, stop, lanes)
-    loader: DataLoader[Any] = DataLoader(packs, batch_size=None, shuffle=False, num_workers=workers)
+    loader: DataLoader[Any] = DataLoader(
+        packs, batch_size=None, shuffle=False, num_workers=workers, worker_init_fn=_outlive_sigterm
+    )
     for batch in loader:
         if isinstance(batch, WaltError):
             raise batch
         yield batch
+
+
+def _outlive_sigterm(worker: int) -> None:
+    """A scheduler sends SIGTERM to all processes of a job, workers too, whose packs the loop needs for its last step.
+
+    A second one ends the worker, as it ends the loop.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 @lru_cache
@@ -462,7 +477,11 @@ def _same_recipe(folder: Path, state: dict[str, Any], job: Job, packs: int) -> N
 
     def fixed(values: dict[str, Any]) -> dict[str, Any]:
         plain = json.loads(json.dumps(values))
-        plain["run"] = {key: value for key, value in plain["run"].items() if key not in free}
+        watched, data = plain["run"], plain.get("data", {})
+        plain["run"] = {key: value for key, value in watched.items() if key not in free}
+        if data.get("kind") == "emoji" and data.get("latents"):
+            # The last clips of a folder are held out, and which ones a step sees follows from how many are left.
+            plain["run.heldout_clips"] = watched.get("heldout_clips") if watched.get("heldout_every") else 0
         return plain
 
     before = state["job"]

@@ -54,11 +54,12 @@ class Report:
         self.wandb: Any = None
         self.board: Any = None
         self.log: Any = None
+        self.held: set[int] = set()  # steps before `start` whose held-out figures the log has
         if not enabled:
             return
         path = output / "log.jsonl"
         if path.exists():
-            _cut(path, start)
+            self.held = _cut(path, start)
         self.log = path.open("a")
         if job.run.wandb:
             import wandb
@@ -230,18 +231,23 @@ class Report:
             self.wandb.finish()
 
 
-def _cut(path: Path, start: int) -> None:
-    """Drops the rows after step `start`, and a last line that a kill cut short."""
-    kept = []
-    for line in path.read_text().splitlines():
+def _cut(path: Path, start: int) -> set[int]:
+    """Drops the rows after step `start`, and a last line that a kill cut short; returns the steps with held-out figures."""
+    kept: list[str] = []
+    held: set[int] = set()
+    for line in path.read_text(errors="replace").splitlines():
         try:
-            if json.loads(line)["step"] <= start:
+            row = json.loads(line)
+            if row["step"] <= start:
                 kept.append(line + "\n")
+                if "heldout" in row:
+                    held.add(int(row["step"]))
         except (ValueError, KeyError, TypeError):
             continue
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept))
     os.replace(temporary, path)
+    return held
 
 
 def _peak_memory() -> float:
