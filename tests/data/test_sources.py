@@ -372,6 +372,20 @@ def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def test_a_full_disk_ends_neither_plan_nor_account(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(clips_module, "SNAPSHOT", 2)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "plan").write_text("in the way")
+    clips = open_clips(tmp_path, SourceJob(path=str(shards)))
+    free = open_clips(tmp_path, SourceJob(path=str(shards)), report=None)
+    assert [clips.plan.pack(step, 0) for step in range(6)] == [free.plan.pack(step, 0) for step in range(6)]
+    (tmp_path / "run" / "skipped.jsonl").mkdir()
+    clips.account.skip(str(shards), Broken("a.mp4", "empty", ""))
+    assert "left out a.mp4: empty" in capsys.readouterr().err
+
+
 def test_ranks_share_no_item_and_packs_are_full_and_native(shards: Path, tmp_path: Path) -> None:
     clips = open_clips(tmp_path, SourceJob(path=str(shards)), packs=2, budget=150)
     shown: list[set[tuple[int, int]]] = [set(), set()]

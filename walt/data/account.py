@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -105,18 +106,26 @@ class Account:
             return
         row = {"source": source, "item": item.key, "reason": item.reason, "detail": item.detail}
         line = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
-        handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            os.write(handle, line)
-        finally:
-            os.close(handle)
+            handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            try:
+                os.write(handle, line)
+            finally:
+                os.close(handle)
+        except OSError as error:
+            # A full disk must not end a run that goes on without the item.
+            print(f"{self.path}: {error.strerror}; left out {item.key}: {item.reason}", file=sys.stderr, flush=True)
 
     def _merge(self) -> None:
         """Reads what other processes (and earlier runs) have written."""
         if self.path is None or not self.path.exists():
             return
         # Only at line feeds: a name may hold other separators. A line that was cut off may end inside a character.
-        for line in self.path.read_bytes().decode("utf-8", "replace").split("\n"):
+        try:
+            text = self.path.read_bytes().decode("utf-8", "replace")
+        except OSError as error:
+            raise WaltError(f"{self.path} cannot be read: {error.strerror or error}") from None
+        for line in text.split("\n"):
             try:
                 row = json.loads(line)
                 key = (row["source"], row["item"])

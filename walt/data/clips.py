@@ -9,6 +9,7 @@ Letters: T frames, H W pixels.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -486,10 +487,15 @@ class Plan:
         path = self._path(self.next) if self.next % SNAPSHOT == 0 else None
         if path is not None and not path.exists():
             state = {"packer": self.packer.state_dict(), "position": self.position, "ready": self.ready}
-            path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_name(f".{path.name}.{os.getpid()}")
-            temporary.write_text(json.dumps(state))
-            os.replace(temporary, path)
+            # It only saves time: a full disk must not end a run that can do without.
+            with contextlib.suppress(OSError):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    temporary.write_text(json.dumps(state))
+                    os.replace(temporary, path)
+                finally:
+                    temporary.unlink(missing_ok=True)
 
     def _path(self, step: int) -> Path | None:
         return None if self.folder is None else self.folder / f"{self.name}-{step:08d}.json"
