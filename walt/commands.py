@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -185,18 +186,21 @@ def _nuwa_objective(job: Any) -> Any:
 
 
 def _words(job: Any) -> Any:
-    from transformers import AutoTokenizer
-
     from walt.tokenizers.text import load_text_encoder
     from walt.training.objectives import TextStates
 
     if job.text_encoder is None or job.text_tokenizer is None:
         return None
+    return TextStates(_text_tokenizer(job.text_tokenizer), load_text_encoder(job.text_encoder))
+
+
+def _text_tokenizer(folder: str) -> Any:
+    from transformers import AutoTokenizer
+
     try:
-        tokenizer = AutoTokenizer.from_pretrained(job.text_tokenizer)
+        return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise WaltError(f"text_tokenizer: {job.text_tokenizer!r} cannot be loaded: {error}") from None
-    return TextStates(tokenizer, load_text_encoder(job.text_encoder))
+        raise WaltError(f"text_tokenizer: {folder!r} cannot be loaded: {error}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -660,11 +664,19 @@ def save_parts(pipe: Any, folder: Path) -> None:
             path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def export_prepare(args: argparse.Namespace) -> None:
+    """The defaults that the folder will have: mistakes here are usage errors."""
+    if args.base_steps < 1 or args.sr_steps < 1:
+        raise WaltError(f"--base-steps and --sr-steps must be at least 1, got {args.base_steps} and {args.sr_steps}")
+    if not 0 <= args.guidance < math.inf:
+        raise WaltError(f"--guidance must be at least 0, got {args.guidance}")
+    if not 0 <= args.noise_level <= 999:
+        raise WaltError(f"--noise-level must be from 0 to 999, got {args.noise_level}")
+
+
 def export(args: argparse.Namespace) -> None:
     """Joins trained parts into one cascade folder, weights in float16, with the words it knows."""
     import shutil
-
-    from transformers import AutoTokenizer
 
     from walt.data.emoji import EMBEDDED_WORLD
     from walt.diffusion import make_scheduler
@@ -689,7 +701,7 @@ def export(args: argparse.Namespace) -> None:
         stages[name] = load_folder(WaltTransformer3DModel, args.temporal, name).half()
     vae = load_folder(AutoencoderKLWalt, args.vae, "vae").half()
     pipe = WaltCascadePipeline(
-        tokenizer=AutoTokenizer.from_pretrained(f"{args.text}/tokenizer"),
+        tokenizer=_text_tokenizer(f"{args.text}/tokenizer"),
         text_encoder=load_text_encoder(f"{args.text}/text_encoder"),
         vae=vae,
         scheduler=make_scheduler(),

@@ -225,7 +225,7 @@ def train(job: Job, objective: Objective, sheet: Sheet | None = None, resume: bo
                         average.step()
                 means |= {"loss": trainers["model"].loss, "grad_norm": norms.get("model", 0.0)}
                 for name, trainer in trainers.items():
-                    if name != "model":
+                    if name != "model" and trainer.weight:
                         means |= {f"{name}_loss": trainer.loss, f"{name}_grad_norm": norms.get(name, 0.0)}
                 done = step + 1
                 if refused is not None:
