@@ -21,6 +21,7 @@ from tests.data import media
 from tests.training.jobs import denoiser_job, save_tokenizer, tokenizer_job
 from walt.commands import build_objective
 from walt.data import clips as clips_module
+from walt.data.account import Account
 from walt.data.clips import Clips, Draw, fit_size
 from walt.data.index import Broken, build_index, decode_all
 from walt.data.sources import Where, expand_braces, open_source, pick_captions, sniff, split_key
@@ -565,6 +566,17 @@ def test_a_mostly_broken_source_stops_the_run(tmp_path: Path) -> None:
     with pytest.raises(WaltError, match=r"of .* items .*cannot be used \(.* damaged\)"):
         for step in range(40):
             clips.pack(step, 0)
+
+
+def test_bad_luck_is_no_broken_source() -> None:
+    lucky, broken = Account(None, 0.5), Account(None, 0.5)
+    for _ in range(7):
+        lucky.used("x")
+    for number in range(9):  # 9 of the first 16: of three in ten that are broken one worker in forty meets as many
+        lucky.skip("x", Broken(str(number), "damaged", ""))
+    with pytest.raises(WaltError, match=r'16 of 16 items of "x" cannot be used \(16 damaged\)'):
+        for number in range(40):
+            broken.skip("x", Broken(str(number), "damaged", ""))
 
 
 def test_recipes_take_media_from_the_command_line(tmp_path: Path) -> None:

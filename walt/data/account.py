@@ -7,6 +7,7 @@ however often epochs, workers or resumed runs met it.
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections import Counter
@@ -60,14 +61,18 @@ class Account:
         """Writes down an item that could not be read after all.
 
         Raises:
-            WaltError: the share among those tried in this process is above the limit.
+            WaltError: the share among those tried in this process is above the limit, by more than chance.
         """
         self.tried[source] += 1
         self.failed[source] += 1
         self._add(source, item)
-        if self.tried[source] >= EARLY:
+        tried, failed = self.tried[source], self.failed[source]
+        # Every rank and worker judges anew at every item, so a stroke of bad luck is sure to come somewhere: it takes
+        # three standard deviations beyond the limit.
+        least = self.limit * tried + 3 * math.sqrt(self.limit * (1 - self.limit) * tried)
+        if tried >= EARLY and failed > least:
             reasons = Counter(found.reason for (name, _), found in self.skipped.items() if name == source)
-            self._judge(source, self.failed[source], self.tried[source], reasons)
+            self._judge(source, failed, tried, reasons)
 
     def summary(self) -> dict[str, dict[str, Any]]:
         """By source: items in all, skipped, and skipped by reason; other processes' lines included."""
