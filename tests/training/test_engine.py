@@ -564,6 +564,12 @@ def test_folders_name_the_classes(tmp_path: Path) -> None:
     wrong = both.model_copy(update={"model": {**both.model, "num_classes": 3}})
     with pytest.raises(WaltError, match="the sources have 2 folders of media, got 3"):
         build_objective(wrong)
+    # Both would come out in the middle of a run.
+    (tmp_path / "other.txt").write_text("bright\nlight\n")
+    with pytest.raises(WaltError, match=r"other\.txt has no .dark., a folder of the sources"):
+        build_objective(both.model_copy(update={"classes": str(tmp_path / "other.txt")}))
+    with pytest.raises(WaltError, match="heldout_share: no item that can fill shape 0 is held out"):
+        build_objective(both.model_copy(update={"run": both.run.model_copy(update={"heldout_every": 2})}))
     (tmp_path / "tree" / "stray.png").write_bytes(members[0][1])  # in no folder: it has no class and is left out
     left_out = build_objective(job("tree"))
     assert "no caption" in " ".join(left_out.clips.account.lines())

@@ -342,20 +342,32 @@ class Clips:
         Raises:
             WaltError: the recipe holds out no item that can fill the shape.
         """
+        found = self._held_out(shape)
+        for place in range(len(found)):
+            clip = self._try(found[(number + place) % len(found)], load or self.load)
+            if clip is not None:
+                return clip
+        raise WaltError(f"data.heldout_share: no held-out item of shape {shape} can be read; see {self.account.path}")
+
+    @functools.lru_cache(maxsize=64)  # noqa: B019
+    def _held_out(self, shape: int) -> list[Draw]:
         found = [
             Draw(source, int(item), 0, shape, 0)
             for source, table in enumerate(self.tables)
             for item in table.held_out
             if shape in table.allowed(int(item), self.shapes)
         ]
-        for place in range(len(found)):
-            clip = self._try(found[(number + place) % len(found)], load or self.load)
-            if clip is not None:
-                return clip
-        raise WaltError(
-            f"data.heldout_share: no item that can fill shape {shape} is held out (run.heldout_every needs some), "
-            f"got {self.data.heldout_share:g}"
-        )
+        if not found:
+            raise WaltError(
+                f"data.heldout_share: no item that can fill shape {shape} is held out (run.heldout_every needs some), "
+                f"got {self.data.heldout_share:g}"
+            )
+        return found
+
+    def check_held_out(self) -> None:
+        """A WaltError where a shape has no held-out item: better now than after hours."""
+        for shape in range(len(self.shapes)):
+            self._held_out(shape)
 
     def sample(self, position: int, shape: int) -> MediaClip:
         """A sample of one shape, at or after a position of the stream: for trainers that need no packs.

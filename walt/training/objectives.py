@@ -102,6 +102,8 @@ class TokenizerObjective(Objective):
             if isinstance(job.data, MediaJob)
             else None
         )
+        if self.clips is not None and job.run.heldout_every:
+            self.clips.check_held_out()
         if job.init is not None:
             self._start_from(job.init)
         elif self.model.config.block_shortcut:
@@ -484,6 +486,13 @@ class DenoiserObjective(Objective):
         self.space = space
         self.tokens = [t * h * w for t, h, w in map(self._grid, job.shapes)]
         self.clips = open_clips(job, self.vae, words is not None, Path(job.run.output) / "skipped.jsonl")
+        if self.clips is not None and job.run.heldout_every:
+            self.clips.check_held_out()
+        if self.clips is not None and config.num_classes is not None and job.classes is not None:
+            for name in self.clips.classes():
+                if name not in self.classes:
+                    known = suggest(name, self.classes)
+                    raise WaltError(f"classes: {job.classes} has no {name!r}{known}, a folder of the sources")
         if self.clips is not None and config.num_classes is not None and job.classes is None:
             self.classes = self.clips.classes()
             if self.classes and len(self.classes) != config.num_classes:
