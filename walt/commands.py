@@ -80,11 +80,15 @@ def _account(console: Console, clips: Any) -> None:
 
 def plan_job(job: Any, ranks: int = 1, rate: float | None = None) -> Any:
     """The plan of a recipe (`walt.training.plan.make_plan`) with the classes that it builds."""
+    from accelerate import init_empty_weights
+
     from walt.models.backbone import backbone
     from walt.models.transformer_nuwa import NuwaTransformer3DModel
     from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt
+    from walt.tokenizers.discriminator import Discriminator
     from walt.tokenizers.vq_model_walt import WaltVQModel
     from walt.training.job import NuwaJob, TokenizerJob
+    from walt.training.objectives import build_model
     from walt.training.plan import make_plan
 
     cls: type[Any]
@@ -95,7 +99,11 @@ def plan_job(job: Any, ranks: int = 1, rate: float | None = None) -> Any:
     else:
         cls = NuwaTransformer3DModel if isinstance(job, NuwaJob) else backbone(job.backbone)
     autoencoder = WaltVQModel if isinstance(job, NuwaJob) else AutoencoderKLWalt
-    return make_plan(job, cls, autoencoder, ranks, rate, lambda: _rehearsal(job))
+    adversary = None
+    if isinstance(job, TokenizerJob) and job.loss.adversarial is not None:
+        with init_empty_weights():
+            adversary = build_model(Discriminator, job.loss.adversarial.model)
+    return make_plan(job, cls, autoencoder, ranks, rate, lambda: _rehearsal(job), adversary)
 
 
 def _rehearsal(job: Any) -> Any:

@@ -28,9 +28,11 @@ from walt.errors import Terminated, WaltError
 from walt.models.transformer_walt import WaltTransformer3DModel
 from walt.pipelines.pipeline_walt import WaltPipeline
 from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt
+from walt.tokenizers.discriminator import Discriminator
 from walt.training import checkpoint
 from walt.training.adafactor import Adafactor
 from walt.training.job import (
+    AdversarialJob,
     DenoiserJob,
     DiffusionJob,
     Job,
@@ -768,6 +770,18 @@ def test_plan_counts_what_the_run_will_hold(tmp_path: Path) -> None:
     warm(moved)
     held = sum(v.numel() for entry in moved.state.values() for k, v in entry.items() if k != "step")
     assert plan_job(muon, rate=1e9).memory["optimizer"] == 4 * held
+
+
+def test_a_tokenizer_with_codes_and_a_discriminator_is_planned(tmp_path: Path) -> None:
+    job = load_job("tokenizers.lfq_small")
+    plain = job.model_copy(update={"model": {**job.model, "quantizer": None, "quantizer_config": None}})
+    plan = plan_job(job, rate=1e12)
+    assert plan.flops == plan_job(plain, rate=1e12).flops > 0
+    assert isinstance(job, TokenizerJob) and "adversary" not in plan.memory
+    gan = AdversarialJob(model={"base": 4, "multipliers": (1, 2)})
+    plan = plan_job(job.model_copy(update={"loss": job.loss.model_copy(update={"adversarial": gan})}), rate=1e12)
+    count = sum(p.numel() for p in Discriminator(**gan.model).parameters())
+    assert plan.memory["adversary"] == 16 * count  # float32 weights, gradients and two moments
 
 
 def test_planned_activations_are_what_autograd_keeps(tmp_path: Path) -> None:
