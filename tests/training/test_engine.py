@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
 import signal
 import threading
 from collections.abc import Callable
@@ -340,6 +341,24 @@ def test_sigterm_to_the_workers_too_is_no_crash(tmp_path: Path) -> None:
     straight = line_job(tmp_path / "straight", 30, checkpoint_every=100)
     train(straight, Line(straight))
     assert losses(tmp_path / "stopped") == losses(tmp_path / "straight")
+
+
+def test_packs_of_many_tensors_come_from_workers(tmp_path: Path) -> None:
+    class Many(Line):
+        def batch(self, step: int, rank: int) -> Any:
+            return [row.clone() for row in super().batch(step, rank).repeat(100, 1)]
+
+        def loss(self, model, batch, generator, shared=None):
+            return super().loss(model, torch.stack(batch), generator, shared)
+
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (128, limits[1]))
+    try:
+        job = line_job(tmp_path, 3, workers=1)
+        train(job, Many(job))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert len(losses(tmp_path)) == 3
 
 
 def test_what_a_stopped_run_did_not_come_to_look_at_is_looked_at(tmp_path: Path) -> None:

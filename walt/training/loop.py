@@ -11,6 +11,7 @@ import contextlib
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import threading
@@ -31,6 +32,9 @@ from walt.training.ranks import Ranks, Reducer, scalar
 from walt.training.report import COUNTS, Report
 
 __all__ = ["Loss", "Objective", "Part", "averaged", "learning_rate", "train"]
+
+
+OPEN_FILES = 2**16
 
 
 class Part(NamedTuple):
@@ -444,6 +448,8 @@ class _Packs(Dataset[Any]):
 
 def _loader(objective: Objective, start: int, stop: int, lanes: range, workers: int) -> Iterator[Any]:
     packs = _Packs(objective, start, stop, lanes)
+    if workers:
+        _allow_open_files()
     loader: DataLoader[Any] = DataLoader(
         packs, batch_size=None, shuffle=False, num_workers=workers, worker_init_fn=_outlive_sigterm
     )
@@ -451,6 +457,16 @@ def _loader(objective: Objective, start: int, stop: int, lanes: range, workers: 
         if isinstance(batch, WaltError):
             raise batch
         yield batch
+
+
+def _allow_open_files() -> None:
+    """Every tensor that comes from a worker holds a file open, and the packs under way have thousands: more than the
+    1,024 that a process may have by default, but may ask for."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _outlive_sigterm(worker: int) -> None:
