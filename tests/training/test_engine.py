@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import init_empty_weights
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -286,6 +287,17 @@ def test_checkpoint_holds_the_step_it_names_while_training_goes_on(tmp_path: Pat
     for step in range(1, 10):
         a, b = (saved(tmp_path / name / f"checkpoint-{step:08d}") for name in ("a", "b"))
         assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_an_export_that_cannot_be_written_is_said_and_tried_again(tmp_path: Path) -> None:
+    class Full(Line):
+        def export(self, model: torch.nn.Module, folder: Path) -> None:
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    job = line_job(tmp_path, 2)
+    with pytest.raises(WaltError, match=r"cannot write .*final: .*No space left.*the same command tries again"):
+        train(job, Full(job))
+    assert train(job, Line(job)).is_dir()
 
 
 def test_starting_over_keeps_old_checkpoints_aside(tmp_path: Path) -> None:

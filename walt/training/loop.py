@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -250,13 +251,16 @@ def train(job: Job, objective: Objective, sheet: Sheet | None = None, resume: bo
                     raise Terminated(f"stopped by SIGTERM after step {done}; the same command resumes there")
                 look(done)
         final, temporary = output / "final", output / ".final.tmp"
-        with averaged(average, model):
-            if ranks.main:
-                shutil.rmtree(temporary, ignore_errors=True)
-            if ranks.sharded:
-                _export_whole(objective, model, temporary, ranks)
-            elif ranks.main:
-                objective.export(model, temporary)
+        try:
+            with averaged(average, model):
+                if ranks.main:
+                    shutil.rmtree(temporary, ignore_errors=True)
+                if ranks.sharded:
+                    _export_whole(objective, model, temporary, ranks)
+                elif ranks.main:
+                    objective.export(model, temporary)
+        except (OSError, SafetensorError) as error:
+            raise WaltError(f"cannot write {final}: {error}; the same command tries again") from error
         if ranks.main:
             shutil.rmtree(final, ignore_errors=True)
             os.replace(temporary, final)
