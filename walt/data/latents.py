@@ -11,13 +11,14 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from walt.data.emoji import FPS
@@ -39,6 +40,15 @@ def fingerprint(tokenizer: Path) -> str:
             while piece := file.read(1 << 24):
                 digest.update(piece)
     return digest.hexdigest()[:16]
+
+
+def save_file(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """As that of safetensors, for files that fit into memory twice.
+
+    Its own gives errors that are no OSErrors, files that nobody else may read, and, killed, a temporary file under a name
+    that nobody knows.
+    """
+    path.write_bytes(safetensors.torch.save(dict(tensors), metadata))
 
 
 def write_latents(
@@ -103,7 +113,7 @@ def write_latents(
                 tensors["low_res"] = torch.cat([encode(x[None]).half().cpu() for x in low if x is not None])
             captions = [clip.caption for clip in clips]
             temporary = path.with_suffix(".tmp")
-            save_file(tensors, temporary, metadata={"captions": json.dumps(captions)})
+            save_file(tensors, temporary, {"captions": json.dumps(captions)})
             os.replace(temporary, path)
         done += len(numbers)
         if progress is not None:

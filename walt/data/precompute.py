@@ -28,12 +28,11 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from walt.data.clips import Clips, Draw, MediaClip
 from walt.data.index import Broken, Item
-from walt.data.latents import fingerprint
+from walt.data.latents import fingerprint, save_file
 from walt.data.sources import Where, content_hash
 from walt.errors import WaltError
 from walt.media import MediaError, replacing
