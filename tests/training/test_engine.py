@@ -306,6 +306,7 @@ def test_starting_over_keeps_old_checkpoints_aside(tmp_path: Path) -> None:
     train(line_job(tmp_path, 2), Line(line_job(tmp_path, 2)), resume=False)
     assert checkpoint.latest(tmp_path) == tmp_path / "checkpoint-00000002"
     assert (tmp_path / "replaced-checkpoint-00000004").is_dir()
+    assert len((tmp_path / "replaced-log.jsonl").read_text().splitlines()) == 4
     assert sorted(losses(tmp_path)) == [1, 2]
 
 

@@ -216,7 +216,10 @@ def prune(run: Path, keep: int) -> None:
 
 
 def set_aside(run: Path) -> None:
-    """Renames the checkpoints of a run that is started over: they are kept, and never resumed from."""
+    """Renames the checkpoints and the log of a run that is started over: they are kept, and never resumed from."""
+    log = run / "log.jsonl"
+    if log.exists():
+        os.replace(log, log.with_name(f"replaced-{log.name}"))
     for path in run.glob(f"{PREFIX}*"):
         if path.is_dir():
             old = path.with_name(f"replaced-{path.name}")
