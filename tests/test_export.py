@@ -100,3 +100,13 @@ def test_export_errors_are_one_line_and_delete_nothing(
         assert len(errors) == 1 and message in errors[0], (changes, lines)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "mine"]
     assert (tmp_path / "mine" / "photo.txt").read_text() == (tmp_path / "file").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--base-steps", "0"), ("--sr-steps", "-1"), ("--guidance", "nan"), ("--noise-level", "1000")]
+)
+def test_defaults_that_no_sampler_takes_are_not_exported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, value: str
+) -> None:
+    assert cli.main(["export", str(tmp_path / "new"), option, value]) == 2
+    assert option in capsys.readouterr().err and not (tmp_path / "new").exists()

@@ -285,7 +285,9 @@ class AdversarialLoss(nn.Module):
         mean_real, mean_fake = self._running_means(means)
         loss = torch.stack([s * discriminator_loss(r, f, self.kind) for s, r, f in parts]).sum()
         lecam = torch.stack([s * lecam_loss(r, f, mean_real, mean_fake) for s, r, f in parts]).sum()
-        figures = {"real": means[0], "fake": means[1], "lecam": lecam.detach(), "r1": penalty.detach()}
+        figures = {"real": means[0], "fake": means[1], "lecam": lecam.detach()}
+        if penalise:
+            figures["r1"] = penalty.detach()
         return loss + self.lecam * lecam + self.r1 * self.r1_every * penalty, figures
 
     @torch.no_grad()
@@ -294,10 +296,13 @@ class AdversarialLoss(nn.Module):
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(means)
             means /= torch.distributed.get_world_size()
-        running = [self.get_buffer(name) for name in ("mean_real", "mean_fake")]
+        running, begun = [self.get_buffer(name) for name in ("mean_real", "mean_fake")], self.get_buffer("begun")
+        # The step of means that are not finite is refused, and must leave nothing behind.
+        finite = means.isfinite().all()
         for buffer, mean in zip(running, means, strict=True):
-            buffer.lerp_(mean, 1.0 - self.decay * self.get_buffer("begun"))  # the first means as they are
-        self.get_buffer("begun").fill_(1.0)
+            moved = buffer.lerp(mean, 1.0 - self.decay * begun)  # the first means as they are
+            buffer.copy_(torch.where(finite, moved, buffer))
+        begun.copy_(torch.maximum(begun, finite.to(begun)))
         return running[0].clone(), running[1].clone()
 
 

@@ -249,6 +249,8 @@ class VectorQuantizer(Quantizer):
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(counts)
             torch.distributed.all_reduce(sums)
+        if not bool(sums.isfinite().all()):  # such a step is refused, and must leave nothing behind
+            return counts.new_zeros(())
         self.counts.lerp_(counts, 1 - self.decay)
         if self.codebook == "ema":
             self.sums.lerp_(sums, 1 - self.decay)

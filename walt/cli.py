@@ -447,7 +447,7 @@ COMMANDS: dict[str, Command] = {
     "data": Command("Fetch and build what training needs.", commands.add_data, commands.nothing, commands.data),
     "evaluate": Command("Measure a model.", commands.add_evaluate, commands.evaluate_prepare, commands.evaluate),
     "export": Command(
-        "Join trained parts into a model folder.", commands.add_export, commands.nothing, commands.export
+        "Join trained parts into a model folder.", commands.add_export, commands.export_prepare, commands.export
     ),
 }
 

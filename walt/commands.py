@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -79,11 +80,15 @@ def _account(console: Console, clips: Any) -> None:
 
 def plan_job(job: Any, ranks: int = 1, rate: float | None = None) -> Any:
     """The plan of a recipe (`walt.training.plan.make_plan`) with the classes that it builds."""
+    from accelerate import init_empty_weights
+
     from walt.models.backbone import backbone
     from walt.models.transformer_nuwa import NuwaTransformer3DModel
     from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt
+    from walt.tokenizers.discriminator import Discriminator
     from walt.tokenizers.vq_model_walt import WaltVQModel
     from walt.training.job import NuwaJob, TokenizerJob
+    from walt.training.objectives import build_model
     from walt.training.plan import make_plan
 
     cls: type[Any]
@@ -94,7 +99,11 @@ def plan_job(job: Any, ranks: int = 1, rate: float | None = None) -> Any:
     else:
         cls = NuwaTransformer3DModel if isinstance(job, NuwaJob) else backbone(job.backbone)
     autoencoder = WaltVQModel if isinstance(job, NuwaJob) else AutoencoderKLWalt
-    return make_plan(job, cls, autoencoder, ranks, rate, lambda: _rehearsal(job))
+    adversary = None
+    if isinstance(job, TokenizerJob) and job.loss.adversarial is not None:
+        with init_empty_weights():
+            adversary = build_model(Discriminator, job.loss.adversarial.model)
+    return make_plan(job, cls, autoencoder, ranks, rate, lambda: _rehearsal(job), adversary)
 
 
 def _rehearsal(job: Any) -> Any:
@@ -185,18 +194,21 @@ def _nuwa_objective(job: Any) -> Any:
 
 
 def _words(job: Any) -> Any:
-    from transformers import AutoTokenizer
-
     from walt.tokenizers.text import load_text_encoder
     from walt.training.objectives import TextStates
 
     if job.text_encoder is None or job.text_tokenizer is None:
         return None
+    return TextStates(_text_tokenizer(job.text_tokenizer), load_text_encoder(job.text_encoder))
+
+
+def _text_tokenizer(folder: str) -> Any:
+    from transformers import AutoTokenizer
+
     try:
-        tokenizer = AutoTokenizer.from_pretrained(job.text_tokenizer)
+        return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise WaltError(f"text_tokenizer: {job.text_tokenizer!r} cannot be loaded: {error}") from None
-    return TextStates(tokenizer, load_text_encoder(job.text_encoder))
+        raise WaltError(f"text_tokenizer: {folder!r} cannot be loaded: {error}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -319,7 +331,8 @@ def _samples(objective: Any, model: Any) -> list[Tensor]:
         return objective.vae.decode(latent[None]).sample.float().clamp(-1, 1)
 
     rows = []
-    packed = [sample for step in range(4) for sample in objective.batch(step, 0) if sample.start == 0]
+    packed = [sample for step in range(4) for sample in objective.batch(step, 0)]
+    packed = [sample for sample in packed if sample.start == 0] or packed  # of a recipe of later chunks alone those
     latents = [objective._latent(sample.video, sample.latent) for sample in packed]
     order = sorted(range(len(packed)), key=lambda i: -latents[i].shape[1])[:4]
     for number in order:
@@ -401,7 +414,7 @@ def encode(args: argparse.Namespace) -> None:
         _encode_media(args.job, Path(args.output))
         return
     job, counts = args.job, args.counts
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = _rank_device()
     vae = load_vae(job.tokenizer).eval().to(device)
 
     def encoder(video: Tensor) -> Tensor:
@@ -415,12 +428,20 @@ def encode(args: argparse.Namespace) -> None:
             progress.update(task, completed=done, total=total)
 
         write_latents(job, Path(args.output), counts, encoder, told)
+    Console().print(f"wrote {args.output}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _rank_device() -> torch.device:
+    """This process's own accelerator under torchrun, or the CPU."""
+    import os
+
+    import torch
+
+    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
 
 
 def _encode_media(job: Any, output: Path) -> None:
     """Encodes a user's media: this rank's share of the units, with the account at the end."""
-    import os
-
     import torch
 
     from walt.data.precompute import Tally, encode_media
@@ -429,11 +450,10 @@ def _encode_media(job: Any, output: Path) -> None:
     vae, words = _encoders(job)
     clips = open_clips(job, vae, words is not None, output / "skipped.jsonl")
     assert clips is not None
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else None
-    if device is not None:
-        vae.to(device)
-        if words is not None:
-            words.to(device)
+    device = _rank_device()
+    vae.to(device)
+    if words is not None:
+        words.to(device)
 
     def encoder(video: Tensor) -> Tensor:
         with torch.no_grad():
@@ -649,11 +669,19 @@ def save_parts(pipe: Any, folder: Path) -> None:
             path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def export_prepare(args: argparse.Namespace) -> None:
+    """The defaults that the folder will have: mistakes here are usage errors."""
+    if args.base_steps < 1 or args.sr_steps < 1:
+        raise WaltError(f"--base-steps and --sr-steps must be at least 1, got {args.base_steps} and {args.sr_steps}")
+    if not 0 <= args.guidance < math.inf:
+        raise WaltError(f"--guidance must be at least 0, got {args.guidance}")
+    if not 0 <= args.noise_level <= 999:
+        raise WaltError(f"--noise-level must be from 0 to 999, got {args.noise_level}")
+
+
 def export(args: argparse.Namespace) -> None:
     """Joins trained parts into one cascade folder, weights in float16, with the words it knows."""
     import shutil
-
-    from transformers import AutoTokenizer
 
     from walt.data.emoji import EMBEDDED_WORLD
     from walt.diffusion import make_scheduler
@@ -678,7 +706,7 @@ def export(args: argparse.Namespace) -> None:
         stages[name] = load_folder(WaltTransformer3DModel, args.temporal, name).half()
     vae = load_folder(AutoencoderKLWalt, args.vae, "vae").half()
     pipe = WaltCascadePipeline(
-        tokenizer=AutoTokenizer.from_pretrained(f"{args.text}/tokenizer"),
+        tokenizer=_text_tokenizer(f"{args.text}/tokenizer"),
         text_encoder=load_text_encoder(f"{args.text}/text_encoder"),
         vae=vae,
         scheduler=make_scheduler(),

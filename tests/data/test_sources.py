@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 from collections import Counter
 from fractions import Fraction
@@ -20,8 +21,9 @@ from tests.data import media
 from tests.training.jobs import denoiser_job, save_tokenizer, tokenizer_job
 from walt.commands import build_objective
 from walt.data import clips as clips_module
+from walt.data.account import Account
 from walt.data.clips import Clips, Draw, fit_size
-from walt.data.index import build_index, decode_all
+from walt.data.index import Broken, build_index, decode_all
 from walt.data.sources import Where, expand_braces, open_source, pick_captions, sniff, split_key
 from walt.errors import WaltError
 from walt.media import MediaError, probe, read_window
@@ -208,6 +210,53 @@ def test_shards_are_read_where_they_lie_and_the_index_is_kept(shards: Path, tmp_
     assert again.items.tolist() == index.items.tolist()
 
 
+def test_two_readings_of_one_folder_do_not_meet(tmp_path: Path) -> None:
+    folder = tmp_path / "media"
+    folder.mkdir()
+    for name in "abc":
+        (folder / f"{name}.png").write_bytes(media.image_bytes(media.noise(0)))
+        (folder / f"{name}.json").write_text(json.dumps({"short": name, "long": f"a long caption of {name}"}))
+    sources = [SourceJob(path=str(folder), caption=field) for field in ("short", "long")]
+    clips = open_clips(tmp_path, *sources, shapes=SHAPES[2:], budget=48)
+    captions = [[table.index.item(i).captions for i in range(3)] for table in clips.tables]
+    assert sorted(captions[0]) == [("a",), ("b",), ("c",)]
+    assert all(text.startswith("a long caption of") for (text,) in captions[1])
+    # What another run finds after a change is not put under the feet of the one that is training.
+    (folder / "a.json").write_text(json.dumps({"short": "something that is much longer than before"}))
+    again = build_index(Where(str(folder), caption="short"), tmp_path / "index")
+    assert [clips.tables[0].index.item(i).captions for i in range(3)] == captions[0]
+    assert ("something that is much longer than before",) in [again.item(i).captions for i in range(3)]
+
+
+def test_names_and_captions_that_are_no_text(tmp_path: Path) -> None:
+    folder = tmp_path / "media"
+    folder.mkdir()
+    for number, name in enumerate((b"caf\xe9.png", b"line\xe2\x80\xa8feed.png", b"good.png", b"\xff.png")):
+        path = folder / os.fsdecode(name)
+        path.write_bytes(media.image_bytes(media.noise(number)) if number < 3 else b"no picture")
+        path.with_suffix(".json").write_text('{"caption": "half an emoji \\ud83d"}')
+    clips = open_clips(tmp_path, SourceJob(path=str(folder)), shapes=SHAPES[2:], budget=48, heldout_share=0.01)
+    assert len(clips.tables[0].trained) == 3
+    assert {clip.caption for step in range(3) for clip in clips.pack(step, 0)} == {"half an emoji ?"}
+    names = {clips.tables[0].index.item(i).key for i in range(3)}
+    assert names == {"caf\\xe9.png", "line\u2028feed.png", "good.png"}
+    assert account(tmp_path / "run" / "skipped.jsonl") == {"\\xff.png": "unreadable"}
+    clips.account.skip(str(folder), Broken("line\u2028feed.png", "damaged", "x"))
+    with (tmp_path / "run" / "skipped.jsonl").open("ab") as file:
+        file.write("{caf\u00e9".encode()[:-1])  # a full disk cut the line
+    again = open_clips(tmp_path, SourceJob(path=str(folder)), shapes=SHAPES[2:], budget=48)
+    assert again.account.summary()[str(folder)]["reasons"] == {"damaged": 1, "unreadable": 1}
+
+
+def test_a_row_without_a_name_is_said(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(media.image_bytes(media.noise(0)))
+    for second, words in (('{"text": "x"}', "only text"), ("[1]", r"only \[1\]")):
+        (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}\n' + second + "\n")
+        source = open_source(Where(str(tmp_path)))
+        with pytest.raises(WaltError, match=f"row 2 of .*no field file_name, {words}"):
+            list(source.entries(source.units()[0]))
+
+
 def test_processes_make_the_same_index(shards: Path, tmp_path: Path) -> None:
     one, two = (build_index(Where(str(shards)), tmp_path / str(n), workers=n) for n in (0, 2))
     assert one.items["height"].tolist() == two.items["height"].tolist()
@@ -322,6 +371,20 @@ def test_resume_gives_the_very_next_sample_with_any_number_of_workers(
 
 def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
+
+
+def test_a_full_disk_ends_neither_plan_nor_account(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(clips_module, "SNAPSHOT", 2)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "plan").write_text("in the way")
+    clips = open_clips(tmp_path, SourceJob(path=str(shards)))
+    free = open_clips(tmp_path, SourceJob(path=str(shards)), report=None)
+    assert [clips.plan.pack(step, 0) for step in range(6)] == [free.plan.pack(step, 0) for step in range(6)]
+    (tmp_path / "run" / "skipped.jsonl").mkdir()
+    clips.account.skip(str(shards), Broken("a.mp4", "empty", ""))
+    assert "left out a.mp4: empty" in capsys.readouterr().err
 
 
 def test_ranks_share_no_item_and_packs_are_full_and_native(shards: Path, tmp_path: Path) -> None:
@@ -503,6 +566,17 @@ def test_a_mostly_broken_source_stops_the_run(tmp_path: Path) -> None:
     with pytest.raises(WaltError, match=r"of .* items .*cannot be used \(.* damaged\)"):
         for step in range(40):
             clips.pack(step, 0)
+
+
+def test_bad_luck_is_no_broken_source() -> None:
+    lucky, broken = Account(None, 0.5), Account(None, 0.5)
+    for _ in range(7):
+        lucky.used("x")
+    for number in range(9):  # 9 of the first 16: of three in ten that are broken one worker in forty meets as many
+        lucky.skip("x", Broken(str(number), "damaged", ""))
+    with pytest.raises(WaltError, match=r'16 of 16 items of "x" cannot be used \(16 damaged\)'):
+        for number in range(40):
+            broken.skip("x", Broken(str(number), "damaged", ""))
 
 
 def test_recipes_take_media_from_the_command_line(tmp_path: Path) -> None:

@@ -198,3 +198,9 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
     for words, call in bad:
         with pytest.raises(WaltError, match=words):
             call()
+
+
+def test_statistics_that_cannot_be_written_are_said(tmp_path: Path) -> None:
+    statistics = FeatureStatistics.of(torch.randn(3, 2))
+    with pytest.raises(WaltError, match=r"cannot write .*none/x.safetensors"):
+        statistics.save(tmp_path / "none" / "x.safetensors")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import pickle
 import tarfile
@@ -265,3 +266,18 @@ def test_adversarial_loss_weighs_groups_and_remembers_means() -> None:
     assert made.grad is not None and made.grad.abs().max() > 0
     assert all(p.grad is None and p.requires_grad for p in network.parameters())
     assert float(fooled) == pytest.approx(0.1 * float(generator_loss(network(made))), rel=1e-5)
+
+
+def test_means_that_are_not_finite_leave_nothing_behind() -> None:
+    torch.manual_seed(0)
+    game = AdversarialLoss(nn.Sequential(nn.Conv3d(3, 1, 1), nn.Flatten()), r1=1.0, r1_every=2)
+    good = (torch.randn(2, 3, 1, 4, 4), torch.randn(2, 3, 1, 4, 4))
+    bad = (good[0], good[1] * math.nan)
+    game.judge([bad], step=0)
+    assert float(game.get_buffer("begun")) == float(game.get_buffer("mean_fake")) == 0.0
+    game.judge([good], step=1)
+    known = {name: value.clone() for name, value in game.named_buffers()}
+    assert float(known["begun"]) == 1.0
+    loss, figures = game.judge([bad], step=1)
+    assert loss.isnan() and "r1" not in figures  # no penalty in this step
+    assert all(torch.equal(value, known[name]) for name, value in game.named_buffers())

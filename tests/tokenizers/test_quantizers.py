@@ -184,6 +184,18 @@ def test_vq_begins_on_the_data_and_draws_are_functions_of_its_state() -> None:
         assert torch.equal(value, first.state_dict()[name]), name
 
 
+@pytest.mark.parametrize("codebook", ["ema", "gradient"])
+def test_latents_that_are_not_finite_leave_nothing_in_the_codebook(codebook: str) -> None:
+    torch.manual_seed(0)
+    quantizer = VectorQuantizer(12, 5, codebook)
+    quantizer(latents(5) * math.nan)  # even as the first batch
+    quantizer(latents(5))
+    known = {name: value.clone() for name, value in quantizer.state_dict().items()}
+    assert all(value.isfinite().all() for value in known.values()) and int(known["step"]) == 1
+    quantizer(latents(5, seed=1) * math.nan)
+    assert all(torch.equal(value, known[name]) for name, value in quantizer.state_dict().items())
+
+
 def test_fit_is_the_means_of_clusters_and_leaves_no_code_unused() -> None:
     centres = torch.randn(6, 3, generator=torch.Generator().manual_seed(0)) * 10
     rows = centres.repeat_interleave(20, 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
 import signal
 import threading
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import init_empty_weights
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -28,9 +30,11 @@ from walt.errors import Terminated, WaltError
 from walt.models.transformer_walt import WaltTransformer3DModel
 from walt.pipelines.pipeline_walt import WaltPipeline
 from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt
+from walt.tokenizers.discriminator import Discriminator
 from walt.training import checkpoint
 from walt.training.adafactor import Adafactor
 from walt.training.job import (
+    AdversarialJob,
     DenoiserJob,
     DiffusionJob,
     Job,
@@ -228,6 +232,24 @@ def test_guard_lets_a_discriminator_grow(tmp_path: Path) -> None:
     assert "model" in (guard.refuses(losses, {"model": 1e3, "adversary": 5.0}) or "")
 
 
+def test_a_skipped_step_has_no_share_in_the_mean_loss(tmp_path: Path) -> None:
+    for every in (1, 4):
+        job = line_job(tmp_path / str(every), 4, log_every=every)
+        train(job, Line(job, {2: math.nan}))
+    found = [row["loss"] for row in rows(tmp_path / "1") if "loss" in row]
+    assert len(found) == 3
+    (mean,) = (row["loss"] for row in rows(tmp_path / "4") if "loss" in row)
+    assert mean == pytest.approx(sum(found) / 3)
+    assert [row["samples"] for row in rows(tmp_path / "4") if "samples" in row] == [2.0]
+
+
+def test_a_gradient_after_none_is_no_jump(tmp_path: Path) -> None:
+    guard = Guard(line_job(tmp_path, 1).run)
+    for _ in range(Guard.FIRST):
+        assert guard.refuses({"model": 1.0}, {"model": 0.0}) is None
+    assert guard.refuses({"model": 1.0}, {"model": 0.5}) is None
+
+
 def test_guard_gives_up_after_enough_in_a_row(tmp_path: Path) -> None:
     job = line_job(tmp_path, 20, max_skips=3)
     with pytest.raises(WaltError, match=r"step 7: 3 updates in a row were refused .*nan.* lower optimizer.lr"):
@@ -278,12 +300,24 @@ def test_checkpoint_holds_the_step_it_names_while_training_goes_on(tmp_path: Pat
         assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_an_export_that_cannot_be_written_is_said_and_tried_again(tmp_path: Path) -> None:
+    class Full(Line):
+        def export(self, model: torch.nn.Module, folder: Path) -> None:
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    job = line_job(tmp_path, 2)
+    with pytest.raises(WaltError, match=r"cannot write .*final: .*No space left.*the same command tries again"):
+        train(job, Full(job))
+    assert train(job, Line(job)).is_dir()
+
+
 def test_starting_over_keeps_old_checkpoints_aside(tmp_path: Path) -> None:
     job = line_job(tmp_path, 4)
     train(job, Line(job))
     train(line_job(tmp_path, 2), Line(line_job(tmp_path, 2)), resume=False)
     assert checkpoint.latest(tmp_path) == tmp_path / "checkpoint-00000002"
     assert (tmp_path / "replaced-checkpoint-00000004").is_dir()
+    assert len((tmp_path / "replaced-log.jsonl").read_text().splitlines()) == 4
     assert sorted(losses(tmp_path)) == [1, 2]
 
 
@@ -311,6 +345,69 @@ def test_sigterm_saves_and_resume_is_exact(tmp_path: Path) -> None:
     straight = line_job(tmp_path / "straight", 10, checkpoint_every=100)
     train(straight, Line(straight))
     assert losses(tmp_path / "stopped") == losses(tmp_path / "straight")
+
+
+def test_sigterm_to_the_workers_too_is_no_crash(tmp_path: Path) -> None:
+    """A scheduler signals every process of a job."""
+
+    class Stopping(Line):
+        def batch(self, step: int, rank: int) -> torch.Tensor:
+            if step == 5:
+                for process in (os.getppid(), os.getpid()):
+                    os.kill(process, signal.SIGTERM)
+            return super().batch(step, rank)
+
+    job = line_job(tmp_path / "stopped", 30, checkpoint_every=100, workers=1)
+    with pytest.raises(Terminated):
+        train(job, Stopping(job))
+    assert checkpoint.latest(tmp_path / "stopped") is not None
+    train(job, Line(job))
+    straight = line_job(tmp_path / "straight", 30, checkpoint_every=100)
+    train(straight, Line(straight))
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "straight")
+
+
+def test_packs_of_many_tensors_come_from_workers(tmp_path: Path) -> None:
+    class Many(Line):
+        def batch(self, step: int, rank: int) -> Any:
+            return [row.clone() for row in super().batch(step, rank).repeat(100, 1)]
+
+        def loss(self, model, batch, generator, shared=None):
+            return super().loss(model, torch.stack(batch), generator, shared)
+
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (128, limits[1]))
+    try:
+        job = line_job(tmp_path, 3, workers=1)
+        train(job, Many(job))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert len(losses(tmp_path)) == 3
+
+
+def test_what_a_stopped_run_did_not_come_to_look_at_is_looked_at(tmp_path: Path) -> None:
+    class Watched(Line):
+        stop = False
+
+        def heldout(self, model: torch.nn.Module) -> dict[str, float]:
+            if self.stop:
+                raise KeyboardInterrupt  # after the checkpoint of the same step
+            return {"loss": 1.0}
+
+    def draw(objective: Objective, model: torch.nn.Module, path: Path | None) -> None:
+        assert path is not None
+        path.write_bytes(b"sheet")
+
+    job = line_job(tmp_path, 4, checkpoint_every=2, heldout_every=2, sheet_every=2, checkpoint_async=False)
+    stopped = Watched(job)
+    stopped.stop = True
+    with pytest.raises(KeyboardInterrupt):
+        train(job, stopped, draw)
+    assert checkpoint.latest(tmp_path) == tmp_path / "checkpoint-00000002"
+    for _ in range(2):  # the second time there is nothing left to do
+        train(job, Watched(job), draw)
+        assert [row["step"] for row in rows(tmp_path) if "heldout" in row] == [2, 4]
+        assert sorted(path.name for path in tmp_path.glob("sheet-*")) == ["sheet-00000002.png", "sheet-00000004.png"]
 
 
 def test_cli_exit_code_of_sigterm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -448,6 +545,23 @@ def test_a_checkpoint_older_than_a_field_is_still_of_its_recipe(tmp_path: Path) 
         _same_recipe(tmp_path, {"job": before, "packs": 1}, job, 1)
 
 
+def test_held_out_clips_of_a_latent_folder_stay_held_out(tmp_path: Path) -> None:
+    """A step sees other clips when others are held out: no resume would be exact."""
+    job = small_job(tmp_path / "vae", tmp_path / "run")
+    watched = {"run": job.run.model_copy(update={"heldout_every": 5, "heldout_clips": 2})}
+    _same_recipe(tmp_path, {"job": job.model_dump(), "packs": 1}, job.model_copy(update=watched), 1)
+    job = job.model_copy(update={"data": job.data.model_copy(update={"latents": "folder"})})
+    with pytest.raises(WaltError, match=r"another recipe \(run.heldout_clips differ\)"):
+        _same_recipe(tmp_path, {"job": job.model_dump(), "packs": 1}, job.model_copy(update=watched), 1)
+
+
+def test_a_state_that_is_no_state_is_said(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-00000001").mkdir()
+    (tmp_path / "checkpoint-00000001" / "state.json").write_text("[]")
+    with pytest.raises(WaltError, match=r"state.json cannot be read .*delete .* to start over"):
+        checkpoint.read_state(tmp_path / "checkpoint-00000001")
+
+
 def test_tensorboard_shows_figures_and_sheets(tmp_path: Path) -> None:
     run(small_job(save_tokenizer(tmp_path / "vae"), tmp_path / "run", 3, tensorboard=True), sheet=draw_sheet)
     board = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
@@ -495,6 +609,12 @@ def test_folders_name_the_classes(tmp_path: Path) -> None:
     wrong = both.model_copy(update={"model": {**both.model, "num_classes": 3}})
     with pytest.raises(WaltError, match="the sources have 2 folders of media, got 3"):
         build_objective(wrong)
+    # Both would come out in the middle of a run.
+    (tmp_path / "other.txt").write_text("bright\nlight\n")
+    with pytest.raises(WaltError, match=r"other\.txt has no .dark., a folder of the sources"):
+        build_objective(both.model_copy(update={"classes": str(tmp_path / "other.txt")}))
+    with pytest.raises(WaltError, match="heldout_share: no item that can fill shape 0 is held out"):
+        build_objective(both.model_copy(update={"run": both.run.model_copy(update={"heldout_every": 2})}))
     (tmp_path / "tree" / "stray.png").write_bytes(members[0][1])  # in no folder: it has no class and is left out
     left_out = build_objective(job("tree"))
     assert "no caption" in " ".join(left_out.clips.account.lines())
@@ -693,6 +813,18 @@ def test_plan_counts_what_the_run_will_hold(tmp_path: Path) -> None:
     warm(moved)
     held = sum(v.numel() for entry in moved.state.values() for k, v in entry.items() if k != "step")
     assert plan_job(muon, rate=1e9).memory["optimizer"] == 4 * held
+
+
+def test_a_tokenizer_with_codes_and_a_discriminator_is_planned(tmp_path: Path) -> None:
+    job = load_job("tokenizers.lfq_small")
+    plain = job.model_copy(update={"model": {**job.model, "quantizer": None, "quantizer_config": None}})
+    plan = plan_job(job, rate=1e12)
+    assert plan.flops == plan_job(plain, rate=1e12).flops > 0
+    assert isinstance(job, TokenizerJob) and "adversary" not in plan.memory
+    gan = AdversarialJob(model={"base": 4, "multipliers": (1, 2)})
+    plan = plan_job(job.model_copy(update={"loss": job.loss.model_copy(update={"adversarial": gan})}), rate=1e12)
+    count = sum(p.numel() for p in Discriminator(**gan.model).parameters())
+    assert plan.memory["adversary"] == 16 * count  # float32 weights, gradients and two moments
 
 
 def test_planned_activations_are_what_autograd_keeps(tmp_path: Path) -> None:

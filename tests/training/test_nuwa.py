@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.data import media
-from tests.training.jobs import nuwa_job, save_nuwa_parts, saved
+from tests.training.jobs import data, nuwa_job, save_nuwa_parts, saved
 from walt.commands import build_objective, draw_sheet, plan_job
 from walt.errors import WaltError
 from walt.training.job import MediaJob, NuwaClip, NuwaJob, NuwaTask, NuwaTasks, SourceJob, load_job
@@ -188,6 +188,10 @@ def test_faults(parts: Path) -> None:
         ({"sketch_tokenizer": None}, "sketch_tokenizer: sketch_to_image needs the folder"),
         ({"clip": NuwaClip(frames=2, height=36, width=32)}, "36 pixels are not a multiple of 8"),
         ({"tokenizer": "none"}, "tokenizer: no model in 'none'"),
+        ({"data": data(fps=16)}, "data.fps: .*clip.frame_step"),
+        ({"data": data(clip_subjects=("sun",))}, "data.clip_subjects: .*every subject"),
+        ({"data": data(latents="x")}, "data.latents: NUWA is trained on tokens"),
+        ({"run": nuwa_job(parts, parts).run.model_copy(update={"heldout_every": 5})}, "run.heldout_every: NUWA has no"),
     ):
         with pytest.raises(WaltError, match=message):
             objective(parts, **changes)

@@ -20,9 +20,9 @@ from tests.training.jobs import denoiser_job, losses, save_tokenizer, saved, tok
 from walt.commands import build_objective
 from walt.data.latents import LatentShards, write_latents
 from walt.data.packing import fill_budget
-from walt.data.scenes import world
+from walt.data.scenes import Clip, Scenes, world
 from walt.errors import WaltError
-from walt.training.job import DataJob, DiffusionJob, Job, OptimizerJob, load_job, recipes
+from walt.training.job import DataJob, DiffusionJob, Job, OptimizerJob, Shape, load_job, recipes
 from walt.training.loop import learning_rate, train
 
 ROOT = Path(__file__).parents[2]
@@ -252,6 +252,21 @@ def test_precomputed_latents_equal_encoding_on_the_fly(tmp_path: Path) -> None:
         LatentShards(tmp_path / "latents", job)
 
 
+def test_no_scene_is_encoded_for_two_shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = denoiser_job(save_tokenizer(tmp_path / "vae"), tmp_path / "run")
+    job = job.model_copy(update={"data": job.data.model_copy(update={"scenes": DataJob().scenes})})
+    seen: dict[int, set[int]] = {}
+    whole = Scenes.clip
+
+    def watched(self: Scenes, number: int, shape: Shape, *rest: bool) -> Clip:
+        seen.setdefault(job.shapes.index(shape), set()).add(number % self.job.scenes)
+        return whole(self, number, shape, *rest)
+
+    monkeypatch.setattr(Scenes, "clip", watched)
+    write_latents(job, tmp_path / "latents", [5] * len(job.shapes), lambda video: torch.zeros(1, 8, 1, 1, 1))
+    assert len(seen) == len(job.shapes) and len(set().union(*seen.values())) == 5 * len(job.shapes)
+
+
 def test_latents_of_another_world_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = denoiser_job(save_tokenizer(tmp_path / "vae"), tmp_path / "run")
     encode = build_objective(job).vae.encode
@@ -304,11 +319,26 @@ def test_precision_is_set_as_it_is_written(precision: str) -> None:
         ("emoji.base", ["run.steps=many"], "run.steps: .*integer"),
         ("emoji.base", ["run.steps"], "field=value"),
         ("emoji.base", ["diffusion.loss_weighting=pixel"], "'token' or 'sample'"),
+        # Each of these was found out deep inside, or never: no frames made a pack that had always room for more.
+        ("emoji.base", ["shapes=[{frames: 0, height: 128, width: 128}]"], "shapes.0.frames: .*greater than 0, got 0"),
+        ("emoji.base", ["shapes=[]"], "shapes: .*at least 1 item"),
+        ("emoji.base", ["optimizer.lr=inf"], "optimizer.lr: .*finite number"),
+        ("emoji.base", ["optimizer.betas=[0.9, 1.0]"], "optimizer.betas.1: .*less than 1, got 1"),
+        ("emoji.base", ["run.seed=-1"], "run.seed: .*greater than or equal to 0, got -1"),
+        ("emoji.base", ["data.seed=-1"], "data.*seed: .*greater than or equal to 0, got -1"),
+        ("emoji.base", ["diffusion.given_frames=[0]"], "given_frames.0: .*greater than 0, got 0"),
+        ("emoji.base", ["diffusion.timestep_logit_normal=[0, -1]"], "timestep_logit_normal.1: .*got -1"),
+        ("emoji.base", ["token_drop={high: 0.5, schedule: sigmoid, scale: 0}"], "token_drop.scale: .*slope"),
     ],
 )
 def test_recipe_errors(recipe: str, override: list[str], words: str) -> None:
     with pytest.raises(WaltError, match=words):
         load_job(recipe, override)
+
+
+def test_the_discriminators_own_arguments_can_be_set() -> None:
+    job = load_job("emoji.decoder_finish", ["loss.adversarial.model.base=24"])
+    assert job.loss.adversarial.model["base"] == 24  # type: ignore[union-attr]
 
 
 def test_missing_folders_and_unknown_model_fields(tmp_path: Path) -> None:

@@ -7,7 +7,9 @@ however often epochs, workers or resumed runs met it.
 from __future__ import annotations
 
 import json
+import math
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -59,14 +61,18 @@ class Account:
         """Writes down an item that could not be read after all.
 
         Raises:
-            WaltError: the share among those tried in this process is above the limit.
+            WaltError: the share among those tried in this process is above the limit, by more than chance.
         """
         self.tried[source] += 1
         self.failed[source] += 1
         self._add(source, item)
-        if self.tried[source] >= EARLY:
+        tried, failed = self.tried[source], self.failed[source]
+        # Every rank and worker judges anew at every item, so a stroke of bad luck is sure to come somewhere: it takes
+        # three standard deviations beyond the limit.
+        least = self.limit * tried + 3 * math.sqrt(self.limit * (1 - self.limit) * tried)
+        if tried >= EARLY and failed > least:
             reasons = Counter(found.reason for (name, _), found in self.skipped.items() if name == source)
-            self._judge(source, self.failed[source], self.tried[source], reasons)
+            self._judge(source, failed, tried, reasons)
 
     def summary(self) -> dict[str, dict[str, Any]]:
         """By source: items in all, skipped, and skipped by reason; other processes' lines included."""
@@ -104,21 +110,30 @@ class Account:
         if self.path is None:
             return
         row = {"source": source, "item": item.key, "reason": item.reason, "detail": item.detail}
-        line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
-        handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        line = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
         try:
-            os.write(handle, line)
-        finally:
-            os.close(handle)
+            handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            try:
+                os.write(handle, line)
+            finally:
+                os.close(handle)
+        except OSError as error:
+            # A full disk must not end a run that goes on without the item.
+            print(f"{self.path}: {error.strerror}; left out {item.key}: {item.reason}", file=sys.stderr, flush=True)
 
     def _merge(self) -> None:
         """Reads what other processes (and earlier runs) have written."""
         if self.path is None or not self.path.exists():
             return
-        for line in self.path.read_text(encoding="utf-8").splitlines():
+        # Only at line feeds: a name may hold other separators. A line that was cut off may end inside a character.
+        try:
+            text = self.path.read_bytes().decode("utf-8", "replace")
+        except OSError as error:
+            raise WaltError(f"{self.path} cannot be read: {error.strerror or error}") from None
+        for line in text.split("\n"):
             try:
                 row = json.loads(line)
                 key = (row["source"], row["item"])
                 self.skipped.setdefault(key, Broken(row["item"], row["reason"], row["detail"]))
-            except (ValueError, KeyError):  # a line that a kill cut off
+            except (ValueError, KeyError, TypeError):  # a line that a kill cut off
                 continue

@@ -9,6 +9,7 @@ Letters: T frames, H W pixels.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -341,20 +342,32 @@ class Clips:
         Raises:
             WaltError: the recipe holds out no item that can fill the shape.
         """
+        found = self._held_out(shape)
+        for place in range(len(found)):
+            clip = self._try(found[(number + place) % len(found)], load or self.load)
+            if clip is not None:
+                return clip
+        raise WaltError(f"data.heldout_share: no held-out item of shape {shape} can be read; see {self.account.path}")
+
+    @functools.lru_cache(maxsize=64)  # noqa: B019
+    def _held_out(self, shape: int) -> list[Draw]:
         found = [
             Draw(source, int(item), 0, shape, 0)
             for source, table in enumerate(self.tables)
             for item in table.held_out
             if shape in table.allowed(int(item), self.shapes)
         ]
-        for place in range(len(found)):
-            clip = self._try(found[(number + place) % len(found)], load or self.load)
-            if clip is not None:
-                return clip
-        raise WaltError(
-            f"data.heldout_share: no item that can fill shape {shape} is held out (run.heldout_every needs some), "
-            f"got {self.data.heldout_share:g}"
-        )
+        if not found:
+            raise WaltError(
+                f"data.heldout_share: no item that can fill shape {shape} is held out (run.heldout_every needs some), "
+                f"got {self.data.heldout_share:g}"
+            )
+        return found
+
+    def check_held_out(self) -> None:
+        """A WaltError where a shape has no held-out item: better now than after hours."""
+        for shape in range(len(self.shapes)):
+            self._held_out(shape)
 
     def sample(self, position: int, shape: int) -> MediaClip:
         """A sample of one shape, at or after a position of the stream: for trainers that need no packs.
@@ -421,10 +434,16 @@ class Clips:
 
     def identity(self) -> str:
         """Changes with all that the order of samples depends on."""
-        counts = [(len(table.trained), int(table.trained.sum())) for table in self.tables]
+        known = [(table, table.index.items) for table in self.tables]
+        counts = [(len(table.trained), int(table.trained.sum()), len(rows)) for table, rows in known]
+        sizes = [
+            zlib.crc32(rows[name].tobytes()) for _, rows in known for name in ("video", "height", "width", "seconds")
+        ]
         fields = self.data.model_dump(mode="json", exclude={"index", "latents", "max_broken"})
         rows = [shape.model_dump() for shape in self.shapes]
-        text = json.dumps([fields, rows, counts, self.budget, self.multiple, self.packs, self.low_res], sort_keys=True)
+        text = json.dumps(
+            [fields, rows, counts, sizes, self.budget, self.multiple, self.packs, self.low_res], sort_keys=True
+        )
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -480,10 +499,15 @@ class Plan:
         path = self._path(self.next) if self.next % SNAPSHOT == 0 else None
         if path is not None and not path.exists():
             state = {"packer": self.packer.state_dict(), "position": self.position, "ready": self.ready}
-            path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_name(f".{path.name}.{os.getpid()}")
-            temporary.write_text(json.dumps(state))
-            os.replace(temporary, path)
+            # It only saves time: a full disk must not end a run that can do without.
+            with contextlib.suppress(OSError):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    temporary.write_text(json.dumps(state))
+                    os.replace(temporary, path)
+                finally:
+                    temporary.unlink(missing_ok=True)
 
     def _path(self, step: int) -> Path | None:
         return None if self.folder is None else self.folder / f"{self.name}-{step:08d}.json"

@@ -2,7 +2,8 @@
 
 A row is a good item (kind, size, length, captions, where it lies) or a broken one (reason, detail). Rows stay on disk;
 in memory an item is a few numbers. Files are put in place whole, so that ranks and runs may share a folder and an
-interrupted indexing goes on.
+interrupted indexing goes on. A unit that has changed, or is read with another caption field, gets another file: the one
+that a run has open in its memory stays as it is.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from walt.data.sources import Entry, Source, Where, open_source
+from walt.errors import WaltError
 from walt.media import MediaError, probe, read_window
 
 VERSION = 1
@@ -33,7 +35,7 @@ FIELDS = np.dtype(
         ("height", np.int32),
         ("width", np.int32),
         ("seconds", np.float64),
-        ("captions", np.int16),
+        ("captions", np.int32),
     ]
 )
 
@@ -68,10 +70,10 @@ class Index:
         labels: the captions there are, of a source whose folders name its items.
     """
 
-    def __init__(self, source: Source, folder: Path, units: Sequence[str] | None = None) -> None:
+    def __init__(self, source: Source, folder: Path, stamps: Mapping[str, str]) -> None:
         self.source = source
-        self.units = list(source.units()) if units is None else list(units)
-        self.files = [_file(folder, source.name, unit) for unit in self.units]
+        self.units = list(stamps)
+        self.files = [_file(folder, source, unit, stamp) for unit, stamp in stamps.items()]
         rows: list[tuple[Any, ...]] = []
         self.broken: list[Broken] = []
         self.labels: set[str] = set()
@@ -80,7 +82,10 @@ class Index:
             with open(path, "rb") as file:
                 place = len(file.readline())
                 for line in file:
-                    row = json.loads(line)
+                    try:
+                        row = json.loads(line)
+                    except ValueError:
+                        raise WaltError(f"data.index: {path} is damaged; delete it, and it is made again") from None
                     if "reason" in row:
                         self.broken.append(Broken(row["key"], row["reason"], row["detail"]))
                     else:
@@ -133,8 +138,9 @@ def build_index(
     source = open_source(where)
     folder.mkdir(parents=True, exist_ok=True)
     units, (rank, ranks) = list(source.units()), share
+    stamps = {unit: source.stamp(unit) for unit in units}
     order = sorted(range(len(units)), key=lambda i: ((i - rank) % ranks, i))
-    missing = [units[i] for i in order if not _known(folder, source, units[i])]
+    missing = [units[i] for i in order if not _known(folder, source, units[i], stamps[units[i]])]
     done = len(units) - len(missing)
     if progress is not None:
         progress(done, len(units))
@@ -142,18 +148,18 @@ def build_index(
         # Not forked: the parent may hold threads of torch.
         context = get_context("spawn")
         with ProcessPoolExecutor(min(workers, len(missing)), context, _start, (where, folder)) as pool:
-            for future in as_completed([pool.submit(_probe_unit, unit) for unit in missing]):
+            for future in as_completed([pool.submit(_probe_unit, unit, stamps[unit]) for unit in missing]):
                 future.result()
                 done += 1
                 if progress is not None:
                     progress(done, len(units))
     else:
         for unit in missing:
-            _index_unit(folder, source, unit)
+            _index_unit(folder, source, unit, stamps[unit])
             done += 1
             if progress is not None:
                 progress(done, len(units))
-    return Index(source, folder, units)
+    return Index(source, folder, stamps)
 
 
 _worker: tuple[Path, Source] | None = None
@@ -164,16 +170,16 @@ def _start(where: Where, folder: Path) -> None:
     _worker = (folder, open_source(where))
 
 
-def _probe_unit(unit: str) -> None:
+def _probe_unit(unit: str, stamp: str) -> None:
     assert _worker is not None
-    _index_unit(_worker[0], _worker[1], unit)
+    _index_unit(_worker[0], _worker[1], unit, stamp)
 
 
-def _index_unit(folder: Path, source: Source, unit: str) -> None:
-    if _known(folder, source, unit):  # another rank was here
+def _index_unit(folder: Path, source: Source, unit: str, stamp: str) -> None:
+    if _known(folder, source, unit, stamp):  # another rank was here
         return
-    head = {"version": VERSION, "source": source.name, "unit": unit, "stamp": source.stamp(unit), "at": time.time()}
-    path = _file(folder, source.name, unit)
+    head = {"version": VERSION, "source": source.name, "unit": unit, "stamp": stamp, "at": time.time()}
+    path = _file(folder, source, unit, stamp)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
     try:
         with open(temporary, "w") as file:
@@ -206,17 +212,17 @@ def _row(source: Source, unit: str, entry: Entry) -> dict[str, Any]:
     }
 
 
-def _known(folder: Path, source: Source, unit: str) -> bool:
+def _known(folder: Path, source: Source, unit: str, stamp: str) -> bool:
     try:
-        with open(_file(folder, source.name, unit)) as file:
+        with open(_file(folder, source, unit, stamp)) as file:
             head = json.loads(file.readline())
     except (OSError, ValueError):
         return False
-    return head.get("version") == VERSION and head.get("stamp") == source.stamp(unit)
+    return head.get("version") == VERSION and head.get("stamp") == stamp
 
 
-def _file(folder: Path, source: str, unit: str) -> Path:
-    return folder / f"{hashlib.sha256(f'{source} {unit}'.encode()).hexdigest()[:24]}.jsonl"
+def _file(folder: Path, source: Source, unit: str, stamp: str) -> Path:
+    return folder / f"{hashlib.sha256(os.fsencode(f'{source.name} {unit} {stamp}')).hexdigest()[:24]}.jsonl"
 
 
 def decode_all(index: Index) -> Iterator[Broken | None]:

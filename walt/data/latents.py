@@ -11,13 +11,14 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from walt.data.emoji import FPS
@@ -35,8 +36,19 @@ def fingerprint(tokenizer: Path) -> str:
     if not files:
         raise WaltError(f"no tokenizer in {tokenizer}: train one with `walt train emoji.tokenizer`")
     for path in files:
-        digest.update(path.read_bytes())
+        with open(path, "rb") as file:  # a text encoder may be larger than memory
+            while piece := file.read(1 << 24):
+                digest.update(piece)
     return digest.hexdigest()[:16]
+
+
+def save_file(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """As that of safetensors, for files that fit into memory twice.
+
+    Its own gives errors that are no OSErrors, files that nobody else may read, and, killed, a temporary file under a name
+    that nobody knows.
+    """
+    path.write_bytes(safetensors.torch.save(dict(tensors), metadata))
 
 
 def write_latents(
@@ -91,15 +103,17 @@ def write_latents(
     done, total = 0, sum(len(numbers) for *_, numbers, _ in mine)
     for place, shape, numbers, path in mine:
         if not path.exists():
-            # Each shape has scenes of its own, so that stills and clips together show more of the world.
-            clips = [scenes.clip(number + 1_000_003 * place, shape, twins) for number in numbers]
+            # Each shape has a part of the scenes for itself, so that stills and clips together show more of the world,
+            # and no held-out clip of one shape is trained on as another.
+            first = place * (data.scenes // len(job.shapes))
+            clips = [scenes.clip(first + number, shape, twins) for number in numbers]
             tensors = {"latents": torch.cat([encode(clip.video[None]).half().cpu() for clip in clips])}
             if twins:
                 low = [clip.low_res for clip in clips]
                 tensors["low_res"] = torch.cat([encode(x[None]).half().cpu() for x in low if x is not None])
             captions = [clip.caption for clip in clips]
             temporary = path.with_suffix(".tmp")
-            save_file(tensors, temporary, metadata={"captions": json.dumps(captions)})
+            save_file(tensors, temporary, {"captions": json.dumps(captions)})
             os.replace(temporary, path)
         done += len(numbers)
         if progress is not None:

@@ -19,6 +19,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -27,13 +28,12 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from walt.data.clips import Clips, Draw, MediaClip
 from walt.data.index import Broken, Item
-from walt.data.latents import fingerprint
-from walt.data.sources import content_hash
+from walt.data.latents import fingerprint, save_file
+from walt.data.sources import Where, content_hash
 from walt.errors import WaltError
 from walt.media import MediaError, replacing
 from walt.training.job import DenoiserJob, MediaJob
@@ -160,7 +160,7 @@ class _Work:
 def _encode_unit(work: _Work, source: int, unit: int, draws: Sequence[Draw]) -> None:
     clips = work.clips
     index = clips.tables[source].index
-    name = unit_key(index.source.name, index.units[unit])
+    name = unit_key(index.source.where, index.units[unit])
     for left in work.output.glob(f".{name}*"):  # of a killed run
         left.unlink(missing_ok=True)
     stamp = index.source.stamp(index.units[unit])
@@ -273,9 +273,13 @@ def _text_key(caption: str) -> str:
     return f"text.{hashlib.sha256(caption.encode()).hexdigest()[:24]}"
 
 
-def unit_key(source: str, unit: str) -> str:
-    """The name that a unit's files begin with."""
-    return hashlib.sha256(f"{source}\n{unit}".encode()).hexdigest()[:12]
+def unit_key(source: Where, unit: str) -> str:
+    """The name that a unit's files begin with. A recipe may read one place twice, with other captions or another split."""
+    named = [
+        f"{key}={value}" for key, value in dataclasses.asdict(source).items() if value != getattr(Where, key, None)
+    ]
+    own = [text for text in named if not text.startswith(("path=", "kind="))]
+    return hashlib.sha256(os.fsencode("\n".join([source.path, unit, *own]))).hexdigest()[:12]
 
 
 class MediaLatents:
@@ -296,7 +300,7 @@ class MediaLatents:
             for number, unit in enumerate(table.index.units):
                 if number not in used:
                     continue
-                path = folder / f"{unit_key(table.index.source.name, unit)}.json"
+                path = folder / f"{unit_key(table.index.source.where, unit)}.json"
                 manifest = _read_json(path) if path.exists() else {}
                 if manifest.get("stamp") != table.index.source.stamp(unit):
                     why = "has changed since" if manifest else "is missing"

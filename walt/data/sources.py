@@ -37,8 +37,9 @@ METADATA = ("metadata.jsonl", "metadata.csv")
 class Entry:
     """One item as its source lists it, not yet opened.
 
-    `key` names it inside its source; `where` is what `Source.open` needs; `captions` are all of them; `fault` is the
-    reason and the detail when the listing alone shows that the item is broken.
+    `key` names it inside its source (in valid UTF-8, as it is hashed, printed and written); `where` is what
+    `Source.open` needs; `captions` are all of them; `fault` is the reason and the detail when the listing alone shows
+    that the item is broken.
     """
 
     key: str
@@ -128,13 +129,20 @@ def pick_captions(record: Any, named: str | None) -> tuple[str, ...]:
     else:
         found = ()
     listed = [found] if isinstance(found, str) else found if isinstance(found, list | tuple) else []
-    return tuple(" ".join(text.split()) for text in listed if isinstance(text, str) and text.strip())
+    # JSON may hold half of a pair of surrogates, as of an emoji that was cut in two; no tokenizer takes that.
+    texts = (text.encode("utf-8", "replace").decode() for text in listed if isinstance(text, str))
+    return tuple(" ".join(text.split()) for text in texts if text.strip())
 
 
 def folder_caption(path: str) -> tuple[str, ...]:
     """The name of the folder that an item lies in, of its path inside the source; none at the top."""
     parent = Path(path).parent.name
-    return (parent,) if parent else ()
+    return (readable(parent),) if parent else ()
+
+
+def readable(name: str) -> str:
+    """A file's name in valid UTF-8: bytes that are none stand as escapes."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _from_text(text: str) -> tuple[str, ...]:
@@ -147,7 +155,7 @@ def _read_captions(name: str, content: bytes, named: str | None) -> tuple[str, .
     try:
         text = content.decode("utf-8-sig")
         return _from_text(text) if name.endswith(".txt") else pick_captions(json.loads(text), named)
-    except ValueError:
+    except (ValueError, RecursionError):
         return ()
 
 
@@ -185,7 +193,7 @@ class FolderSource:
         while count * FOLDER_UNIT < len(found):
             count *= 2
         for path in found:
-            unit = f"{zlib.crc32(path.encode()) % count:05d}-of-{count:05d}"
+            unit = f"{zlib.crc32(os.fsencode(path)) % count:05d}-of-{count:05d}"
             self.files.setdefault(unit, []).append(path)
         self._listed: dict[str, tuple[str, ...]] | None = None
 
@@ -206,7 +214,7 @@ class FolderSource:
 
     def entries(self, unit: str) -> Iterator[Entry]:
         for path in self.files[unit]:
-            yield Entry(path, Path(path).suffix.lower(), path, self._captions(path))
+            yield Entry(readable(path), Path(path).suffix.lower(), path, self._captions(path))
 
     def open(self, unit: str, suffix: str, where: Any) -> Path | bytes:
         return self.root / where
@@ -238,9 +246,10 @@ class FolderSource:
                     rows = [json.loads(line) for line in file if line.strip()]
         except (OSError, ValueError, csv.Error) as error:
             raise WaltError(f'sources: "{self.root / table}" cannot be read: {error}') from error
-        if rows and "file_name" not in rows[0]:
-            raise WaltError(f'sources: "{self.root / table}" has no field file_name, only {", ".join(rows[0])}')
-        for row in rows:
+        for number, row in enumerate(rows, start=1):
+            if not isinstance(row, dict) or "file_name" not in row:
+                seen = ", ".join(map(str, row)) if isinstance(row, dict) else repr(row)[:80]
+                raise WaltError(f'sources: row {number} of "{self.root / table}" has no field file_name, only {seen}')
             yield (folder / str(row["file_name"])).as_posix(), pick_captions(row, self.where.caption)
 
 
@@ -307,11 +316,11 @@ class ShardSource:
             if start + length > size:
                 fault, broken = ("cut off", f"the shard ends {start + length - size} bytes before it does"), ""
             told = folder_caption(name) if self.where.caption_from == "folder" else captions.get(key, ())
-            yield Entry(f"{shard}/{name}", suffix, (start, length), told, fault)
+            yield Entry(readable(f"{shard}/{name}"), suffix, (start, length), told, fault)
         if broken:
             # What is lost behind the break cannot be counted: it stands as one item.
             reason = "empty" if not size else "cut off" if media or captions else "unreadable"
-            yield Entry(f"{shard} (the rest)", "", None, (), (reason, f"shard: {broken}"))
+            yield Entry(readable(f"{shard} (the rest)"), "", None, (), (reason, f"shard: {broken}"))
 
     def open(self, unit: str, suffix: str, where: Any) -> Path | bytes:
         start, length = where

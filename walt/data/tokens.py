@@ -17,11 +17,11 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from walt.data.clips import Clips
-from walt.data.latents import fingerprint
+from walt.data.latents import fingerprint, save_file
 from walt.data.scenes import SCENE_FRAMES, Scenes, to_video, world
 from walt.data.sketches import classes, sample_frames
 from walt.errors import WaltError
@@ -147,8 +147,9 @@ class TokenFolder:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not index.exists():
-                index.with_suffix(".tmp").write_text(json.dumps(known, indent=1))
-                os.replace(index.with_suffix(".tmp"), index)
+                temporary = index.with_suffix(f".{os.getpid()}.tmp")  # several ranks may write it at once
+                temporary.write_text(json.dumps(known, indent=1))
+                os.replace(temporary, index)
             old = json.loads(index.read_text())
         except (OSError, ValueError) as error:
             raise WaltError(f"tokens: the folder {self.folder} cannot be used ({error})") from error
@@ -190,7 +191,7 @@ def _write(path: Path, block: list[Tokens]) -> None:
         tensors["sketch"] = torch.stack(sketches).to(torch.int32)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
-        save_file(tensors, temporary, metadata={"captions": json.dumps([row.caption for row in block])})
+        save_file(tensors, temporary, {"captions": json.dumps([row.caption for row in block])})
         os.replace(temporary, path)
     except OSError as error:
         raise WaltError(f"cannot write {path}: {error.strerror or error}") from error

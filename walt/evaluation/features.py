@@ -19,11 +19,12 @@ import numpy as np
 import torch
 from einops import rearrange
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from walt.data.fetch import PINS, sha256
+from walt.data.latents import save_file
 from walt.errors import WaltError, suggest
 from walt.media import replacing
 
@@ -210,7 +211,7 @@ def convert_features(name: str, source: str | Path, folder: str | Path = FOLDER)
     target.parent.mkdir(parents=True, exist_ok=True)
     with replacing(target) as temporary:
         tensors = {key: tensor.contiguous() for key, tensor in module.state_dict().items()}
-        save_file(tensors | classes, temporary, metadata={"network": recipe.name, "package": pin.file})
+        save_file(tensors | classes, temporary, {"network": recipe.name, "package": pin.file})
     return target
 
 

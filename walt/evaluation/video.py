@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from walt.data.emoji import EmojiTheatre
+from walt.data.latents import save_file
 from walt.data.scenes import SCENE_FRAMES, to_video
 from walt.errors import WaltError
 from walt.evaluation.controls import CONTROLS, corrupt

@@ -8,6 +8,7 @@ step, the recipe, the guard's memory and the size of every file.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import json
 import os
 import shutil
@@ -120,7 +121,9 @@ class Writer:
                     os.fsync(handle.fileno())
                 shutil.rmtree(target, ignore_errors=True)
                 os.replace(temporary, target)
-                prune(self.run, self.keep)
+                # It is there. Older ones that cannot be deleted now are tried again after the next.
+                with contextlib.suppress(OSError):
+                    prune(self.run, self.keep)
         except (OSError, SafetensorError, RuntimeError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             return self._problem(target, error)
@@ -188,7 +191,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     path = folder / "state.json"
     try:
         state: dict[str, Any] = json.loads(path.read_text())
-        if not isinstance(state.get("files"), dict):
+        if not isinstance(state, dict) or not isinstance(state.get("files"), dict):
             raise ValueError("it is of an older walt")
     except (OSError, ValueError) as error:
         raise WaltError(f"{path} cannot be read ({error}); {_advice(folder)}") from None
@@ -213,7 +216,10 @@ def prune(run: Path, keep: int) -> None:
 
 
 def set_aside(run: Path) -> None:
-    """Renames the checkpoints of a run that is started over: they are kept, and never resumed from."""
+    """Renames the checkpoints and the log of a run that is started over: they are kept, and never resumed from."""
+    log = run / "log.jsonl"
+    if log.exists():
+        os.replace(log, log.with_name(f"replaced-{log.name}"))
     for path in run.glob(f"{PREFIX}*"):
         if path.is_dir():
             old = path.with_name(f"replaced-{path.name}")

@@ -20,15 +20,19 @@ from walt.models.backbone import BACKBONES
 
 
 class Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+
+
+SEEDS = 2**63
+"""Seeds are below it, and not negative: numpy's and torch's generators take those."""
 
 
 class Shape(Frozen):
     """One size of training sample: pixels before the tokenizer, and how often it is drawn."""
 
-    frames: int
-    height: int
-    width: int
+    frames: int = Field(gt=0)
+    height: int = Field(gt=0)
+    width: int = Field(gt=0)
     weight: float = Field(default=1.0, gt=0)
     start: int = Field(default=0, ge=0, description="first frame of the window inside its scene (12: a second chunk)")
     cut: int = Field(default=0, ge=0, description="side in pixels of a square cut out of the frame; 0: the whole frame")
@@ -44,7 +48,7 @@ class DataJob(Frozen):
     clip_subjects: tuple[str, ...] = Field(
         default=(), description="clips show only these, stills all; (): all (benchmarks/joint.py)"
     )
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=SEEDS)
     scenes: int = Field(default=1_000_000, gt=0, description="distinct scene seeds, cycled")
     fps: Literal[8, 16] = Field(default=8, description="frame rate; shapes count their frames in it")
     latents: str | None = Field(
@@ -78,7 +82,7 @@ class MediaJob(Frozen):
 
     kind: Literal["media"] = "media"
     sources: tuple[SourceJob, ...] = Field(default=(), description="at least one; mixed by weight")
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=SEEDS)
     fps: float = Field(default=8.0, gt=0, description="frame rate of training; videos are resampled to it")
     aspect: Literal["native", "shape"] = Field(default="native", description="shape: cut to height x width exactly")
     enlarge: bool = Field(default=False, description="scale small items up to the area too")
@@ -104,10 +108,13 @@ DATA_KINDS: dict[str, type[Frozen]] = {"emoji": DataJob, "media": MediaJob}
 AnyData = Annotated[DataJob | MediaJob, Field(discriminator="kind")]
 
 
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimizerJob(Frozen):
     kind: Literal["adamw", "adafactor", "muon"] = "adamw"
     lr: float = Field(gt=0)
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: tuple[Share, Share] = (0.9, 0.99)
     weight_decay: float = Field(default=0.0, ge=0)
     warmup_steps: int = Field(default=0, ge=0)
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -120,7 +127,7 @@ class RunJob(Frozen):
 
     output: str
     steps: int = Field(gt=0)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=SEEDS)
     packs: int | None = Field(
         default=None, gt=0, description="packs per step, divided among the ranks and accumulated; None: one per rank"
     )
@@ -197,7 +204,7 @@ class TokenizerJob(Frozen):
     init: str | None = Field(default=None, description="folder of a trained tokenizer to go on from")
     freeze_encoder: bool = Field(default=False, description="train the decoder alone: latents of denoisers stay valid")
     data: AnyData
-    shapes: tuple[Shape, ...]
+    shapes: tuple[Shape, ...] = Field(min_length=1)
     shortcut_batches: int = Field(default=60, gt=0, description="batches that a block_shortcut is fitted to")
     batch_pixels: int = Field(gt=0, description="video pixels (frames x height x width) per step and rank")
     loss: TokenizerLoss = TokenizerLoss()
@@ -210,13 +217,13 @@ class DiffusionJob(Frozen):
 
     zero_snr: bool = True
     latent_normalization: bool = True
-    timestep_logit_normal: tuple[float, float] | None = Field(
+    timestep_logit_normal: tuple[float, Annotated[float, Field(ge=0)]] | None = Field(
         default=None, description="mean and std of logit(t / T) (Esser et al. 2024, section 3.1); None: uniform t"
     )
     self_conditioning_probability: float = Field(default=0.9, ge=0, le=1)
     condition_dropout: float = Field(default=0.1, ge=0, le=1)
     frame_prediction_probability: float = Field(default=0.2, ge=0, le=1, description="p_fp")
-    given_frames: tuple[int, ...] = Field(
+    given_frames: tuple[Annotated[int, Field(gt=0)], ...] = Field(
         default=(1, 2), min_length=1, description="latent frames given in frame prediction, drawn evenly"
     )
     mask_probability: float = Field(
@@ -263,6 +270,13 @@ class TokenDropJob(Frozen):
     middle: float = Field(default=0.0, description="sigmoid: the step halfway between low and high")
     scale: float = Field(default=-1.0, description="sigmoid: steps of its slope; below 0 the rate falls (best)")
 
+    @field_validator("scale")
+    @classmethod
+    def _has_slope(cls, value: float) -> float:
+        if not value:
+            raise ValueError("a slope of 0 steps is none")
+        return value
+
 
 class LoraJob(Frozen):
     """Finetuning by low-rank adapters (PEFT) on the weights of `init`, which stay as they are."""
@@ -295,7 +309,7 @@ class DenoiserJob(Frozen):
     text_encoder: str | None = None
     text_tokenizer: str | None = None
     data: AnyData
-    shapes: tuple[Shape, ...]
+    shapes: tuple[Shape, ...] = Field(min_length=1)
     batch_tokens: int = Field(gt=0, description="tokens per step and rank")
     resolution: ResolutionJob | None = Field(default=None, description="NaViT's resolution sampling; None: off")
     token_drop: TokenDropJob | None = Field(default=None, description="NaViT's token dropping; None: off")
@@ -418,7 +432,7 @@ def _set(values: dict[str, Any], field: str, text: str) -> None:
         if part == "lora" and here[part] is None:
             here[part] = LoraJob().model_dump()
         here = here[part]
-    free = path == ["model"]
+    free = path[-1:] == ["model"]
     if not isinstance(here, dict) or (last not in here and not free):
         known = here if isinstance(here, dict) else ()
         raise WaltError(f"unknown field {field!r}{suggest(last, known)}; known: {_names(known)}")

@@ -11,6 +11,7 @@ import contextlib
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import threading
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -31,6 +33,9 @@ from walt.training.ranks import Ranks, Reducer, scalar
 from walt.training.report import COUNTS, Report
 
 __all__ = ["Loss", "Objective", "Part", "averaged", "learning_rate", "train"]
+
+
+OPEN_FILES = 2**16
 
 
 class Part(NamedTuple):
@@ -172,15 +177,18 @@ def train(job: Job, objective: Objective, sheet: Sheet | None = None, resume: bo
             }
             writer.save(done, _tensors(trainers, average), state, last)
 
-    def look(done: int) -> None:
-        """Held-out loss and sample sheets, from the averaged weights."""
-        last = done == run.steps
-        if run.heldout_every and (last or done % run.heldout_every == 0):
+    def look(done: int, resumed: bool = False) -> None:
+        """Held-out loss and sample sheets, from the averaged weights; of a `resumed` step what it was stopped before."""
+        last, path = done == run.steps, output / f"sheet-{done:08d}.png"
+        held = bool(run.heldout_every) and (last or done % run.heldout_every == 0)
+        drawn = sheet is not None and (last or (bool(run.sheet_every) and done % run.sheet_every == 0))
+        if resumed:
+            held, drawn = ranks.agree((held and done not in report.held, drawn and not path.exists()))
+        if held:
             with report.time("other"), averaged(average, model), torch.no_grad(), ranks.autocast():
                 figures = objective.heldout(model)
             report.heldout(done, figures)
-        if sheet is not None and (last or (run.sheet_every and done % run.sheet_every == 0)):
-            path = output / f"sheet-{done:08d}.png"
+        if sheet is not None and drawn:
             # Sharded weights are gathered by all ranks, so all of them draw.
             if ranks.main or ranks.sharded:
                 with report.time("other"), averaged(average, model):
@@ -191,6 +199,8 @@ def train(job: Job, objective: Objective, sheet: Sheet | None = None, resume: bo
     stop = _Stop()
     try:
         with stop:
+            if start:
+                look(start, resumed=True)
             for step in range(start, run.steps):
                 for trainer in trainers.values():
                     trainer.begin(step, run.steps)
@@ -220,7 +230,7 @@ def train(job: Job, objective: Objective, sheet: Sheet | None = None, resume: bo
                         average.step()
                 means |= {"loss": trainers["model"].loss, "grad_norm": norms.get("model", 0.0)}
                 for name, trainer in trainers.items():
-                    if name != "model":
+                    if name != "model" and trainer.weight:
                         means |= {f"{name}_loss": trainer.loss, f"{name}_grad_norm": norms.get(name, 0.0)}
                 done = step + 1
                 if refused is not None:
@@ -241,13 +251,16 @@ def train(job: Job, objective: Objective, sheet: Sheet | None = None, resume: bo
                     raise Terminated(f"stopped by SIGTERM after step {done}; the same command resumes there")
                 look(done)
         final, temporary = output / "final", output / ".final.tmp"
-        with averaged(average, model):
-            if ranks.main:
-                shutil.rmtree(temporary, ignore_errors=True)
-            if ranks.sharded:
-                _export_whole(objective, model, temporary, ranks)
-            elif ranks.main:
-                objective.export(model, temporary)
+        try:
+            with averaged(average, model):
+                if ranks.main:
+                    shutil.rmtree(temporary, ignore_errors=True)
+                if ranks.sharded:
+                    _export_whole(objective, model, temporary, ranks)
+                elif ranks.main:
+                    objective.export(model, temporary)
+        except (OSError, SafetensorError) as error:
+            raise WaltError(f"cannot write {final}: {error}; the same command tries again") from error
         if ranks.main:
             shutil.rmtree(final, ignore_errors=True)
             os.replace(temporary, final)
@@ -439,11 +452,33 @@ class _Packs(Dataset[Any]):
 
 def _loader(objective: Objective, start: int, stop: int, lanes: range, workers: int) -> Iterator[Any]:
     packs = _Packs(objective, start, stop, lanes)
-    loader: DataLoader[Any] = DataLoader(packs, batch_size=None, shuffle=False, num_workers=workers)
+    if workers:
+        _allow_open_files()
+    loader: DataLoader[Any] = DataLoader(
+        packs, batch_size=None, shuffle=False, num_workers=workers, worker_init_fn=_outlive_sigterm
+    )
     for batch in loader:
         if isinstance(batch, WaltError):
             raise batch
         yield batch
+
+
+def _allow_open_files() -> None:
+    """Every tensor that comes from a worker holds a file open, and the packs under way have thousands: more than the
+    1,024 that a process may have by default, but may ask for."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+def _outlive_sigterm(worker: int) -> None:
+    """A scheduler sends SIGTERM to all processes of a job, workers too, whose packs the loop needs for its last step.
+
+    A second one ends the worker, as it ends the loop.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 @lru_cache
@@ -462,7 +497,11 @@ def _same_recipe(folder: Path, state: dict[str, Any], job: Job, packs: int) -> N
 
     def fixed(values: dict[str, Any]) -> dict[str, Any]:
         plain = json.loads(json.dumps(values))
-        plain["run"] = {key: value for key, value in plain["run"].items() if key not in free}
+        watched, data = plain["run"], plain.get("data", {})
+        plain["run"] = {key: value for key, value in watched.items() if key not in free}
+        if data.get("kind") == "emoji" and data.get("latents"):
+            # The last clips of a folder are held out, and which ones a step sees follows from how many are left.
+            plain["run.heldout_clips"] = watched.get("heldout_clips") if watched.get("heldout_every") else 0
         return plain
 
     before = state["job"]

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from walt.conditioning import drop
 from walt.data.clips import Clips
+from walt.data.emoji import FPS
 from walt.data.tokens import Kind, NuwaMedia, NuwaScenes, Pictures, TokenFolder, Tokens, encode
 from walt.errors import WaltError
 from walt.training.job import DataJob, MediaJob, NuwaJob, NuwaTask
@@ -60,6 +61,17 @@ def draw_tasks(tasks: dict[str, NuwaTask], rng: np.random.Generator) -> list[str
     return names
 
 
+def _check_fields(job: NuwaJob) -> None:
+    """A WaltError for a field that other jobs obey and this one would ignore."""
+    if job.run.heldout_every:
+        raise WaltError("run.heldout_every: NUWA has no held-out loss (walt evaluate nuwa measures it); set it to 0")
+    if job.data.latents is not None:
+        raise WaltError("data.latents: NUWA is trained on tokens, which tokens=FOLDER keeps; leave it out")
+    if isinstance(job.data, DataJob) and (job.data.fps != FPS or job.data.clip_subjects):
+        name = "clip_subjects" if job.data.clip_subjects else "fps"
+        raise WaltError(f"data.{name}: NUWA's clips show the theatre's every subject, clip.frame_step sets their rate")
+
+
 @dataclass(frozen=True)
 class Sample:
     """One sample of a task: pixels, or tokens where the recipe keeps a token folder."""
@@ -87,6 +99,7 @@ class NuwaObjective(Objective):
 
     def __init__(self, job: NuwaJob, transformer: type[Any], vq: Any, vq_seg: Any, words: TextStates) -> None:
         self.job = job
+        _check_fields(job)
         self.tasks = trained_tasks(job)
         sketched = [name for name in self.tasks if TASKS[name].condition == "sketch"]
         if sketched and isinstance(job.data, MediaJob):

@@ -104,6 +104,8 @@ class TokenizerObjective(Objective):
             if isinstance(job.data, MediaJob)
             else None
         )
+        if self.clips is not None and job.run.heldout_every:
+            self.clips.check_held_out()
         if job.init is not None:
             self._start_from(job.init)
         elif self.model.config.block_shortcut:
@@ -125,6 +127,8 @@ class TokenizerObjective(Objective):
             )
         if self.quantizer is not None and job.loss.latent_noise:
             raise WaltError(f"loss.latent_noise: codes take no noise, got {job.loss.latent_noise}; set it to 0")
+        if job.data.latents is not None:
+            raise WaltError("data.latents: a tokenizer is trained on pixels; leave it out")
         if (adversary is None) != (job.loss.adversarial is None):
             raise WaltError("loss.adversarial: the objective needs an adversary with it, and takes none without")
         if self.segmentation:
@@ -443,6 +447,12 @@ class DenoiserObjective(Objective):
         if job.lora is not None:
             add_lora(self.model, job.lora, job.init)
         config = self.model.config
+        if job.diffusion.mask_probability and not config.frame_conditioning:
+            raise WaltError(
+                "diffusion.mask_probability: a model without frame_conditioning is given nothing; set it to 0"
+            )
+        if job.interpolate_positions and job.init is None:
+            raise WaltError("interpolate_positions: there is nothing to interpolate; give init=FOLDER")
         self.classes = read_classes(job.classes, config.num_classes)
         if low_res_kind(config) == "time" and job.data.latents is not None:
             raise WaltError("data.latents: a temporal stage encodes both frame rates as it trains, it needs pixels")
@@ -478,6 +488,13 @@ class DenoiserObjective(Objective):
         self.space = space
         self.tokens = [t * h * w for t, h, w in map(self._grid, job.shapes)]
         self.clips = open_clips(job, self.vae, words is not None, Path(job.run.output) / "skipped.jsonl")
+        if self.clips is not None and job.run.heldout_every:
+            self.clips.check_held_out()
+        if self.clips is not None and config.num_classes is not None and job.classes is not None:
+            for name in self.clips.classes():
+                if name not in self.classes:
+                    known = suggest(name, self.classes)
+                    raise WaltError(f"classes: {job.classes} has no {name!r}{known}, a folder of the sources")
         if self.clips is not None and config.num_classes is not None and job.classes is None:
             self.classes = self.clips.classes()
             if self.classes and len(self.classes) != config.num_classes:

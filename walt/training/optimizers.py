@@ -136,9 +136,9 @@ class Guard:
                 name == "model"
                 and self.factor
                 and len(usual) >= self.FIRST
-                and norms[name] > self.factor * statistics.median(usual)
+                and norms[name] > self.factor * (median := statistics.median(usual))
+                and median  # after steps without a gradient none is a jump
             ):
-                median = statistics.median(usual)
                 reason = (
                     f"{name}: gradient norm {norms[name]:.4g}, {norms[name] / median:.0f} times the usual {median:.3g}"
                 )

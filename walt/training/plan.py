@@ -97,7 +97,12 @@ def meta_forward(twin: Any, size: tuple[int, ...]) -> Any:
         if _is_nuwa(config):
             return _nuwa_loss(twin, [size])
         if not hasattr(config, "out_channels") or hasattr(config, "latent_channels"):
-            return twin(torch.empty(1, 3, *size), return_dict=False)
+            # What a quantizer does depends on values, which there are none of: networks alone, which are nearly all.
+            quantizer, twin.quantize = twin.quantize, None
+            try:
+                return twin(torch.empty(1, 3, *size), return_dict=False)
+            finally:
+                twin.quantize = quantizer
         t, h, w = size
         given: dict[str, Any] = {}
         if config.text_dim is not None:
@@ -139,7 +144,8 @@ class Plan:
     packs: int  # per step, all ranks
     samples: float  # per step, all ranks: mean over packs
     tokens: float  # of denoisers and NUWA: per step, all ranks
-    memory: dict[str, float]  # weights, gradients, optimizer, average, activations; and of FSDP the gathered block
+    # weights, gradients, optimizer, average, activations; of FSDP the gathered block; all of a discriminator
+    memory: dict[str, float]
     flops: float  # per step, all ranks
     matmul_rate: float | None  # of one rank, measured; None: a rate was given
     rate: float  # of one rank, as used
@@ -170,6 +176,7 @@ def make_plan(
     ranks: int = 1,
     rate: float | None = None,
     build: Callable[[], Objective | None] | None = None,
+    adversary: nn.Module | None = None,
 ) -> Plan:
     """Plans a recipe.
 
@@ -181,6 +188,7 @@ def make_plan(
         rate: FLOP/s that a rank sustains on another machine; None: measured here.
         build: makes the recipe's objective where its files are there: a small one is then timed on its own data, with
             all that a step does beside the model. None: the model alone is.
+        adversary: the discriminator of a recipe that has one, on the meta device.
 
     Raises:
         WaltError: packs that do not divide among the ranks.
@@ -226,6 +234,11 @@ def make_plan(
         busy = seconds["compute"] + seconds["optimizer"]
         seconds["data"] = max(0.0, seconds["data"] / job.run.workers - busy)
     per_pack = sum(cost[i] for pack in drawn for i in pack) / PACKS
+    memory = _memory(job, twin, trained, ranks, activations)
+    if adversary is not None:
+        assert isinstance(job, TokenizerJob) and job.loss.adversarial is not None
+        shapes = [p.shape for p in adversary.parameters()]
+        memory["adversary"] = 8.0 * sum(map(math.prod, shapes)) + _moments(job.loss.adversarial.optimizer, shapes)
     return Plan(
         parameters=sum(counts.values()),
         trained=sum(counts[name] for name in trained),
@@ -233,7 +246,7 @@ def make_plan(
         packs=packs,
         samples=samples * packs,
         tokens=0.0 if isinstance(job, TokenizerJob) else per_pack * packs,
-        memory=_memory(job, twin, trained, ranks, activations) | ({"process": process} if process else {}),
+        memory=memory | ({"process": process} if process else {}),
         flops=flops,
         matmul_rate=matmul,
         rate=rate,
@@ -332,21 +345,10 @@ def _memory(job: Any, model: nn.Module, trained: list[str], ranks: int, activati
     parameters = dict(model.named_parameters())
     own = 4.0 * sum(p.numel() for p in parameters.values()) / share
     learnt = 4.0 * sum(parameters[name].numel() for name in trained) / share
-    if job.optimizer.kind == "adamw":
-        moments = 2 * learnt
-    elif job.optimizer.kind == "muon":  # one for a matrix
-        shapes = [parameters[name].shape for name in trained]
-        moments = 4.0 * sum(math.prod(s) * (1 if len(s) > 1 else 2) for s in shapes) / share
-    else:  # a row and a column of every matrix
-        shapes = [parameters[name].shape for name in trained]
-        moments = 4.0 * sum(
-            math.prod(s[:-1]) + math.prod((*s[:-2], s[-1])) if len(s) > 1 else s.numel() for s in shapes
-        )
-        moments /= share
     memory = {
         "weights": own,
         "gradients": learnt,
-        "optimizer": moments,
+        "optimizer": _moments(job.optimizer, [parameters[name].shape for name in trained]) / share,
         "average": learnt if job.run.ema_decay else 0.0,
     }
     if share > 1:
@@ -354,6 +356,15 @@ def _memory(job: Any, model: nn.Module, trained: list[str], ranks: int, activati
         # Two blocks at a time are whole, weights and gradients: the one at work and the one fetched for the next.
         memory["gathered"] = 2 * (2.0 if job.run.precision == "bf16" else 4.0) * 2 * max(blocks)
     return {**memory, "activations": activations}
+
+
+def _moments(optimizer: OptimizerJob, shapes: Sequence[torch.Size]) -> float:
+    """Bytes of what an optimizer keeps of parameters of these shapes."""
+    if optimizer.kind == "adafactor":  # a row and a column of every matrix
+        kept = (math.prod(s[:-1]) + math.prod((*s[:-2], s[-1])) if len(s) > 1 else s.numel() for s in shapes)
+    else:  # of Muon one for a matrix
+        kept = (math.prod(s) * (1 if optimizer.kind == "muon" and len(s) > 1 else 2) for s in shapes)
+    return 4.0 * sum(kept)
 
 
 def _shards(job: Any, model: nn.Module, ranks: int) -> list[tuple[str, int, int]]:

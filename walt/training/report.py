@@ -45,6 +45,7 @@ class Report:
         self.job, self.enabled, self.rate = job, enabled, rate
         self.console = Console(highlight=False)
         self.sums: dict[str, float] = {}
+        self.seen: dict[str, int] = {}  # in how many steps: a figure may be missing in some
         self.times: dict[str, float] = {}
         self.count = 0
         self.begun = time.monotonic()
@@ -53,11 +54,12 @@ class Report:
         self.wandb: Any = None
         self.board: Any = None
         self.log: Any = None
+        self.held: set[int] = set()  # steps before `start` whose held-out figures the log has
         if not enabled:
             return
         path = output / "log.jsonl"
         if path.exists():
-            _cut(path, start)
+            self.held = _cut(path, start)
         self.log = path.open("a")
         if job.run.wandb:
             import wandb
@@ -115,6 +117,7 @@ class Report:
             return
         for name, value in figures.items():
             self.sums[name] = self.sums.get(name, 0.0) + float(value)
+            self.seen[name] = self.seen.get(name, 0) + 1
         self.count += 1
         self.left -= 1
         self.at = step + 1
@@ -130,7 +133,13 @@ class Report:
         whole = now - self.begun
         other = self.times.pop("other", 0.0)
         took = max(whole - other, 1e-9)
-        row = {name: value / self.count for name, value in self.sums.items() if name != "flops"}
+        # Of counts what a step has on average; of other figures the mean of those that there were: a step without a
+        # finite loss has none, and a penalty may come every few steps.
+        row = {
+            name: value / (self.count if name in COUNTS else self.seen[name])
+            for name, value in self.sums.items()
+            if name != "flops"
+        }
         row["seconds_per_step"] = took / self.count
         for name in ("samples", "tokens"):
             if name in self.sums:
@@ -154,7 +163,7 @@ class Report:
             )
         self._write({"step": self.at, **row})
         self.scalars(self.at, row)
-        self.sums, self.times, self.count, self.begun = {}, {}, 0, now
+        self.sums, self.seen, self.times, self.count, self.begun = {}, {}, {}, 0, now
 
     def heldout(self, step: int, figures: Mapping[str, float]) -> None:
         """Writes held-out figures, a row of their own."""
@@ -222,18 +231,23 @@ class Report:
             self.wandb.finish()
 
 
-def _cut(path: Path, start: int) -> None:
-    """Drops the rows after step `start`, and a last line that a kill cut short."""
-    kept = []
-    for line in path.read_text().splitlines():
+def _cut(path: Path, start: int) -> set[int]:
+    """Drops the rows after step `start`, and a last line that a kill cut short; returns the steps with held-out figures."""
+    kept: list[str] = []
+    held: set[int] = set()
+    for line in path.read_text(errors="replace").splitlines():
         try:
-            if json.loads(line)["step"] <= start:
+            row = json.loads(line)
+            if row["step"] <= start:
                 kept.append(line + "\n")
+                if "heldout" in row:
+                    held.add(int(row["step"]))
         except (ValueError, KeyError, TypeError):
             continue
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept))
     os.replace(temporary, path)
+    return held
 
 
 def _peak_memory() -> float:
