@@ -159,6 +159,14 @@ def test_every_task_makes_its_frames(task: str, studio: demo.Studio, uploads: di
     assert video.shape == (*shape, 3)
 
 
+def test_upscaling_takes_the_steps_of_super_resolution(studio: demo.Studio, uploads: dict[str, Path]) -> None:
+    """Whatever size was chosen on another tab."""
+    told: list[tuple[int, int, str]] = []
+    request = ask(studio, "upscale", {"video": uploads["image"], "scale": 2}, size="16 x 16")
+    studio.run("me", "upscale", request, lambda *state: told.append(state))
+    assert [state[:2] for state in told] == [(1, 1)]
+
+
 @pytest.mark.parametrize(("how", "frames"), [("Backward", 17), ("Loop", 17), ("Connect", 30)])
 def test_a_video_is_continued_in_every_way(
     how: str, frames: int, studio: demo.Studio, uploads: dict[str, Path]

@@ -49,8 +49,9 @@ class Limits:
 class Request:
     """A checked request: `files` and `choices` hold what the task's own fields were given, by the field's name.
 
-    `height` and `width` are those of the last of `stages`; `steps` and `guidance` have one number per stage. `most` and
-    `side` are the limits on frames and pixels a side; `options` say how guidance is spread over the steps and bounded.
+    `height` and `width` are those of the last of `stages`; `steps` and `guidance` have one number per stage, `later_steps`
+    is that of every super-resolution stage. `most` and `side` are the limits on frames and pixels a side; `options` say
+    how guidance is spread over the steps and bounded.
     """
 
     prompt: str
@@ -61,6 +62,7 @@ class Request:
     frames: int
     seed: int
     steps: list[int]
+    later_steps: int
     guidance: list[float]
     options: GuidanceOptions
     most: int
@@ -215,17 +217,17 @@ def _conditioned(make: Callable[[Any, Request, dict[str, Any]], Any]) -> Make:
         if request.stages == 1:
             yield frames[0]
             return
-        yield from _enlarge(pipe, request, step, frames, 2 ** (request.stages - 1), request.steps[1])
+        yield from _enlarge(pipe, request, step, frames, 2 ** (request.stages - 1))
 
     return whole
 
 
-def _enlarge(pipe: Any, request: Request, step: Step, video: Any, scale: int, steps: int) -> Iterator[Tensor]:
+def _enlarge(pipe: Any, request: Request, step: Step, video: Any, scale: int) -> Iterator[Tensor]:
     pieces = pipe.upscale_stream(
         video,
         request.prompt or None,
         scale=scale,
-        num_inference_steps=steps,
+        num_inference_steps=request.later_steps,
         generator=_generator(request),
         callback_on_step_end=step,
     )
@@ -283,7 +285,7 @@ def _edit(base: Any, request: Request, call: dict[str, Any]) -> Any:
 def _upscale(pipe: Any, request: Request, step: Step) -> Iterator[Tensor]:
     scale = int(request.choices["scale"])
     video = read_clip(request.files["video"], request.most, None, request.side // scale)
-    yield from _enlarge(pipe, request, step, video, scale, request.steps[-1])
+    yield from _enlarge(pipe, request, step, video, scale)
 
 
 RATE = Field("choice", "Frames per second", options=(FPS, 2 * FPS), lacks=_no_doubling)
@@ -534,6 +536,7 @@ class Studio:
             frames=int(frames),
             seed=int(seed),
             steps=[int(steps)] + [int(later_steps)] * (stages - 1),
+            later_steps=int(later_steps),
             guidance=[float(guidance)] + [scale] * (stages - 1),
             options=options,
             most=limits.frames,
