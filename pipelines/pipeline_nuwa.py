@@ -201,6 +201,7 @@ class NuwaPipeline(SamplingPipeline):
             raise WaltError("negative_prompt goes with a prompt, and there is none: leave it out")
         shape = self._shape(height, width, num_frames, maps, given, image is not None)
         count = self._count(prompts, maps, given)
+        texts = self._texts(prompt, count) if ranker is not None and num_candidates > 1 else []
         self._prepare(guidance_scale, 0.0, None, callback_on_step_end, callback_on_step_end_tensor_inputs)()
         if prompts is None and maps is None:
             self._guidance_scale = 1.0  # nothing to steer towards
@@ -244,7 +245,6 @@ class NuwaPipeline(SamplingPipeline):
         elif num_candidates > 1:
             if ranker is not None:
                 assert frames is not None
-                texts = self._texts(prompt, count)
                 scores = ranker([text for text in texts for _ in range(each)], frames)
                 if tuple(scores.shape) != (len(tokens),):
                     raise WaltError(f"ranker: expected {len(tokens)} scores, got the shape {tuple(scores.shape)}")

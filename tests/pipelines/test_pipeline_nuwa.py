@@ -279,6 +279,18 @@ def test_faults(pipe: NuwaPipeline, call: dict[str, Any], message: str) -> None:
         pipe(**call)
 
 
+def test_a_ranker_without_prompts_is_refused_before_anything_is_made(pipe: NuwaPipeline) -> None:
+    steps: list[int] = []
+
+    def note(pipe: Any, index: int, made: int, tensors: dict[str, Any]) -> dict[str, Any]:
+        steps.append(index)
+        return {}
+
+    with pytest.raises(WaltError, match="ranker: it scores prompts, and there are none"):
+        pipe(sketch=drawing(1), num_candidates=2, ranker=lambda p, f: torch.zeros(2), callback_on_step_end=note)
+    assert not steps
+
+
 def test_a_negative_prompt_needs_a_prompt(pipe: NuwaPipeline) -> None:
     with pytest.raises(WaltError, match="negative_prompt goes with a prompt"):
         pipe(sketch=drawing(1), negative_prompt="a dog")
