@@ -97,7 +97,7 @@ def read_video(video: Any, name: str = "video") -> Tensor:
         WaltError: another form, another number of channels, or values outside of [0, 1].
     """
     try:
-        pixels: Tensor = _READER.preprocess_video(_as_floats(video)).float()
+        pixels: Tensor = _READER.preprocess_video(as_floats(video)).float()
     except (ValueError, TypeError, IndexError, AttributeError, RuntimeError) as error:
         raise WaltError(
             f"{name} must be a tensor (B, T, 3, H, W) or (T, 3, H, W), an array (B, T, H, W, 3) or (T, H, W, 3), "
@@ -122,12 +122,12 @@ def read_image(image: Any, name: str = "image") -> Tensor:
     return read_video([[one] for one in image] if isinstance(image, list | tuple) else [[image]], name)
 
 
-def _as_floats(video: Any) -> Any:
+def as_floats(video: Any) -> Any:
     """The same with uint8 as floats in [0, 1], also inside of lists."""
     if isinstance(video, Image.Image):
         return [video]
     if isinstance(video, list | tuple):
-        return [one if isinstance(one, Image.Image) else _as_floats(one) for one in video]
+        return [one if isinstance(one, Image.Image) else as_floats(one) for one in video]
     if isinstance(video, np.ndarray) and video.dtype == np.uint8:
         return video.astype(np.float32) / 255
     return video / 255 if isinstance(video, Tensor) and video.dtype == torch.uint8 else video

@@ -19,7 +19,7 @@ from torch import Tensor
 from walt.chunking import chunk_starts, fitting_frames, overlap_frames
 from walt.conditioning import TEXT_TOKENS
 from walt.errors import WaltError
-from walt.pipelines.conditions import Known, WaltCondition, fit, place, read_image, read_video
+from walt.pipelines.conditions import Known, WaltCondition, as_floats, fit, place, read_image, read_video
 from walt.pipelines.pipeline_output import WaltPipelineOutput
 from walt.pipelines.pipeline_walt import WaltPipeline
 from walt.pipelines.sampling import (
@@ -416,8 +416,9 @@ class WaltConditionPipeline(WaltPipeline):
     def _mask(self, mask: Any, clip: Tensor) -> Tensor:
         """`(B, 1, T, H, W)` bool, true where `clip` is made anew; a WaltError for another size or length."""
         channels_last = isinstance(mask, np.ndarray)
+        mask = as_floats(mask)
         if isinstance(mask, np.ndarray):
-            mask = torch.from_numpy(mask.astype(np.float32) / (255 if mask.dtype == np.uint8 else 1))
+            mask = torch.from_numpy(mask.astype(np.float32))
         if not isinstance(mask, Tensor):
             found = read_video(mask, "mask_video").mean(1, keepdim=True) / 2 + 0.5
         elif mask.ndim in (2, 3):

@@ -156,6 +156,8 @@ def test_masks_in_any_form(pipe: WaltConditionPipeline, clip: Tensor) -> None:
         pictures[0],
         mask[:, None].expand(-1, 3, -1, -1),
         mask[None, :, None],
+        (mask * 155 + 100).byte().numpy(),  # dark grey and white
+        (mask * 155 + 100).byte(),
     )
     for form in forms:
         assert torch.equal(one, run(pipe, PROMPT, video=clip[:5], mask_video=form))
