@@ -567,7 +567,7 @@ def check_size(height: int, width: int, multiple: int) -> None:
 
 def check_range(name: str, value: float, low: float, high: float = float("inf"), whole: bool = False) -> None:
     """Raises a WaltError unless low <= value <= high (and value is an integer where `whole`)."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
+    number = isinstance(value, int | float) and not isinstance(value, bool) and value < float("inf")
     if not number or not low <= value <= high or (whole and not isinstance(value, int)):
         kind = "an integer" if whole else "a number"
         bounds = f"of at least {low}" if high == float("inf") else f"from {low} to {high}"

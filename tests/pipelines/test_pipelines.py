@@ -560,6 +560,7 @@ def test_one_sentence_where_prompts_and_sizes_do_not_fit(
         ({"prompt": ["a cat", "a dog"], "negative_prompt_embeds": states}, "are of 1 prompts, there are 2"),
         ({"negative_prompt_embeds": states.repeat(2, 1, 1)}, "are of 2 prompts, there are 1"),
         ({"height": "16"}, "height must be an integer, a multiple of 8, got '16'"),
+        ({"guidance_scale": float("inf")}, "guidance_scale must be a number of at least 0, got inf"),
         ({"generator": (tiny.seeded(0),)}, "generator must be a torch.Generator, a list"),
         ({"guidance_scale": 1.0, "callback_on_step_end": turn_on}, "guidance needs text states to steer away from"),
     ]
