@@ -297,7 +297,7 @@ class WaltConditionPipeline(WaltPipeline):
             call: as of a call.
 
         Returns:
-            The video from the first to the last keyframe.
+            The video from the first to the last keyframe; to where it had come, if a callback interrupts it.
         """
         if not isinstance(keyframes, Mapping):
             keyframes = {SEGMENTS[-1] * i: image for i, image in enumerate(keyframes)}
@@ -320,8 +320,11 @@ class WaltConditionPipeline(WaltPipeline):
         rows = count * each
         call["generator"] = [torch.Generator().manual_seed(s) for s in sample_seeds(call.pop("generator", None), rows)]
         parts = pictures[:1]
+        self._interrupt = False  # of an earlier call: here each segment is one, and an interrupt ends them all
         for i in range(1, len(places)):
             parts.append(self._segment(pictures[i - 1], pictures[i], places[i] - places[i - 1], prompt, call))
+            if self.interrupt:
+                break
             parts.append(pictures[i])
         return self._give(torch.cat(parts, dim=2), kind)
 
@@ -475,14 +478,14 @@ class WaltConditionPipeline(WaltPipeline):
             raise WaltError(f"reverse=False needs a video of at least {ratio} frames, got {old.shape[2]}")
         known = 2 * ratio if old.shape[2] >= 2 * ratio else ratio
         whole, missing = old, num_frames
-        while missing > 0:
+        while missing > 0 and not (missing < num_frames and self.interrupt):
             frames = min(1 + 4 * ratio, fitting_frames(missing + known, ratio))
             clip = WaltCondition(video=_pt(whole[:, :, :known]), frame_index=-known)
             made = self._pixels(prompt, [clip], frames, call)
             # The first time what the denoiser saw is shown as it is said to be; later it is its own.
             whole = torch.cat([made, _like(whole, made)[:, :, known:]], dim=2)
             missing -= frames - known
-        return whole[:, :, whole.shape[2] - old.shape[2] - num_frames :]
+        return whole[:, :, max(0, whole.shape[2] - old.shape[2] - num_frames) :]
 
     def _between(
         self,
@@ -540,11 +543,13 @@ class WaltConditionPipeline(WaltPipeline):
             return made[:, :, [round(i * steps / gap) - 1 for i in range(1, gap)]]
         places = [round(i * gap / steps) for i in range(steps + 1)]
         pictures = [first, *made.split(1, dim=2), last]
-        parts = []
+        parts = [first[:, :, :0]]
         for i in range(steps):
+            if self.interrupt:
+                break
+            parts += pictures[i : i + 1] if i else []
             parts.append(self._segment(pictures[i], pictures[i + 1], places[i + 1] - places[i], prompt, call))
-            parts.append(pictures[i + 1])
-        return torch.cat(parts[:-1], dim=2)
+        return torch.cat(parts, dim=2)
 
     def _pixels(self, prompt: Any, conditions: list[WaltCondition], frames: int, call: dict[str, Any]) -> Tensor:
         """`(B, 3, T, H, W)` in [-1, 1] of a call with these conditions."""

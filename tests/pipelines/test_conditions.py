@@ -285,6 +285,28 @@ def test_loop(pipe: WaltConditionPipeline, clip: Tensor) -> None:
     assert close(made[17:], joined[17:25], 1e-6)
 
 
+def test_an_interrupt_ends_tasks_of_several_calls(pipe: WaltConditionPipeline, clip: Tensor) -> None:
+    """At the step that it comes at, also where the task would begin further calls."""
+    steps: list[int] = []
+
+    def stop(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        steps.append(index)
+        pipe._interrupt = len(steps) == last
+        return {}
+
+    back = {"direction": "backward", "reverse": False}
+    cases: list[tuple[int, Any, int]] = [
+        (1, lambda **call: pipe.interpolate({0: clip[0], 40: clip[1]}, PROMPT, **call), 1),  # far pictures between
+        (5, lambda **call: pipe.interpolate({0: clip[0], 40: clip[1]}, PROMPT, **call), 16),  # after one gap of them
+        (3, lambda **call: pipe.interpolate({0: clip[0], 5: clip[1], 10: clip[2], 15: clip[3]}, PROMPT, **call), 10),
+        (2, lambda **call: pipe.extend(clip[:9], PROMPT, 24, **back, **call), 18),
+    ]
+    for last, make, frames in cases:
+        steps.clear()
+        assert run(make, callback_on_step_end=stop).shape[1] == frames and len(steps) == last
+    assert run(pipe.interpolate, {0: clip[0], 1: clip[1], 6: clip[2]}, PROMPT).shape[1] == 7  # what was is over
+
+
 def test_interpolate(pipe: WaltConditionPipeline, clip: Tensor) -> None:
     """Pictures at any distance, recursively; every one is kept at its place."""
     places = {0: clip[0], 1: clip[1], 7: clip[2], 40: clip[3]}
