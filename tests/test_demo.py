@@ -203,9 +203,11 @@ def test_a_model_with_the_temporal_stage_makes_16_frames_per_second(
     pipe.register_modules(temporal_super_resolution=stage)
     studio = demo.Studio(pipe, demo.Limits(), tmp_path)
     request = ask(studio, task, {**given, "fps": 16}, steps=1, frames=5)
-    result = studio.run("me", task, request, silent)
+    told: list[str] = []
+    result = studio.run("me", task, request, lambda done, total, text: told.append(text))
     video, fps = read_video(result.path)
     assert video.shape == (frames, 16, 16, 3) and fps == 16
+    assert set(told) == {"stage 1", "frame rate"}
 
 
 def test_sizes_stay_within_the_limit(pipe: Any, tmp_path: Path) -> None:

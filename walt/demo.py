@@ -577,8 +577,9 @@ class Studio:
         def step(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             if stop.is_set():
                 raise Cancelled
-            stage = getattr(pipe, "current_stage", 0)
-            report(index + 1, max(pipe.num_timesteps, index + 1), f"stage {stage}" if stage else "base")
+            stage = getattr(pipe, "current_stage", None)
+            name = {None: "base", 0: "frame rate"}.get(stage, f"stage {stage}")
+            report(index + 1, max(pipe.num_timesteps, index + 1), name)
             return tensors
 
         folder = self.folder / secrets.token_hex(16)
