@@ -183,7 +183,7 @@ class WaltPipeline(SamplingPipeline):
         Raises:
             WaltError: an argument that does not fit, at the call.
         """
-        start = self._start(prompt, num_frames=num_frames, **call)
+        start = self._start(prompt, num_frames=num_frames, output_type="pt", **call)
 
         def run() -> Iterator[Tensor]:
             start.begin()
@@ -245,7 +245,7 @@ class WaltPipeline(SamplingPipeline):
         prompt_embeds_mask: Tensor | None = None,
         negative_prompt_embeds_mask: Tensor | None = None,
         class_labels: int | list[int] | Tensor | None = None,
-        output_type: str = "pt",
+        output_type: str = "pil",
         attention_kwargs: dict[str, Any] | None = None,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: list[str] | tuple[str, ...] = ("latents",),

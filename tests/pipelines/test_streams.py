@@ -132,6 +132,10 @@ def test_arguments_are_checked_at_the_call(base: WaltPipeline, cascade: WaltCasc
     for make, message in cases:
         with pytest.raises(WaltError, match=message):
             make()
+    pipes: list[Any] = [base, cascade]
+    for pipe in pipes:  # they give tensors
+        with pytest.raises(TypeError, match="output_type"):
+            pipe.stream(PROMPT, output_type="np")
 
 
 def test_streams_made_beforehand_have_their_own_arguments(base: WaltPipeline) -> None:
