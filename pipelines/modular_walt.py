@@ -29,6 +29,7 @@ from walt.models.transformer_walt import WaltTransformer3DModel
 from walt.pipelines.lora import WaltLoraLoaderMixin
 from walt.pipelines.sampling import (
     START_NOISE,
+    check_range,
     check_size,
     decode_latents,
     sample_seeds,
@@ -145,6 +146,7 @@ class WaltPrepareLatentsStep(ModularPipelineBlocks):
         height = block.height or config.sample_size[1] * space
         width = block.width or config.sample_size[2] * space
         check_size(height, width, space * config.patch_size)
+        check_range("num_inference_steps", block.num_inference_steps, 1, 1000, whole=True)
         if len(chunk_starts(block.num_frames, time)) > 1:
             raise WaltError(f"num_frames={block.num_frames} takes several chunks: use WaltPipeline for long videos")
         shape = (config.in_channels, latent_frames(block.num_frames, time), height // space, width // space)

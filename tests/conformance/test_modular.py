@@ -83,6 +83,8 @@ def test_blocks_alone_and_refusals(pipe: Any, folder: Path) -> None:
         make(pipe, num_frames=29)
     with pytest.raises(WaltError, match="height=20 does not fit"):
         make(pipe, height=20)
+    with pytest.raises(WaltError, match="num_inference_steps must be an integer from 1 to 1000, got 0"):
+        make(pipe, num_inference_steps=0)
     with pytest.raises(WaltError, match="2 negative prompts for 1 prompts"):
         make(pipe, prompt="a", negative_prompt=["a", "b"])
     with pytest.raises(WaltError, match=r"latents must have the shape \(4, 8, 2, 2, 2\)"):
