@@ -321,7 +321,7 @@ class NuwaPipeline(SamplingPipeline):
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Tokens `(B, T, h, w[, S])` to frames `(B, 3, T, H, W)` in [-1, 1], clamped; one sample at a time."""
-        videos = [self.vq.decode_indices(one).float().clamp(-1, 1).transpose(0, 1) for one in tokens]
+        videos = [_onload(self.vq).decode_indices(one).float().clamp(-1, 1).transpose(0, 1) for one in tokens]
         return torch.stack(videos)
 
     def score(
@@ -360,7 +360,7 @@ class NuwaPipeline(SamplingPipeline):
                 self._step_index += 1
                 return self.interrupt
 
-            tokens: Tensor = self.transformer.generate(
+            tokens: Tensor = _onload(self.transformer).generate(
                 shape,
                 told.encode(self.transformer),
                 null_condition=null.encode(self.transformer) if guided else None,
@@ -481,10 +481,10 @@ class NuwaPipeline(SamplingPipeline):
     def _encode(self, pixels: Tensor) -> Tensor:
         """`(P, 3, T, H, W)` in [-1, 1] to tokens `(P, T, h, w[, S])`; one by one, so that no rounding depends on P."""
         frames = pixels.transpose(1, 2).to(self._execution_device, self.vq.dtype)
-        return torch.stack([self.vq.encode_indices(video) for video in frames])
+        return torch.stack([_onload(self.vq).encode_indices(video) for video in frames])
 
     def _encode_sketch(self, maps: Tensor) -> Tensor:
-        return torch.stack([self.vq_seg.encode_indices(one.to(self._execution_device)) for one in maps])
+        return torch.stack([_onload(self.vq_seg).encode_indices(one.to(self._execution_device)) for one in maps])
 
     def _known(
         self, given: Given | None, shape: tuple[int, int, int], count: int, each: int, device: torch.device
@@ -520,7 +520,7 @@ class Told:
         text = None
         if self.text is not None:
             text = [None if states is None else states.to(transformer.dtype) for states in self.text]
-        return transformer.encode_condition(text=text, sketch=self.sketch)
+        return _onload(transformer).encode_condition(text=text, sketch=self.sketch)
 
     def only(self, number: int, times: int) -> Told:
         """One of the conditions, `times` times."""
@@ -533,6 +533,14 @@ def log_likelihood(logits: Tensor, tokens: Tensor) -> Tensor:
     """log p of each token, `(B, T, h, w)` (summed over sub-codes), from logits `(B, T, h, w[, S], V)`."""
     values = logits.float().log_softmax(dim=-1).gather(-1, tokens[..., None]).squeeze(-1)
     return values if values.ndim == 4 else values.sum(dim=-1)
+
+
+def _onload(part: Any) -> Any:
+    """The part where it computes: offloading brings it there for `forward`, these are other methods."""
+    hook = getattr(part, "_hf_hook", None)
+    if hook is not None:
+        hook.pre_forward(part)
+    return part
 
 
 def _spread(rows: list[Any], count: int) -> list[Any]:

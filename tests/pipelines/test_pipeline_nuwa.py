@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate.hooks import CpuOffload
 from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
@@ -289,6 +290,26 @@ def test_a_ranker_without_prompts_is_refused_before_anything_is_made(pipe: NuwaP
     with pytest.raises(WaltError, match="ranker: it scores prompts, and there are none"):
         pipe(sketch=drawing(1), num_candidates=2, ranker=lambda p, f: torch.zeros(2), callback_on_step_end=note)
     assert not steps
+
+
+def test_offloaded_parts_are_brought_to_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where what is called is not `forward`, which is all that offloading hooks watch."""
+    pipe, moved = tiny.nuwa_pipeline(), list[Any]()
+    call: dict[str, Any] = {"sketch": drawing(3), "video": picture(3, 2), "num_frames": 3}
+    expected = tokens_of(pipe, **call)
+    plain = CpuOffload.pre_forward
+
+    def note(hook: CpuOffload, module: Any, *args: Any, **kwargs: Any) -> Any:
+        moved.append(module)
+        return plain(hook, module, *args, **kwargs)
+
+    monkeypatch.setattr(CpuOffload, "pre_forward", note)
+    pipe.enable_model_cpu_offload(device="cpu")
+    assert torch.equal(tokens_of(pipe, **call), expected)
+    assert all(part in moved for part in (pipe.vq_seg, pipe.vq, pipe.transformer))
+    moved.clear()
+    pipe(**call, output_type="pt")
+    assert moved[-1] is pipe.vq
 
 
 def test_a_negative_prompt_needs_a_prompt(pipe: NuwaPipeline) -> None:
