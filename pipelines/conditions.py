@@ -86,7 +86,7 @@ class Known:
 
 
 def read_video(video: Any, name: str = "video") -> Tensor:
-    """`(B, 3, T, H, W)` float32 in [-1, 1] of whatever diffusers' VideoProcessor takes.
+    """`(B, 3, T, H, W)` float32 in [-1, 1], on the CPU, of whatever diffusers' VideoProcessor takes.
 
     Args:
         video: floats in [0, 1] or uint8: a tensor `(B, T, 3, H, W)` or `(T, 3, H, W)`, an array `(B, T, H, W, 3)` or
@@ -97,7 +97,7 @@ def read_video(video: Any, name: str = "video") -> Tensor:
         WaltError: another form, another number of channels, or values outside of [0, 1].
     """
     try:
-        pixels: Tensor = _READER.preprocess_video(as_floats(video)).float()
+        pixels: Tensor = _READER.preprocess_video(as_floats(video)).float().cpu()
     except (ValueError, TypeError, IndexError, AttributeError, RuntimeError) as error:
         raise WaltError(
             f"{name} must be a tensor (B, T, 3, H, W) or (T, 3, H, W), an array (B, T, H, W, 3) or (T, H, W, 3), "

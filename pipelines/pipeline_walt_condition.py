@@ -111,7 +111,7 @@ class WaltConditionPipeline(WaltPipeline):
         """
         given_conditions = self._conditions(image, last_image, conditions, video, mask_video, strength, num_frames)
         self._check_task(bool(given_conditions) or (video is not None and strength is None), conditioning)
-        clip = None if video is None else read_video(video).cpu()
+        clip = None if video is None else read_video(video)
         whole = clip is not None and (mask_video is not None or strength is not None)
         if whole and clip is not None:
             if num_frames is not None and num_frames != clip.shape[2]:
@@ -414,7 +414,7 @@ class WaltConditionPipeline(WaltPipeline):
 
     def _clip(self, condition: WaltCondition) -> Tensor:
         """A condition's pixels `(B, 3, n, H, W)` in [-1, 1]."""
-        return (read_image(condition.image) if condition.video is None else read_video(condition.video)).cpu()
+        return read_image(condition.image) if condition.video is None else read_video(condition.video)
 
     def _mask(self, mask: Any, clip: Tensor) -> Tensor:
         """`(B, 1, T, H, W)` bool, true where `clip` is made anew; a WaltError for another size or length."""

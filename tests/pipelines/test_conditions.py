@@ -285,6 +285,32 @@ def test_loop(pipe: WaltConditionPipeline, clip: Tensor) -> None:
     assert close(made[17:], joined[17:25], 1e-6)
 
 
+class Elsewhere(Tensor):
+    """Goes together with no other tensor until it is brought to the CPU, as one of a GPU."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.cpu:
+            with torch._C.DisableTorchFunctionSubclass():
+                return args[0].as_subclass(Tensor)
+        assert func is not torch.cat or len({type(part) for part in args[0]}) == 1, "tensors of two devices"
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_a_video_may_lie_on_another_device(pipe: WaltConditionPipeline, clip: Tensor) -> None:
+    """What a call with output_type="pt" gives goes into the next task, wherever it is."""
+    tasks: list[Any] = [
+        lambda x: run(pipe.extend, x, PROMPT, 4),
+        lambda x: run(pipe.extend, x, PROMPT, 4, direction="backward", reverse=False),
+        lambda x: run(pipe.loop, x, PROMPT, 4),
+        lambda x: run(pipe.connect, x, x, PROMPT, 4),
+        lambda x: run(pipe.interpolate, {0: x[0], 5: x[1]}, PROMPT),
+        lambda x: run(pipe.outpaint, x[:5], PROMPT, left=8),
+    ]
+    for task in tasks:
+        assert torch.equal(task(clip[:9].as_subclass(Elsewhere)), task(clip[:9]))
+
+
 def test_an_interrupt_ends_tasks_of_several_calls(pipe: WaltConditionPipeline, clip: Tensor) -> None:
     """At the step that it comes at, also where the task would begin further calls."""
     steps: list[int] = []
