@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO, Literal
@@ -232,25 +233,20 @@ def read_video(path: str | Path) -> tuple[Pixels, float]:
     Raises:
         WaltError: the file is missing, is no video, or breaks off.
     """
-    path = _existing(path)
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise WaltError(f'cannot read "{path}": it holds no video')
-            stream = container.streams.video[0]
-            frames = [_upright_frame(frame) for frame in container.decode(stream)]
-            fps, promised = float(stream.average_rate or 0), stream.frames
-    except (OSError, av.error.FFmpegError) as error:
-        raise WaltError(f'cannot read "{path}" as a video: {error.strerror or error}') from error
-    if not frames or len(frames) < promised:
-        raise WaltError(f'cannot read "{path}": it breaks off after {len(frames)} of {promised} frames')
-    return np.stack(frames), fps
+    frames, rates = zip(*_decoded(path), strict=True)
+    return np.stack(frames), rates[0]
 
 
 def stream_video(path: str | Path, frames: int = 16) -> Iterator[Pixels]:
     """The frames of `read_video` in pieces of at most so many, decoded as they are asked for; the same errors."""
+    decoded = _decoded(path)
+    while held := [pixels for pixels, _ in islice(decoded, frames)]:
+        yield np.stack(held)
+
+
+def _decoded(path: str | Path) -> Iterator[tuple[Pixels, float]]:
+    """Every frame of `read_video`, and the frames per second."""
     path = _existing(path)
-    held: list[Pixels] = []
     count = 0
     try:
         with av.open(str(path)) as container:
@@ -258,18 +254,13 @@ def stream_video(path: str | Path, frames: int = 16) -> Iterator[Pixels]:
                 raise WaltError(f'cannot read "{path}": it holds no video')
             stream = container.streams.video[0]
             for frame in container.decode(stream):
-                held.append(_upright_frame(frame))
                 count += 1
-                if len(held) == frames:
-                    yield np.stack(held)
-                    held = []
+                yield _upright_frame(frame), float(stream.average_rate or 0)
             promised = stream.frames
     except (OSError, av.error.FFmpegError) as error:
         raise WaltError(f'cannot read "{path}" as a video: {error.strerror or error}') from error
     if not count or count < promised:
         raise WaltError(f'cannot read "{path}": it breaks off after {count} of {promised} frames')
-    if held:
-        yield np.stack(held)
 
 
 def read_image(path: str | Path) -> Pixels:
