@@ -112,22 +112,22 @@ class WaltConditionPipeline(WaltPipeline):
         given_conditions = self._conditions(image, last_image, conditions, video, mask_video, strength, num_frames)
         self._check_task(bool(given_conditions) or (video is not None and strength is None), conditioning)
         clip = None if video is None else read_video(video)
-        whole = clip is not None and (mask_video is not None or strength is not None)
-        if whole and clip is not None:
-            if num_frames is not None and num_frames != clip.shape[2]:
+        whole = clip if mask_video is not None or strength is not None else None
+        if whole is not None:
+            if num_frames is not None and num_frames != whole.shape[2]:
                 raise WaltError(
-                    f"num_frames={num_frames}, but the video has {clip.shape[2]} frames: leave num_frames out to fill or "
+                    f"num_frames={num_frames}, but the video has {whole.shape[2]} frames: leave num_frames out to fill or "
                     "edit it, or use extend"
                 )
-            num_frames = clip.shape[2]
+            num_frames = whole.shape[2]
+        elif clip is not None:
+            given_conditions = [WaltCondition(video=video), *given_conditions]
         num_frames = 17 if num_frames is None else num_frames
         ratio = self.vae_scale_factor_temporal
-        frames = fitting_frames(num_frames, ratio) if whole else num_frames
+        frames = num_frames if whole is None else fitting_frames(num_frames, ratio)
         chunk_starts(frames, ratio)
-        if clip is not None and not whole:
-            given_conditions = [WaltCondition(video=video), *given_conditions]
         clips = [self._clip(condition) for condition in given_conditions]
-        sizes = {tuple(x.shape[-2:]) for x in [*clips, *([clip] if whole and clip is not None else [])]}
+        sizes = {tuple(x.shape[-2:]) for x in (*clips, whole) if x is not None}
         if len(sizes) > 1:
             listed = " and ".join(f"{h}x{w}" for h, w in sorted(sizes))
             raise WaltError(f"what is given has the sizes {listed}: scale it to one size")
@@ -143,13 +143,13 @@ class WaltConditionPipeline(WaltPipeline):
             still = condition.video is None
             known = place(known, fit(pixels, *size), condition.frame_index, still, ratio)
         start: Tensor | None = None
-        if whole and clip is not None:
-            whole_clip = _hold(fit(clip, *size), frames)
-            start = whole_clip if strength is not None else None
+        if whole is not None:
+            fitted = _hold(fit(whole, *size), frames)
+            start = fitted if strength is not None else None
             if mask_video is not None:
                 # Where a scaled mask is partly white, it is white.
-                new = _hold(fit(self._mask(mask_video, clip).float(), *size) > 1e-3, frames)
-                known = Known(whole_clip, ~new, ~new)
+                new = _hold(fit(self._mask(mask_video, whole).float(), *size) > 1e-3, frames)
+                known = Known(fitted, ~new, ~new)
         if composite is None:
             composite = mask_video is not None
         count = _count(prompt, prompt_embeds, class_labels)
