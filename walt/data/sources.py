@@ -241,7 +241,7 @@ class FolderSource:
         try:
             with open(self.root / table, encoding="utf-8-sig", newline="") as file:
                 if table.endswith(".csv"):
-                    rows: list[dict[str, Any]] = list(csv.DictReader(file))
+                    rows: list[Any] = list(csv.DictReader(file))
                 else:
                     rows = [json.loads(line) for line in file if line.strip()]
         except (OSError, ValueError, csv.Error) as error:
