@@ -320,7 +320,7 @@ def test_an_interrupt_ends_tasks_of_several_calls(pipe: WaltConditionPipeline, c
         pipe._interrupt = len(steps) == last
         return {}
 
-    back = {"direction": "backward", "reverse": False}
+    back: dict[str, Any] = {"direction": "backward", "reverse": False}
     cases: list[tuple[int, Any, int]] = [
         (1, lambda **call: pipe.interpolate({0: clip[0], 40: clip[1]}, PROMPT, **call), 1),  # far pictures between
         (5, lambda **call: pipe.interpolate({0: clip[0], 40: clip[1]}, PROMPT, **call), 16),  # after one gap of them
