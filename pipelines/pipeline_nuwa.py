@@ -70,6 +70,7 @@ class NuwaPipeline(SamplingPipeline):
         num_frames: frames of a video unless a call says otherwise.
         frame_rate: frames per second that the model was trained on.
         default_guidance_scale, default_top_p: of sampling, unless a call says otherwise.
+        default_image_guidance_scale: that of images, where they want another than videos; None: the same.
     """
 
     model_cpu_offload_seq = "text_encoder->vq_seg->transformer->vq"
@@ -90,6 +91,7 @@ class NuwaPipeline(SamplingPipeline):
         frame_rate: float = 2.0,
         default_guidance_scale: float = 2.0,
         default_top_p: float = 1.0,
+        default_image_guidance_scale: float | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -101,6 +103,7 @@ class NuwaPipeline(SamplingPipeline):
             frame_rate=frame_rate,
             default_guidance_scale=default_guidance_scale,
             default_top_p=default_top_p,
+            default_image_guidance_scale=default_image_guidance_scale,
         )
         self.vae_scale_factor_spatial = int(vq.spatial_compression_ratio) if vq is not None else 8
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor_spatial, do_resize=False)
@@ -108,6 +111,11 @@ class NuwaPipeline(SamplingPipeline):
         self._interrupt = False
         self._num_timesteps = 0
         self._current_timestep: Any = None
+
+    def default_guidance(self, still: bool) -> float:
+        """The guidance scale of an image or a video when a call names none."""
+        own = self.config.default_image_guidance_scale if still else None
+        return float(self.config.default_guidance_scale if own is None else own)
 
     @torch.no_grad()
     def __call__(
@@ -157,7 +165,8 @@ class NuwaPipeline(SamplingPipeline):
             height, width: pixels, multiples of the tokenizer's ratio; the transformer's `sample_size` by default, or
                 those of what is given.
             num_frames: frames of the result, 1 for an image; `config.num_frames` by default.
-            guidance_scale: 1 for no guidance; `config.default_guidance_scale` by default.
+            guidance_scale: 1 for no guidance; by default `config.default_guidance_scale`, of images
+                `config.default_image_guidance_scale`.
             temperature: of sampling, above 0; 0 takes the likeliest token.
             top_k, top_p: sampling among the k likeliest tokens, or the likeliest ones that sum to p;
                 `config.default_top_p` by default.
@@ -183,7 +192,6 @@ class NuwaPipeline(SamplingPipeline):
         Raises:
             WaltError: an argument that does not fit.
         """
-        guidance_scale = self.config.default_guidance_scale if guidance_scale is None else guidance_scale
         top_p = self.config.default_top_p if top_p is None else top_p
         self._check(temperature, top_k, top_p, num_videos_per_prompt, num_candidates, output_type)
         prompts = self._check_prompt(
@@ -200,6 +208,8 @@ class NuwaPipeline(SamplingPipeline):
         if prompts is None and (negative_prompt is not None or negative_prompt_embeds is not None):
             raise WaltError("negative_prompt goes with a prompt, and there is none: leave it out")
         shape = self._shape(height, width, num_frames, maps, given, image is not None)
+        if guidance_scale is None:
+            guidance_scale = self.default_guidance(still=shape[0] == 1)
         count = self._count(prompts, maps, given)
         texts = self._texts(prompt, count) if ranker is not None and num_candidates > 1 else []
         self._prepare(guidance_scale, 0.0, None, callback_on_step_end, callback_on_step_end_tensor_inputs)()

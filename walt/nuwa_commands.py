@@ -74,6 +74,7 @@ def _export_arguments(add: Add) -> None:
     add("--vq-seg", default="runs/emoji-vq-seg/final", help="VQ-Seg folder")
     add("--text", default="cache", help="folder with text_encoder/ and tokenizer/")
     add("--guidance", type=float, default=2.0, help="default guidance scale of the model")
+    add("--image-guidance", type=float, help="that of images, where they want another (default: the same)")
     add("--top-p", type=float, default=1.0, help="default top-p of the model")
     add(
         "--link-text", metavar="FOLDER", help="a model folder beside the output whose text parts are linked, not copied"
@@ -340,6 +341,7 @@ def export(args: argparse.Namespace) -> None:
         num_frames=transformer.config.sample_size[0],
         default_guidance_scale=args.guidance,
         default_top_p=args.top_p,
+        default_image_guidance_scale=args.image_guidance,
     )
     output = Path(args.output)
     temporary = output.with_name(f".{output.name}.tmp")
@@ -397,8 +399,7 @@ def evaluate(args: argparse.Namespace, theatre: Any, image_network: Any) -> None
     pipe = load_nuwa(args.model, None, choose_device("auto"))
     judge = Judge.learn(theatre, image_network, *model_size(pipe))
     network = load_feature_network(args.network, args.features)
-    guidance = pipe.config.default_guidance_scale if args.guidance is None else args.guidance
-    stage = Stage(pipe, theatre, judge, network, args.count, guidance, args.top_p)
+    stage = Stage(pipe, theatre, judge, network, args.count, args.guidance, args.top_p)
     results = []
     for name in args.tasks:
         console.print(name, style="dim")
@@ -408,7 +409,11 @@ def evaluate(args: argparse.Namespace, theatre: Any, image_network: Any) -> None
     console.print(f"distances in {network.name}'s features; sha256 of its file: {network.fingerprint}", soft_wrap=True)
     write_sheet(args.output, results)
     if args.json is not None:
-        settings = {"model": fingerprint(args.model), "count": args.count, "guidance": guidance, "top_p": args.top_p}
+        scales = {
+            name: pipe.default_guidance(still) if args.guidance is None else args.guidance
+            for name, still in (("guidance", False), ("image_guidance", True))
+        }
+        settings = {"model": fingerprint(args.model), "count": args.count, **scales, "top_p": args.top_p}
         settings |= {"network": network.name, "network_sha256": network.fingerprint}
         write_report(args.json, figures, settings)
 
@@ -480,8 +485,9 @@ def info(folder: Path, frames: int | None, dtype: Any, device: Any) -> None:
     )
     classes = list(pipe.config.classes)
     say(f"sketch classes ({len(classes)}): {', '.join(classes)}" if classes else "takes no sketches")
-    guidance = float(pipe.config.default_guidance_scale)
-    say(f"guidance {guidance:g}, top-p {pipe.config.default_top_p:g} unless told otherwise")
+    guidance, of_images = (pipe.default_guidance(still) for still in (False, True))
+    images = f" ({of_images:g} of images)" if of_images != guidance else ""
+    say(f"guidance {guidance:g}{images}, top-p {pipe.config.default_top_p:g} unless told otherwise")
 
     begun = time.perf_counter()
     seen = {"done": 0}

@@ -113,6 +113,18 @@ def test_conditions_count(pipe: NuwaPipeline) -> None:
     assert torch.equal(text[0], tokens_of(pipe, prompt="a cat", temperature=0, guidance_scale=8.0))
 
 
+def test_images_may_have_a_guidance_of_their_own(pipe: NuwaPipeline) -> None:
+    both = [tokens_of(pipe, prompt="a cat", num_frames=frames) for frames in (1, 3)]
+    strong = [tokens_of(pipe, prompt="a cat", num_frames=frames, guidance_scale=30.0) for frames in (1, 3)]
+    pipe.register_to_config(default_image_guidance_scale=30.0)
+    try:
+        assert torch.equal(tokens_of(pipe, prompt="a cat", num_frames=1), strong[0])
+        assert torch.equal(tokens_of(pipe, prompt="a cat", num_frames=3), both[1])
+    finally:
+        pipe.register_to_config(default_image_guidance_scale=None)
+    assert torch.equal(tokens_of(pipe, prompt="a cat", num_frames=1), both[0]) and not torch.equal(both[0], strong[0])
+
+
 def test_a_sample_depends_on_its_own_generator_alone(pipe: NuwaPipeline) -> None:
     prompts = ["a cat", "a dog jumps up", "red"]
     generators = [tiny.seeded(seed) for seed in (5, 6, 7)]

@@ -71,8 +71,8 @@ class Stage:
     """What the tasks are played on.
 
     pipe: a NuwaPipeline. theatre: of the split "heldout". judge: of that theatre, at the model's size. network: of the
-    kernel distance; None leaves it out. count: scenes per task. guidance, top_p: of sampling. step: frames between two of
-    a clip's.
+    kernel distance; None leaves it out. count: scenes per task. guidance, top_p: of sampling, None: the model's. step:
+    frames between two of a clip's.
     """
 
     pipe: Any
@@ -80,7 +80,7 @@ class Stage:
     judge: Judge
     network: FeatureNetwork | None
     count: int
-    guidance: float = 2.0
+    guidance: float | None = None
     top_p: float | None = None
     step: int = 4
     batch: int = 8
