@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ FEATURES = "mc3-18"
 class Verdict:
     """How often clips show what was asked, and their kernel distance from real clips of other scenes."""
 
-    scores: dict[str, Score]
+    scores: dict[str, Score]  # background, motion, subject, and all three at once
     kvd: Interval
 
     def lines(self) -> list[str]:
@@ -85,4 +86,10 @@ class Bench:
         shown = [self.judge(clip) for clip in clips]
         wanted = [asked(scene) for scene in self.scenes]
         seen = torch.stack([self._seen(clip) for clip in clips])
-        return Verdict(score(shown, wanted, self.world), mmd_interval(seen, self.reference))
+        scores = score(shown, wanted, self.world)
+        right = sum(
+            all(vars(one)[name] == vars(asks)[name] for name in scores) for one, asks in zip(shown, wanted, strict=True)
+        )
+        chance = math.prod(one.chance for one in scores.values())
+        scores["all"] = Score(right, len(clips), math.nan, chance)
+        return Verdict(scores, mmd_interval(seen, self.reference))
