@@ -290,7 +290,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=4, help="of the encoder, and of the decoder")
     parser.add_argument("--frames", type=int, nargs="+", default=[5, 10])
     parser.add_argument("--heads", type=int, default=4, help="of the operator alone")
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--no-peer", action="store_true", help="without nuwa-pytorch")
     parser.add_argument("--only", choices=("decoding", "operator"), help="one of the two parts")
