@@ -604,8 +604,61 @@ class _Way:
         run(self.steps, self.limits, parts, self.stripes.emit)
 
 
-class Encoder3d(_Stack):
-    """`(B, in_channels, T, H, W)` blocks of the front end -> `(B, out_channels, t, h, w)`."""
+class _Encoder(_Stack):
+    """`(B, in_channels, T, H, W)` blocks of the front end -> `(B, out_channels, t, h, w)`.
+
+    A network beside an optional linear shortcut.
+    """
+
+    layers: nn.ModuleList
+    norm_out: nn.Module
+    conv_out: CausalConv3d
+    shortcut: BlockProjection | None
+    space: int  # times finer than the latents the blocks are
+
+    def forward(self, x: Tensor, past: Past = None, stripes: Stripes | None = None) -> tuple[Tensor, Past]:
+        """The latents and the new past; with `stripes` their `emit` gets the latents, and x is only a sample of dtype."""
+        first = _begins(past)
+        pasts = self._pasts(past, len(self.layers) + 2)
+        if stripes is not None:
+            return x, self._in_stripes(pasts, stripes, first)
+        straight = None if self.shortcut is None else self.shortcut(x, first)
+        x, pasts[0] = self._begin(x, pasts[0], first)
+        for i, layer in enumerate(self.layers):
+            x, pasts[i + 1] = self._run(layer, x, pasts[i + 1])
+        x, pasts[-1] = self.conv_out(_activate(self.norm_out, x), pasts[-1])
+        return x if straight is None else x + straight, None if past is None else tuple(pasts)
+
+    def silence(self) -> None:
+        """The network's output becomes zero: the shortcut alone speaks, until training changes that."""
+        for weight in self.conv_out.parameters():
+            nn.init.zeros_(weight)
+
+    def _begin(self, x: Tensor, past: Past, first: bool) -> tuple[Tensor, Past]:
+        """From blocks to the first layer's input."""
+        raise NotImplementedError
+
+    def _begin_in_stripes(self, way: _Way, past: Past, first: bool) -> None:
+        raise NotImplementedError
+
+    def _in_stripes(self, pasts: list[Past], stripes: Stripes, first: bool) -> Past:
+        way = _Way(stripes, self.space)
+        self._begin_in_stripes(way, pasts[0], first)
+        for layer, past in zip(self.layers, pasts[1:-1], strict=True):
+            way.layer(layer, past)
+            if isinstance(layer, CausalConv3d):
+                way.scaled(1, 2)
+        way.layer(self.conv_out, pasts[-1], before=lambda x: _activate(self.norm_out, x))
+        shortcut, space = self.shortcut, self.space
+        if shortcut is not None:
+            # Reads its rows of the input once more: they are not worth keeping.
+            way.counted(lambda x, top: x + shortcut(stripes.read(top * space, (top + x.shape[3]) * space), first))
+        way.go(space)
+        return None if pasts[-1] is None else tuple(carry.present for carry in way.carries)
+
+
+class Encoder3d(_Encoder):
+    """The paper's: residual blocks level by level, strided convolutions between them."""
 
     def __init__(
         self,
@@ -618,6 +671,7 @@ class Encoder3d(_Stack):
         shortcut: bool,
     ) -> None:
         super().__init__()
+        self.space = 2 ** len(times)
         self.conv_in = CausalConv3d(in_channels, widths[0])
         layers: list[nn.Module] = []
         width = widths[0]
@@ -631,35 +685,47 @@ class Encoder3d(_Stack):
         self.layers = nn.ModuleList(layers)
         self.norm_out = make_norm(norm, width)
         self.conv_out = CausalConv3d(width, out_channels, kernel=1)
-        self.shortcut = _shortcut(in_channels, out_channels, widths, times, expand=False) if shortcut else None
+        self.shortcut = _shortcut(in_channels, out_channels, times) if shortcut else None
 
-    def forward(self, x: Tensor, past: Past = None, stripes: Stripes | None = None) -> tuple[Tensor, Past]:
-        """The latents and the new past; with `stripes` their `emit` gets the latents, and x is only a sample of dtype."""
-        pasts = self._pasts(past, len(self.layers) + 2)
-        if stripes is not None:
-            return x, self._in_stripes(pasts, stripes, first=_begins(past))
-        straight = None if self.shortcut is None else self.shortcut(x, first=_begins(past))
-        x, pasts[0] = self.conv_in(_layout(x), pasts[0])
-        for i, layer in enumerate(self.layers):
-            x, pasts[i + 1] = self._run(layer, x, pasts[i + 1])
-        x, pasts[-1] = self.conv_out(_activate(self.norm_out, x), pasts[-1])
-        return x if straight is None else x + straight, None if past is None else tuple(pasts)
+    def _begin(self, x: Tensor, past: Past, first: bool) -> tuple[Tensor, Past]:
+        return cast(tuple[Tensor, Past], self.conv_in(_layout(x), past))
 
-    def _in_stripes(self, pasts: list[Past], stripes: Stripes, first: bool) -> Past:
-        space = 2 ** sum(isinstance(layer, CausalConv3d) for layer in self.layers)
-        way = _Way(stripes, space)
-        way.layer(self.conv_in, pasts[0], before=_layout)
-        for layer, past in zip(self.layers, pasts[1:-1], strict=True):
-            way.layer(layer, past)
-            if isinstance(layer, CausalConv3d):
-                way.scaled(1, 2)
-        way.layer(self.conv_out, pasts[-1], before=lambda x: _activate(self.norm_out, x))
-        shortcut = self.shortcut
-        if shortcut is not None:
-            # Reads its rows of the input once more: they are not worth keeping.
-            way.counted(lambda x, top: x + shortcut(stripes.read(top * space, (top + x.shape[3]) * space), first))
-        way.go(space)
-        return None if pasts[0] is None else tuple(carry.present for carry in way.carries)
+    def _begin_in_stripes(self, way: _Way, past: Past, first: bool) -> None:
+        way.layer(self.conv_in, past, before=_layout)
+
+
+class MixingEncoder3d(_Encoder):
+    """All work at the latent's own resolution: a linear map of each cell's blocks, then `MixingBlock`s.
+
+    `MixingDecoder3d` the other way round: nearly all of it is matrix products, and a latent sees far around itself and,
+    block by block, further into the past.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        width: int,
+        depth: int,
+        times: Sequence[int],
+        norm: str,
+        shortcut: bool,
+    ) -> None:
+        super().__init__()
+        self.space = 2 ** len(times)
+        self.stem = _shortcut(in_channels, width, times)
+        self.layers = nn.ModuleList([MixingBlock(width) for _ in range(depth)])
+        self.norm_out = make_norm(norm, width)
+        self.conv_out = CausalConv3d(width, out_channels, kernel=1)
+        self.shortcut = _shortcut(in_channels, out_channels, times) if shortcut else None
+
+    def _begin(self, x: Tensor, past: Past, first: bool) -> tuple[Tensor, Past]:
+        return self.stem(x, first), past
+
+    def _begin_in_stripes(self, way: _Way, past: Past, first: bool) -> None:
+        way.carries.append(Carry(way.height, None))  # keeps the layers' places; has no past
+        way.add(lambda x: self.stem(x, first))
+        way.scaled(1, self.space)
 
 
 class _Decoder(_Stack):
@@ -852,6 +918,16 @@ class MixingDecoder3d(_Decoder):
         way.scaled(self.head.space)
 
 
+def _set_map(layer: nn.Linear | nn.Conv3d, weight: Tensor, bias: Tensor) -> None:
+    """The map of each latent alone: of a convolution the tap at its own place."""
+    if isinstance(layer, nn.Conv3d):
+        nn.init.zeros_(layer.weight)
+        layer.weight[:, :, -1, layer.kernel_size[1] // 2, layer.kernel_size[2] // 2] = weight.to(layer.weight)
+    else:
+        layer.weight.copy_(weight)
+    cast(Tensor, layer.bias).copy_(bias)
+
+
 def _adapting(layer: Adaptation, z: Tensor, first: bool) -> Callable[[Tensor, int], Tensor]:
     return lambda x, top: cast(Tensor, layer(x, z, first, top))
 
@@ -865,8 +941,9 @@ def _decoder_shortcut(
     return BlockProjection(blocks, latent, *cell, expand=True) if shortcut else None
 
 
-def _shortcut(blocks: int, latent: int, widths: Sequence[int], times: Sequence[int], expand: bool) -> BlockProjection:
-    return BlockProjection(blocks, latent, math.prod(times), 2 ** (len(widths) - 1), expand)
+def _shortcut(blocks: int, latent: int, times: Sequence[int]) -> BlockProjection:
+    """From the blocks of each latent's cell."""
+    return BlockProjection(blocks, latent, math.prod(times), 2 ** len(times), expand=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -888,6 +965,8 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin, FromOriginalM
             4, 3, 2 levels for patch 1, 2, 4, so that space shrinks 8x in all.
         temporal_downsample: per step between levels, whether time is halved too; with the patch 4x in all.
         layers_per_block: residual blocks per level (MAGVIT-v2: 4).
+        encoder_mixers: blocks of an encoder that works at the latent's resolution (`MixingEncoder3d`), in place of the
+            paper's residual one; `encoder_widths` then has one width. 0: the paper's.
         decoder_mixers: blocks of a decoder that works at the latent's resolution (`MixingDecoder3d`), in place of the
             paper's residual one; `decoder_widths` then has one width. 0: the paper's.
         patch_size: 1 (the paper), 2 or 4: the lossless causal front end.
@@ -930,6 +1009,7 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin, FromOriginalM
         decoder_widths: tuple[int, ...] = (128, 256, 256, 512),
         temporal_downsample: tuple[bool, ...] = (False, True, True),
         layers_per_block: int = 4,
+        encoder_mixers: int = 0,
         decoder_mixers: int = 0,
         patch_size: int = 1,
         front_end: str = "haar",
@@ -949,7 +1029,12 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin, FromOriginalM
     ) -> None:
         super().__init__()
         _check_config(
-            patch_size, front_end, norm, adaptation, encoder_widths, decoder_widths, temporal_downsample, decoder_mixers
+            patch_size,
+            front_end,
+            norm,
+            adaptation,
+            temporal_downsample,
+            {"encoder": (encoder_widths, encoder_mixers), "decoder": (decoder_widths, decoder_mixers)},
         )
         for name, values in (("latents_mean", latents_mean), ("latents_std", latents_std)):
             if values is not None and len(values) != latent_channels:
@@ -960,7 +1045,7 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin, FromOriginalM
         if detail_threshold < 0 or (detail_threshold and front_end != "haar"):
             raise WaltError(f'detail_threshold must be 0, or above 0 with front_end "haar", got {detail_threshold}')
         blocks = in_channels * patch_size**3
-        self.spatial_compression_ratio = patch_size * 2 ** (len(encoder_widths) - 1)
+        self.spatial_compression_ratio = patch_size * 2 ** len(times)
         self.temporal_compression_ratio = patch_size * math.prod(times)
         derived = {
             "z_dim": (z_dim, latent_channels),
@@ -972,7 +1057,15 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin, FromOriginalM
                 raise WaltError(f"{name} follows from the other fields: {given} given, {value} is right")
         self.register_to_config(**{name: value for name, (_, value) in derived.items()})
         self.patcher = Patcher(patch_size, front_end)
-        self.encoder = Encoder3d(blocks, latent_channels, encoder_widths, times, layers_per_block, norm, block_shortcut)
+        self.encoder: _Encoder
+        if encoder_mixers:
+            self.encoder = MixingEncoder3d(
+                blocks, latent_channels, encoder_widths[0], encoder_mixers, times, norm, block_shortcut
+            )
+        else:
+            self.encoder = Encoder3d(
+                blocks, latent_channels, encoder_widths, times, layers_per_block, norm, block_shortcut
+            )
         shrinkage = None
         if detail_threshold:
             space = 2 ** len(times)
@@ -1042,9 +1135,9 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin, FromOriginalM
     def forward(self, sample: Tensor, noise: Tensor | None = None, return_dict: bool = True) -> Any:
         """Reconstructs `(B, 3, 1+4k, 8h, 8w)`.
 
-        With `noise` (as the latent; zeros are fine), added before decoding, and `return_dict=False`, training gets
-        `(reconstruction, latent)`, the latent without the noise; with a quantizer, which takes no noise,
-        `(reconstruction, Quantized)`.
+        With `noise` (as the latent; zeros are fine), added before decoding in units of each channel's standard deviation
+        over the batch, and `return_dict=False`, training gets `(reconstruction, latent)`, the latent without the noise;
+        with a quantizer, which takes no noise, `(reconstruction, Quantized)`.
         """
         self._check_video(sample, first=True)
         self._check_pixels(sample)
@@ -1058,7 +1151,11 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin, FromOriginalM
             quantized = self.quantize(z)
             x = self._decode(quantized.z)
             return DecoderOutput(sample=x) if return_dict else (x, quantized)
-        x = self._decode(z if noise is None else z + noise.to(z.dtype))
+        if noise is None:
+            return DecoderOutput(sample=self._decode(z)) if return_dict else (self._decode(z), z)
+        # In units of the latent itself: an encoder gains nothing by speaking louder.
+        std = z.float().std(dim=(0, 2, 3, 4), keepdim=True, correction=0).to(z.dtype)
+        x = self._decode(z + noise.to(z.dtype) * std)
         return DecoderOutput(sample=x) if return_dict else (x, z)
 
     def _encode(self, x: Tensor) -> Tensor:
@@ -1236,13 +1333,45 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin, FromOriginalM
         encode.first.bias.copy_(-down @ mean)
         encode.later.weight.copy_(later_down)
         encode.later.bias.copy_(-later_down @ mean)
-        decode.first.weight.copy_(fold(up.T).T / time)
-        cast(Tensor, decode.first.bias).copy_(fold(mean[None])[0] / time)
-        decode.later.weight.copy_(later_up)
-        cast(Tensor, decode.later.bias).copy_(later_mean - later_basis @ (later_basis.T @ (later_mean - mean)))
+        _set_map(decode.first, fold(up.T).T / time, fold(mean[None])[0] / time)
+        _set_map(decode.later, later_up, later_mean - later_basis @ (later_basis.T @ (later_mean - mean)))
         nn.init.zeros_(self.encoder.conv_out.weight)
         nn.init.zeros_(cast(Tensor, self.encoder.conv_out.bias))
         self.decoder.silence()
+
+    @torch.no_grad()
+    def hold_keyframes(self) -> None:
+        """Every later latent's shortcut reads the last of its frames alone, just as a clip's first frame is read.
+
+        The latents of a clip are then those of its frames 0, 4, 8, ... as images, so that images teach a denoiser what
+        clips look like; the frames between are the decoder's to find, and the encoder's network's to describe. The
+        decoder's shortcut shows each of these frames as a still; one with `shortcut_overlap` can be fitted next
+        (`fit_decoder_shortcut`).
+
+        Raises:
+            WaltError: no block shortcut.
+        """
+        encode, decode = self.encoder.shortcut, self.decoder.shortcut
+        if encode is None or decode is None:
+            raise WaltError("hold_keyframes needs a model with block_shortcut=True")
+        time, space = encode.time, encode.space
+        weight, bias = encode.first.weight, encode.first.bias
+        # Row by row: what the last frame of a block of these values is, as a still.
+        values = torch.eye(encode.later.in_features, dtype=torch.float64, device=weight.device)
+        video = self.patcher.join(_unpack(values[:, None, None, None], time, space), first=False)
+        still = encode.pack(self.patcher.split(video[:, :, -1:], first=True), 1).flatten(1)
+        encode.later.weight.copy_((still @ weight.double().T).T)
+        encode.later.bias.copy_(bias)
+        # Of a lapped map what each latent does to its own place.
+        rings = self.config["shortcut_overlap"]
+        own = (
+            decode.first.weight[:, :, 0, rings, rings] if isinstance(decode, LappedProjection) else decode.first.weight
+        )
+        maps = torch.cat([own, cast(Tensor, decode.first.bias)[:, None]], dim=1)
+        picture = self.patcher.join(_unpack(maps.double().T[:, None, None, None], 1, space), first=True)
+        frames = picture.expand(-1, -1, self.temporal_compression_ratio, -1, -1)
+        later = encode.pack(self.patcher.split(frames, first=False), time).flatten(1)
+        _set_map(decode.later, later[:-1].T, later[-1])
 
     @torch.no_grad()
     def fit_decoder_shortcut(
@@ -1540,7 +1669,7 @@ def _one_by_one(run: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
     return whole
 
 
-def _convolutions(network: Encoder3d | _Decoder, times: Sequence[int]) -> Iterator[tuple[int, int, int, int, int]]:
+def _convolutions(network: _Encoder | _Decoder, times: Sequence[int]) -> Iterator[tuple[int, int, int, int, int]]:
     """In order: channels in, channels out, taps, and how many times finer than the latent its output is in space and time."""
     levels = len(times)
     level = 0 if isinstance(network, Encoder3d) else levels
@@ -1548,7 +1677,7 @@ def _convolutions(network: Encoder3d | _Decoder, times: Sequence[int]) -> Iterat
     def scales() -> tuple[int, int]:
         return 2 ** (levels - level), math.prod(times[level:])
 
-    for layer in (network.conv_in, *network.layers, getattr(network, "conv_out", None)):
+    for layer in (getattr(network, "conv_in", None), *network.layers, getattr(network, "conv_out", None)):
         if isinstance(layer, MixingBlock):
             # The MLP's hidden values weigh most.
             yield layer.mlp_in.in_features, layer.mlp_in.out_features, 1, *scales()
@@ -1577,28 +1706,27 @@ def _check_config(
     front_end: str,
     norm: str,
     adaptation: str,
-    encoder_widths: Sequence[int],
-    decoder_widths: Sequence[int],
     temporal_downsample: Sequence[bool],
-    decoder_mixers: int,
+    halves: dict[str, tuple[Sequence[int], int]],
 ) -> None:
+    """`halves`: the widths and the mixing blocks of encoder and decoder."""
     allowed = {"front_end": ("haar", "space_to_depth"), "norm": ("channel", "group"), "adaptation": ("local", "global")}
     for name, value in (("front_end", front_end), ("norm", norm), ("adaptation", adaptation)):
         if value not in allowed[name]:
             raise WaltError(f"{name} must be one of {allowed[name]}, got {value!r}")
     if patch not in (1, 2, 4):
         raise WaltError(f"patch_size must be 1, 2 or 4, got {patch}")
-    if decoder_mixers < 0 or (decoder_mixers and (norm != "channel" or adaptation != "local")):
-        raise WaltError(
-            "decoder_mixers must be 0, or above 0 with norm='channel' and adaptation='local', got "
-            f"{decoder_mixers} with {norm!r} and {adaptation!r}"
-        )
-    if decoder_mixers and len(decoder_widths) != 1:
-        raise WaltError(f"decoder_widths: one width with decoder_mixers={decoder_mixers}, got {tuple(decoder_widths)}")
-    if not decoder_mixers and len(encoder_widths) != len(decoder_widths):
-        raise WaltError(f"encoder_widths and decoder_widths differ in length: {encoder_widths}, {decoder_widths}")
-    if len(temporal_downsample) != len(encoder_widths) - 1:
-        raise WaltError(
-            f"temporal_downsample needs one entry per step between levels ({len(encoder_widths) - 1}), "
-            f"got {tuple(temporal_downsample)}"
-        )
+    for half, (widths, mixers) in halves.items():
+        if mixers < 0 or (mixers and (norm != "channel" or adaptation != "local")):
+            raise WaltError(
+                f"{half}_mixers must be 0, or above 0 with norm='channel' and adaptation='local', got "
+                f"{mixers} with {norm!r} and {adaptation!r}"
+            )
+        levels = 1 if mixers else len(temporal_downsample) + 1
+        if mixers and len(widths) != 1:
+            raise WaltError(f"{half}_widths: one width with {half}_mixers={mixers}, got {tuple(widths)}")
+        if len(widths) != levels:
+            raise WaltError(
+                f"{half}_widths needs {levels} widths, one more than temporal_downsample={tuple(temporal_downsample)} has "
+                f"entries, got {tuple(widths)}"
+            )

@@ -47,6 +47,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "shortcut_overlap": 1,
         "detail_threshold": 0.05,
     },
+    "all_mixing": {
+        "encoder_widths": (12,),
+        "decoder_widths": (8,),
+        "encoder_mixers": 2,
+        "decoder_mixers": 1,
+        "temporal_downsample": (False,),
+        "patch_size": 4,
+        "block_shortcut": True,
+    },
 }
 
 
@@ -236,12 +245,15 @@ def test_bad_latents_and_configs() -> None:
     for change, words in (
         ({"patch_size": 3}, "1, 2 or 4"),
         ({"norm": "layer"}, "norm must be one of"),
-        ({"temporal_downsample": (True, True)}, "one entry per step"),
+        ({"temporal_downsample": (True, True)}, r"encoder_widths needs 3 widths, .*\(True, True\)"),
         ({"latents_mean": (0.0,) * 4}, "8 channels"),
         ({"decoder_mixers": 2}, r"decoder_widths: one width with decoder_mixers=2, got \(4, 8\)"),
         ({"decoder_mixers": -1}, "decoder_mixers must be 0"),
         ({"decoder_mixers": 2, "decoder_widths": (8,), "norm": "group"}, "decoder_mixers must be 0"),
-        ({"decoder_widths": (8,)}, "differ in length"),
+        ({"encoder_mixers": 2}, r"encoder_widths: one width with encoder_mixers=2, got \(8, 8\)"),
+        ({"encoder_mixers": -1}, "encoder_mixers must be 0"),
+        ({"encoder_mixers": 2, "encoder_widths": (8,), "adaptation": "global"}, "encoder_mixers must be 0"),
+        ({"decoder_widths": (8,)}, r"decoder_widths needs 2 widths, .* got \(8,\)"),
         ({"detail_threshold": -0.1}, "detail_threshold must be 0"),
         ({"detail_threshold": 0.1, "front_end": "space_to_depth"}, "detail_threshold must be 0"),
     ):
@@ -250,7 +262,7 @@ def test_bad_latents_and_configs() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["paper", "patch2", "patch4"])
+@pytest.mark.parametrize("name", ["paper", "patch2", "patch4", "lapped"])
 def test_fitted_shortcut_is_the_best_linear_block_code(name: str) -> None:
     # Smooth motion, so that the few components of a block mean something.
     g = torch.Generator().manual_seed(0)
@@ -383,6 +395,24 @@ def test_lapped_shortcut_refuses_what_it_cannot_do() -> None:
         make("shortcut").fit_decoder_shortcut([clip()])
     with pytest.raises(WaltError, match="one frame"):
         make("lapped").fit_decoder_shortcut([clip(1)])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["paper", "patch2", "patch4", "lapped"])
+def test_held_keyframes_are_images(name: str) -> None:
+    model = make(name, block_shortcut=True)
+    x = clip(9)
+    model.fit_block_shortcut([x, clip(5, 24, 16)])
+    model.encoder.silence()
+    model.hold_keyframes()
+    z = model.encode(x).latent_dist.mode()
+    images = [model.encode(x[:, :, frame : frame + 1]).latent_dist.mode() for frame in (0, 4, 8)]
+    assert (z - torch.cat(images, dim=2)).abs().max() < 1e-12
+    y = model.decode(z).sample
+    for place, frames in ((1, y[:, :, 1:5]), (2, y[:, :, 5:])):
+        assert (frames - model.decode(images[place]).sample).abs().max() < 1e-12
+    with pytest.raises(WaltError, match="block_shortcut=True"):
+        make("patch4").hold_keyframes()
 
 
 @torch.no_grad()

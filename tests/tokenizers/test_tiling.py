@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import resource
 import weakref
@@ -344,11 +345,13 @@ def peak(work: Callable[[], object]) -> int:
 
     def child() -> None:
         torch.set_num_threads(1)
-        return_freed_memory()  # what is reused would not count
         before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
         work()
         send.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
 
+    # Before the fork: what is reused would not count, and a child's peak begins at all that its parent holds.
+    gc.collect()
+    return_freed_memory()
     process = context.Process(target=child)
     process.start()
     send.close()

@@ -22,6 +22,7 @@ from walt.data.latents import LatentShards, write_latents
 from walt.data.packing import fill_budget
 from walt.data.scenes import Clip, Scenes, world
 from walt.errors import WaltError
+from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt
 from walt.training.job import DataJob, DiffusionJob, Job, OptimizerJob, Shape, load_job, recipes
 from walt.training.loop import learning_rate, train
 
@@ -185,6 +186,71 @@ def test_frozen_encoder_keeps_latents_and_changes_the_decoder(tmp_path: Path) ->
     assert configs[0]["latents_std"] == configs[1]["latents_std"]
 
 
+def test_another_encoder_starts_as_the_shortcut_of_the_trained_one(tmp_path: Path) -> None:
+    job = tokenizer_job(tmp_path / "a", steps=2)
+    first = run(job.model_copy(update={"model": {**job.model, "block_shortcut": True}}))
+    mixing = {**job.model, "block_shortcut": True, "encoder_widths": (8,), "encoder_mixers": 2}
+    then = tokenizer_job(tmp_path / "b", steps=2).model_copy(update={"init": str(first), "model": mixing})
+    started = build_objective(then)
+    trained = AutoencoderKLWalt.from_pretrained(first)
+    video = started.batch(0, 0)[0]
+    with torch.no_grad():
+        straight = trained.encoder.shortcut(trained.patcher.split(video, True), True)
+        assert torch.equal(started.model.encode(video).latent_dist.mode(), straight)
+    for name, value in started.model.decoder.state_dict().items():
+        assert torch.equal(value, trained.decoder.state_dict()[name]), name
+    learnt = AutoencoderKLWalt.from_pretrained(run(then))
+    assert learnt.encoder.conv_out.weight.any()
+    with pytest.raises(WaltError, match=r"freeze_encoder: the encoder of .* is of another kind"):
+        build_objective(then.model_copy(update={"freeze_encoder": True}))
+
+
+def test_latents_start_as_held_keyframes_and_first_frames_as_they_were(tmp_path: Path) -> None:
+    job = tokenizer_job(tmp_path / "a", steps=2)
+    shape = {**job.model, "block_shortcut": True, "shortcut_overlap": 1, "decoder_widths": (8,), "decoder_mixers": 1}
+    first = run(job.model_copy(update={"model": shape}))
+    mixing = {**shape, "encoder_widths": (8,), "encoder_mixers": 1}
+    then = tokenizer_job(tmp_path / "b", steps=1).model_copy(
+        update={"init": str(first), "model": mixing, "hold_keyframes": True, "shortcut_batches": 2}
+    )
+    model = build_objective(then).model
+    trained = AutoencoderKLWalt.from_pretrained(first)
+    video = next(v for v in build_objective(then).batch(0, 0) if v.shape[2] > 1)
+    with torch.no_grad():
+        z = model.encode(video).latent_dist.mode()
+        for k in range(z.shape[2]):
+            image = model.encode(video[:, :, 4 * k : 4 * k + 1]).latent_dist.mode()[:, :, 0]
+            assert (z[:, :, k] - image).abs().max() < 1e-4
+        z = trained.encoder.shortcut(trained.patcher.split(video[:, :, :1], True), True)
+        assert torch.allclose(model.decode(z).sample, trained.decode(z).sample, atol=1e-5)
+    run(then)
+    for change in ({"freeze_encoder": True}, {"model": {**mixing, "block_shortcut": False, "shortcut_overlap": 0}}):
+        with pytest.raises(WaltError, match="hold_keyframes: needs"):
+            build_objective(then.model_copy(update=change))
+
+
+def test_flicker_of_the_reconstruction_counts(tmp_path: Path) -> None:
+    job = tokenizer_job(tmp_path)
+    job = job.model_copy(update={"loss": job.loss.model_copy(update={"latent_noise": 0.0})})
+    loss = job.loss.model_copy(update={"frame_difference": 2.0})
+    plain, flickering = build_objective(job), build_objective(job.model_copy(update={"loss": loss}))
+    batch = plain.batch(0, 0)
+    values = []
+    for objective in (plain, flickering):
+        value, figures = objective.loss(objective.model, batch, torch.Generator().manual_seed(0))
+        values.append(float(value))
+    total = sum(video.numel() for video in batch)
+    flicker = 0.0
+    with torch.no_grad():
+        for video in batch:
+            if video.shape[2] > 1:
+                error = plain.model(video, return_dict=False)[0] - video
+                flicker += video.numel() / total * float(error.diff(dim=2).abs().mean())
+    assert flicker > 0
+    assert float(figures["frame_difference"]) == pytest.approx(flicker, rel=1e-4)
+    assert values[1] - values[0] == pytest.approx(2 * flicker, rel=1e-3)
+
+
 def test_another_decoder_takes_over_encoder_and_shortcut(tmp_path: Path) -> None:
     shape = {"block_shortcut": True}
     job = tokenizer_job(tmp_path / "a", steps=2)
@@ -223,8 +289,6 @@ def test_super_resolution_job_runs_from_precomputed_latents(tmp_path: Path, weig
             "diffusion": DiffusionJob(loss_weighting=weighting),  # type: ignore[arg-type]
         }
     )
-    from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt
-
     model = AutoencoderKLWalt.from_pretrained(vae).eval()
     with torch.no_grad():
         write_latents(job, tmp_path / "latents", [3] * 4, lambda x: model.encode(x).latent_dist.mode())

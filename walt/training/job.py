@@ -179,7 +179,14 @@ class TokenizerLoss(Frozen):
     perceptual_weights: str | None = Field(default=None, description="LPIPS-VGG safetensors (walt data lpips)")
     perceptual_frames: int = Field(default=4, gt=0, description="random frames per step that the VGG sees")
     latent_penalty: float = Field(default=1e-4, ge=0, description="weight of mean z^2: keeps the latent's scale")
-    latent_noise: float = Field(default=0.0, ge=0, description="std of the noise the decoder learns to ignore")
+    latent_noise: float = Field(
+        default=0.0,
+        ge=0,
+        description="std of the noise the decoder learns to ignore, in units of the std of each of the latent's channels",
+    )
+    frame_difference: float = Field(
+        default=0.0, ge=0, description="weight of the error of differences between neighbouring frames: against flicker"
+    )
     commitment: float = Field(default=0.25, ge=0, description="latents to their codes (quantizers)")
     codebook: float = Field(default=1.0, ge=0, description="codes to their latents (vq with a gradient codebook)")
     entropy: float = Field(default=0.1, ge=0, description="entropy penalty (lfq) at its final weight")
@@ -203,6 +210,10 @@ class TokenizerJob(Frozen):
     model: dict[str, Any]
     init: str | None = Field(default=None, description="folder of a trained tokenizer to go on from")
     freeze_encoder: bool = Field(default=False, description="train the decoder alone: latents of denoisers stay valid")
+    hold_keyframes: bool = Field(
+        default=False,
+        description="start from latents that are those of their last frames as images; needs model.block_shortcut",
+    )
     data: AnyData
     shapes: tuple[Shape, ...] = Field(min_length=1)
     shortcut_batches: int = Field(default=60, gt=0, description="batches that a block_shortcut is fitted to")

@@ -110,6 +110,8 @@ class TokenizerObjective(Objective):
             self._start_from(job.init)
         elif self.model.config.block_shortcut:
             self.model.fit_block_shortcut(video for i in range(job.shortcut_batches) for video in self.batch(i, 0))
+        if job.hold_keyframes:
+            self._hold_keyframes(job)
         if job.freeze_encoder:
             self.model.encoder.requires_grad_(False)
             if self.quantizer is not None:
@@ -124,6 +126,12 @@ class TokenizerObjective(Objective):
             raise WaltError(
                 "freeze_encoder: an untrained encoder cannot be frozen; give init=FOLDER (codes may be fitted instead: "
                 "model.block_shortcut=true)"
+            )
+        shortcut = self.model.config.block_shortcut
+        if job.hold_keyframes and (self.quantizer is not None or not shortcut or job.freeze_encoder):
+            raise WaltError(
+                "hold_keyframes: needs model.block_shortcut=true, no quantizer, and an encoder that learns "
+                "(freeze_encoder=false)"
             )
         if self.quantizer is not None and job.loss.latent_noise:
             raise WaltError(f"loss.latent_noise: codes take no noise, got {job.loss.latent_noise}; set it to 0")
@@ -142,16 +150,23 @@ class TokenizerObjective(Objective):
                 raise WaltError(f"model.in_channels: background and subjects are {classes} classes, got {given}")
 
     def _start_from(self, folder: str) -> None:
-        """Takes over a trained tokenizer, but for a decoder of another kind; its shortcut is fitted anew if it differs."""
+        """Takes over a trained tokenizer, but for an encoder or decoder of another kind.
+
+        Such a one starts silent beside its shortcut. A decoder's shortcut is fitted anew if it differs.
+        """
         trained = load_folder(type(self.model), folder, "init")
         ours, theirs = dict(self.model.config), dict(trained.config)
         overlap = ours.get("shortcut_overlap", 0)
-        rebuilt = ours.get("decoder_mixers", 0) != theirs.get("decoder_mixers", 0)
+        rebuilt = [
+            half for half in ("encoder", "decoder") if ours.get(f"{half}_mixers", 0) != theirs.get(f"{half}_mixers", 0)
+        ]
         refit = theirs.get("shortcut_overlap", 0) != overlap
+        if self.job.freeze_encoder and "encoder" in rebuilt:
+            raise WaltError(f"freeze_encoder: the encoder of {folder!r} is of another kind, ours would stay untrained")
 
         def ours_alone(name: str) -> bool:
-            shortcut = name.startswith("decoder.shortcut.")
-            return refit if shortcut else rebuilt and name.startswith("decoder.")
+            half, part, *_ = name.split(".")
+            return half == "decoder" and refit if part == "shortcut" else half in rebuilt
 
         weights = {name: value for name, value in trained.state_dict().items() if not ours_alone(name)}
         kept = {name: value for name, value in self.model.state_dict().items() if ours_alone(name)}
@@ -160,12 +175,26 @@ class TokenizerObjective(Objective):
             self.model.register_to_config(
                 latents_mean=trained.config.latents_mean, latents_std=trained.config.latents_std
             )
-        if rebuilt and ours.get("block_shortcut"):
-            self.model.decoder.silence()
+        for half in rebuilt:
+            if ours.get("block_shortcut"):
+                getattr(self.model, half).silence()
         if refit and overlap:
             generator = torch.Generator().manual_seed(self.job.run.seed)
             videos = (video for i in range(self.job.shortcut_batches) for video in self.batch(i, 0))
             self.model.fit_decoder_shortcut(videos, self.job.loss.latent_noise, generator)
+
+    def _hold_keyframes(self, job: TokenizerJob) -> None:
+        model = self.model
+        # A first frame is decoded as before.
+        parts = (model.decoder.last, model.decoder.shortcut)
+        before = [{k: v.clone() for k, v in part.state_dict().items() if k.startswith("first.")} for part in parts]
+        model.hold_keyframes()
+        if model.config.shortcut_overlap:
+            generator = torch.Generator().manual_seed(job.run.seed)
+            videos = (video for i in range(job.shortcut_batches) for video in self.batch(i, 0))
+            model.fit_decoder_shortcut(videos, job.loss.latent_noise, generator)
+        for part, weights in zip(parts, before, strict=True):
+            part.load_state_dict(part.state_dict() | weights)
 
     def to(self, device: torch.device) -> None:
         self.device = device
@@ -235,6 +264,10 @@ class TokenizerObjective(Objective):
             share = target.numel() / total
             output, latent = model(target, noise=self._noise(target, generator), return_dict=False)
             loss = loss + share * weights.reconstruction * self._reconstruction(output.float(), target, share, seen)
+            if weights.frame_difference and not self.segmentation and target.shape[2] > 1:
+                flicker = (output.float() - target).diff(dim=2).abs().mean()
+                _add(seen, "frame_difference", share * flicker.detach())
+                loss = loss + share * weights.frame_difference * flicker
             if self.quantizer is None:
                 loss = loss + share * weights.latent_penalty * latent.float().square().mean()
             else:
