@@ -1622,7 +1622,7 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin, FromOriginalM
             raise WaltError(f"video must be floating point in [-1, 1], got {x.dtype}: convert with x / 127.5 - 1")
         if not self._looks(x):
             return
-        low, high = (float(v) for v in torch.aminmax(x))
+        low, high = (float(v) for v in torch.aminmax(x.detach()))
         if not (math.isfinite(low) and math.isfinite(high)):
             raise WaltError("video must be finite, got NaN or infinite pixels")
         if max(-low, high) > PIXEL_LIMIT:
