@@ -109,6 +109,19 @@ def test_backends_equal_the_definition(size: Grid, condition: Grid, extent: Exte
                     torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
 
 
+def test_heads_that_take_turns_equal_full_attention() -> None:
+    """Wide heads and many samples: less than one tile fits at once, forward and backward."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, seed = (torch.randn(4, 3, 6, 6, 5, 48, generator=generator).double().requires_grad_() for _ in range(4))
+    key_mask = torch.rand(4, 3, 6, 6, generator=generator) < 0.8
+    results = []
+    for backend in ("blocked", "full"):
+        out = nearby_attention(q, k, v, (3, 3, 3), causal=True, backend=backend, key_mask=key_mask)
+        results.append([out, *torch.autograd.grad(out, (q, k, v), seed)])
+    for a, b in zip(*results, strict=True):
+        assert (a - b).abs().max() < 1e-12
+
+
 @pytest.mark.parametrize("include_self", [True, False])
 def test_causality_is_raster_order(include_self: bool) -> None:
     """Which values an output depends on, by its gradient: right and lower neighbours of the earlier frame among them."""

@@ -296,52 +296,74 @@ class _Chunk:
 
 def _blocked(query: Tensor, key: Tensor, value: Tensor, rule: Rule, key_mask: Tensor | None) -> Tensor:
     # As many keys at once as stay in a processor's cache; a GPU wants more to do.
-    numbers = 1 << 16 if query.device.type == "cpu" else 1 << 25
-    budget = max(1, numbers // (len(query) * key.shape[4] * key.shape[5]))
+    numbers = 1 << 14 if query.device.type == "cpu" else 1 << 25
+    heads = key.shape[4]
+    budget = max(1, numbers // (len(query) * heads * key.shape[5]))
     chunks = _chunks_on(rule, budget, query.device)
+    # One tile may be too much for all heads at once.
+    few = max(1, min(heads, heads * budget // max(chunk.keys for chunk in chunks)))
     q, k, v = (x.flatten(1, 3) for x in (query, key, value))
-    out = _Blocked.apply(q, k, v, None if key_mask is None else key_mask.flatten(1), chunks)
+    out = _Blocked.apply(q, k, v, None if key_mask is None else key_mask.flatten(1), chunks, few)
     return out.unflatten(1, rule.size)
 
 
 class _Blocked(torch.autograd.Function):
-    """Chunk after chunk. Nothing of a chunk is kept for the gradient: it is computed once more, which costs less memory
-    than full attention's output. Gradients of gathers are sums of gathers, as index_add is many times slower."""
+    """Chunk after chunk, `few` heads at a time. Nothing of a chunk is kept for the gradient: it is computed once more, which
+    costs less memory than full attention's output. Gradients of gathers are sums of gathers, as index_add is many times
+    slower."""
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, chunks: tuple[_Chunk, ...]
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, chunks: tuple[_Chunk, ...], few: int
     ) -> Tensor:
         ctx.save_for_backward(q, k, v, key_mask)
-        ctx.chunks = chunks
+        ctx.chunks, ctx.few = chunks, few
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         for c in chunks:
-            y = c.attend(c.take(q, c.query_index), c.take(k, c.key_index), c.take(v, c.key_index), key_mask)
-            out.index_copy_(1, c.places(), c.give(y))
+            for some_q, some_k, some_v, some_out in zip(*(x.split(few, 2) for x in (q, k, v, out)), strict=True):
+                y = c.attend(
+                    c.take(some_q, c.query_index), c.take(some_k, c.key_index), c.take(some_v, c.key_index), key_mask
+                )
+                some_out.index_copy_(1, c.places(), c.give(y))
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         q, k, v, key_mask = ctx.saved_tensors
         dq = torch.empty_like(q, memory_format=torch.contiguous_format)
         dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (k, v))
+        parts = [x.split(ctx.few, 2) for x in (q, k, v, grads[0], dq, dk, dv)]
         for c in ctx.chunks:
-            with torch.enable_grad():
-                taken = [
-                    c.take(x, i).requires_grad_() for x, i in ((q, c.query_index), (k, c.key_index), (v, c.key_index))
-                ]
-                y = c.give(c.attend(*taken, key_mask))
-            tiles = list(torch.autograd.grad(y, taken, grads[0].index_select(1, c.places())))
-            del y, taken
-            dq.index_copy_(1, c.places(), c.give(tiles[0]))
-            for total in (dv, dk):
-                parts = tiles.pop().transpose(1, 2).reshape(len(k), c.tiles * c.keys, -1)
-                sums = torch.stack([F.embedding_bag(c.bag, x, c.offsets, mode="sum") for x in parts])
-                del parts
-                sums = sums.view(len(k), -1, *k.shape[2:]).add_(total.index_select(1, c.rows))
-                total.index_copy_(1, c.rows, sums)
-        return dq, dk, dv, None, None
+            for some in zip(*parts, strict=True):
+                _Blocked._backward(c, key_mask, *some)
+        return dq, dk, dv, None, None, None
+
+    @staticmethod
+    def _backward(
+        c: _Chunk,
+        key_mask: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        grad: Tensor,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+    ) -> None:
+        """Adds a chunk's gradients to dk and dv, and puts them into dq."""
+        with torch.enable_grad():
+            taken = [c.take(x, i).requires_grad_() for x, i in ((q, c.query_index), (k, c.key_index), (v, c.key_index))]
+            y = c.give(c.attend(*taken, key_mask))
+        tiles = list(torch.autograd.grad(y, taken, grad.index_select(1, c.places())))
+        del y, taken
+        dq.index_copy_(1, c.places(), c.give(tiles[0]))
+        for total in (dv, dk):
+            parts = tiles.pop().transpose(1, 2).reshape(len(k), c.tiles * c.keys, -1)
+            sums = torch.stack([F.embedding_bag(c.bag, x, c.offsets, mode="sum") for x in parts])
+            del parts
+            sums = sums.view(len(k), -1, *k.shape[2:]).add_(total.index_select(1, c.rows))
+            total.index_copy_(1, c.rows, sums)
 
 
 @lru_cache(maxsize=64)
