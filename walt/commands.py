@@ -749,7 +749,9 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
         help="clips or results (default: 6; prompts: 200; nuwa: 16); tokenizer "
         "--reference: windows of each video, spread evenly (default: one behind the other)",
     )
-    parser.add_argument("--frames", type=int, help="frames per clip (default: 5; prompts, tokenizer --reference: 17)")
+    parser.add_argument(
+        "--frames", type=int, help="frames per clip (default: 5; prompts, tokenizer --reference: 17; joins: 29)"
+    )
     parser.add_argument(
         "--height", type=int, help="tokenizer: scale --reference to this and --width, cut at the centre"
     )
@@ -806,7 +808,7 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
 
 def evaluate_prepare(args: argparse.Namespace) -> None:
     """Arguments that need no weights."""
-    from walt.chunking import chunk_starts
+    from walt.chunking import chunk_joins
     from walt.cli import model_folder
     from walt.media import check_output
 
@@ -823,10 +825,11 @@ def evaluate_prepare(args: argparse.Namespace) -> None:
     if args.count is None:
         args.count = 200 if args.what == "prompts" else 6
     if args.frames is None:
-        args.frames = 17 if args.what == "prompts" else 5
+        args.frames = {"prompts": 17, "joins": 29}.get(args.what, 5)
     if args.count < 1 or args.steps < 1:
         raise WaltError(f"--count and --steps must be at least 1, got {args.count} and {args.steps}")
-    chunk_starts(args.frames)
+    if not chunk_joins(args.frames) and args.what == "joins":
+        raise WaltError(f"--frames {args.frames} is one chunk, which has no join: give 29, 41, 53, ...")
     args.model = model_folder(args.model)
     if args.what == "sheet":
         args.output = check_output(args.output)
@@ -1085,29 +1088,35 @@ def _evaluate_reconstruction(args: argparse.Namespace, vae: Any) -> None:
 
 
 def _evaluate_joins(args: argparse.Namespace, pipe: Any) -> None:
-    """Frame difference across the join of 29-frame videos over the median of its neighbours, per stage."""
+    """Frame difference across the joins of videos over the median of its neighbours, per stage."""
     import torch
 
+    from walt.chunking import chunk_joins
     from walt.evaluation.metrics import join_ratio
 
+    ratio = pipe.vae_scale_factor_temporal
+    joins = chunk_joins(args.frames, ratio)
+    inside = [first for first in range(1 + ratio, args.frames, ratio) if first not in joins]
     for stage in range(1, args.stages + 1):
         ratios, ordinary = [], []
         for seed in range(args.count):
             frames = pipe(
                 prompt=seed_prompt(seed),
-                num_frames=29,
+                num_frames=args.frames,
                 num_inference_steps=[args.steps] * stage,
                 stages=stage,
                 generator=torch.Generator().manual_seed(seed),
                 output_type="pt",
             ).frames
             video = frames.transpose(1, 2)
-            ratios.append(float(join_ratio(video, 17)))
-            ordinary += [float(join_ratio(video, first)) for first in (5, 9, 13, 21, 25)]
-        shown = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+            ratios += [float(join_ratio(video, first)) for first in joins]
+            ordinary += [float(join_ratio(video, first)) for first in inside]
+        shown = ", ".join(f"{value:.2f}" for value in ratios)
         Console().print(
-            f"stage {stage}: difference across the join / median of its neighbours: {shown}; "
-            f"where one latent ends inside a chunk: {statistics.median(ordinary):.2f} (median)"
+            f"stage {stage}: difference across the join / median of its neighbours: {shown} "
+            f"(median {statistics.median(ratios):.2f}); "
+            f"where one latent ends inside a chunk: {statistics.median(ordinary):.2f} (median)",
+            soft_wrap=True,
         )
 
 
