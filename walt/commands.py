@@ -93,9 +93,7 @@ def plan_job(job: Any, ranks: int = 1, rate: float | None = None) -> Any:
 
     cls: type[Any]
     if isinstance(job, TokenizerJob):
-        if job.architecture != "causal":
-            raise WaltError("--dry-run: plans denoisers, NUWA and causal tokenizers, not frame-wise tokenizers")
-        cls = AutoencoderKLWalt
+        cls = AutoencoderKLWalt if job.architecture == "causal" else WaltVQModel
     else:
         cls = NuwaTransformer3DModel if isinstance(job, NuwaJob) else backbone(job.backbone)
     autoencoder = WaltVQModel if isinstance(job, NuwaJob) else AutoencoderKLWalt
@@ -108,10 +106,13 @@ def plan_job(job: Any, ranks: int = 1, rate: float | None = None) -> Any:
 
 def _rehearsal(job: Any) -> Any:
     """The objective of a recipe for a dry run; None where a file is missing, for a user's media, as these would all be
-    probed first, and for NUWA's token folder, which would be filled."""
-    from walt.training.job import MediaJob
+    probed first, for NUWA's token folder, which would be filled, and for a tokenizer with codes, of whose steps no
+    operations are counted."""
+    from walt.training.job import MediaJob, TokenizerJob
 
     if isinstance(job.data, MediaJob) or getattr(job, "tokens", None) is not None:
+        return None
+    if isinstance(job, TokenizerJob) and (job.architecture == "frames" or job.model.get("quantizer") is not None):
         return None
     # Fits of the start say nothing about a step.
     short = {name: 1 for name in ("low_res_batches", "shortcut_batches") if hasattr(job, name)}

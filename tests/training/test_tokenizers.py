@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import time
 from pathlib import Path
@@ -14,12 +15,13 @@ import torch
 from safetensors.torch import load_file
 
 from tests.training.jobs import TOKENIZER, losses, saved, start, tokenizer_job
-from walt.commands import build_objective
+from walt.commands import build_objective, plan_job
 from walt.errors import WaltError
 from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt
 from walt.tokenizers.vq_model_walt import WaltVQModel
 from walt.training.job import AdversarialJob, OptimizerJob, Shape, TokenizerJob, TokenizerLoss
 from walt.training.loop import train
+from walt.training.plan import ForwardCounter
 
 FRAMES: dict[str, Any] = {
     "num_vq_embeddings": 16,
@@ -60,6 +62,29 @@ def seg_job(output: Path, steps: int = 20) -> TokenizerJob:
 
 def run(job: TokenizerJob) -> Path:
     return train(job, build_objective(job))
+
+
+# -- plan
+
+
+@pytest.mark.parametrize("kind", ["pictures", "class maps"])
+def test_a_frame_wise_tokenizer_is_planned(tmp_path: Path, kind: str) -> None:
+    job = frames_job(tmp_path / "run") if kind == "pictures" else seg_job(tmp_path / "run")
+    plan = plan_job(job)
+    model = WaltVQModel(**job.model)
+    assert plan.parameters == plan.trained == sum(p.numel() for p in model.parameters())
+    assert plan.memory["weights"] == 4 * plan.parameters and plan.memory["optimizer"] == 8 * plan.parameters
+    # Codes and their running sums are buffers, a float32 each, and so are the counts; and the step, an int64.
+    codes, width = job.model["num_vq_embeddings"], job.model["vq_embed_dim"]
+    assert plan.memory["codebook"] >= 4 * codes * (2 * width + 1)
+    numbers = [plan.flops, plan.rate, plan.samples, plan.memory["activations"], *plan.seconds.values()]
+    assert all(0 < number < math.inf for number in numbers)
+    counter = ForwardCounter(WaltVQModel, dict(model.config))
+    assert counter((5, 32, 32)) == 5 * counter((1, 32, 32)) > 0
+    assert plan.flops == pytest.approx(3 * job.batch_pixels / 32**2 * counter((1, 32, 32)))
+    given = plan_job(job.model_copy(update={"freeze_encoder": True}), rate=1e9)
+    assert given.trained == sum(p.numel() for p in model.decoder.parameters())
+    assert given.seconds["compute"] == pytest.approx(given.flops / 1e9)
 
 
 # -- codes
