@@ -161,6 +161,7 @@ def build_objective(job: Any) -> Any:
     from walt.models.backbone import backbone
     from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt
     from walt.tokenizers.discriminator import Discriminator
+    from walt.tokenizers.inflation import inflate
     from walt.tokenizers.losses import AdversarialLoss, PerceptualLoss
     from walt.tokenizers.vq_model_walt import WaltVQModel
     from walt.training.job import NuwaJob, TokenizerJob
@@ -169,6 +170,7 @@ def build_objective(job: Any) -> Any:
     if isinstance(job, NuwaJob):
         return _nuwa_objective(job)
     if isinstance(job, TokenizerJob):
+        image = _image_tokenizer(job)
         weights = job.loss.perceptual_weights
         model = AutoencoderKLWalt if job.architecture == "causal" else WaltVQModel
         adversary, gan = None, job.loss.adversarial
@@ -178,9 +180,35 @@ def build_objective(job: Any) -> Any:
             adversary = AdversarialLoss(
                 discriminator, gan.loss, gan.weight, gan.adaptive, gan.lecam, gan.r1, gan.r1_every
             )
-        return TokenizerObjective(job, model, PerceptualLoss(weights) if weights else None, adversary)
+        objective = TokenizerObjective(job, model, PerceptualLoss(weights) if weights else None, adversary)
+        if image is not None:
+            try:
+                inflate(image, objective.model)
+            except WaltError as error:
+                raise WaltError(f"inflate: {job.inflate!r} does not fit the recipe's model: {error}") from error
+        return objective
     vae, words = _encoders(job)
     return DenoiserObjective(job, backbone(job.backbone), vae, words)
+
+
+def _image_tokenizer(job: Any) -> Any:
+    """The image tokenizer that a tokenizer recipe is inflated from; None where it is not."""
+    from walt.pipelines.loading import read_json
+    from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt
+    from walt.tokenizers.vq_model_walt import WaltVQModel
+    from walt.training.objectives import load_folder
+
+    if job.inflate is None:
+        return None
+    if job.architecture != "causal":
+        raise WaltError(
+            f"inflate: makes a causal tokenizer, got architecture={job.architecture}; init goes on from one"
+        )
+    if job.init is not None:
+        raise WaltError("inflate: a tokenizer starts from one folder; leave init or inflate out")
+    config = Path(job.inflate) / "config.json"
+    frames = config.is_file() and read_json(config).get("_class_name") == WaltVQModel.__name__
+    return load_folder(WaltVQModel if frames else AutoencoderKLWalt, job.inflate, "inflate")
 
 
 def _nuwa_objective(job: Any) -> Any:

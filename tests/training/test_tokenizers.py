@@ -19,7 +19,7 @@ from walt.commands import build_objective, plan_job
 from walt.errors import WaltError
 from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt
 from walt.tokenizers.vq_model_walt import WaltVQModel
-from walt.training.job import AdversarialJob, OptimizerJob, Shape, TokenizerJob, TokenizerLoss
+from walt.training.job import AdversarialJob, OptimizerJob, Shape, TokenizerJob, TokenizerLoss, load_job
 from walt.training.loop import train
 from walt.training.plan import ForwardCounter
 
@@ -62,6 +62,46 @@ def seg_job(output: Path, steps: int = 20) -> TokenizerJob:
 
 def run(job: TokenizerJob) -> Path:
     return train(job, build_objective(job))
+
+
+# -- inflation
+
+IMAGE: dict[str, Any] = {"encoder_widths": (4, 8), "decoder_widths": (8, 4), "layers_per_block": 1, "patch_size": 1}
+
+
+@pytest.mark.parametrize("kind", ["causal", "frames"])
+def test_a_recipe_inflates_an_image_tokenizer(tmp_path: Path, kind: str) -> None:
+    torch.manual_seed(3)
+    if kind == "causal":
+        image: Any = AutoencoderKLWalt(**IMAGE, latent_channels=6, temporal_downsample=(False,))
+    else:
+        image = WaltVQModel(**IMAGE, vq_embed_dim=6, num_vq_embeddings=16, norm="channel")
+    image.save_pretrained(tmp_path / "image")
+    codes = {"quantizer": "vq", "quantizer_config": {"size": 16}} if kind == "frames" else {}
+    fields: dict[str, Any] = {
+        "model": {**IMAGE, "latent_channels": 6, "temporal_downsample": (True,), **codes},
+        "loss": TokenizerLoss(),
+        "inflate": str(tmp_path / "image"),
+    }
+    job = tokenizer_job(tmp_path / "run").model_copy(update=fields)
+    model = build_objective(job).model.eval()
+    video = torch.rand(1, 3, 3, 8, 12, generator=torch.Generator().manual_seed(4)) * 2 - 1
+    with torch.no_grad():
+        made, alone = model(video).sample, image.eval()(video[:, :, :1]).sample
+    assert made.shape == video.shape and torch.allclose(made[:, :, :1], alone, atol=1e-5)
+    for changes, message in (
+        ({"inflate": str(tmp_path / "none")}, "inflate: no model in .*none"),
+        ({"init": str(tmp_path / "image")}, "leave init or inflate out"),
+        ({"architecture": "frames", "model": FRAMES}, "inflate: makes a causal tokenizer, got architecture=frames"),
+        (
+            {"model": {**job.model, "encoder_widths": (4, 4)}},
+            "inflate: .*image' does not fit the recipe's model: video",
+        ),
+    ):
+        with pytest.raises(WaltError, match=message):
+            build_objective(job.model_copy(update=changes))
+    named = load_job("tokenizers.lfq_small", ["inflate=runs/image/final"])
+    assert isinstance(named, TokenizerJob) and named.inflate == "runs/image/final"
 
 
 # -- plan
