@@ -62,7 +62,7 @@ def magvit2_video() -> TokenizerJob:
 
 
 def magvit2_image() -> TokenizerJob:
-    """MAGVIT-v2's image tokenizer: multipliers 1, 1, 2, 4; `walt.tokenizers.inflation` makes a video tokenizer of it."""
+    """MAGVIT-v2's image tokenizer: multipliers 1, 1, 2, 4; `inflate` makes a video tokenizer of it."""
     video = magvit2_video()
     widths = (128, 128, 256, 512)
     return video.model_copy(

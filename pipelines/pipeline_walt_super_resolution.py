@@ -208,13 +208,22 @@ class WaltSuperResolutionPipeline(SamplingPipeline):
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
         )
-        if self.transformer.config.text_dim is None:
-            prompt_embeds = negative_prompt_embeds = prompt_embeds_mask = negative_prompt_embeds_mask = None
-        elif prompt_embeds is None:
-            raise WaltError("give the prompt_embeds of the video")
-        elif negative_prompt_embeds is None and guidance_scale > 1:
-            raise WaltError("guidance_scale > 1 needs negative_prompt_embeds (or set guidance_scale=1)")
-        prompt = Prompt(prompt_embeds, prompt_embeds_mask, negative_prompt_embeds, negative_prompt_embeds_mask)
+        prompt = Prompt()
+        if self.transformer.config.text_dim is not None:
+            if prompt_embeds is None:
+                raise WaltError("give the prompt_embeds of the video")
+            if negative_prompt_embeds is None and guidance_scale > 1:
+                raise WaltError("guidance_scale > 1 needs negative_prompt_embeds (or set guidance_scale=1)")
+            embeds, negative_embeds, mask, negative_mask = self.encode_prompt(
+                None,
+                # Not by the scale, which a callback may raise.
+                do_classifier_free_guidance=negative_prompt_embeds is not None,
+                prompt_embeds=prompt_embeds,
+                negative_prompt_embeds=negative_prompt_embeds,
+                prompt_embeds_mask=prompt_embeds_mask,
+                negative_prompt_embeds_mask=negative_prompt_embeds_mask,
+            )
+            prompt = Prompt(embeds, mask, negative_embeds, negative_mask)
 
         def run() -> Iterator[Tensor]:
             begin()

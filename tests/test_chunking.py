@@ -11,6 +11,7 @@ from walt.chunking import (
     CHUNK_FRAMES,
     OVERLAP_LATENTS,
     chunk_count,
+    chunk_joins,
     chunk_length,
     chunk_starts,
     fitting_frames,
@@ -32,6 +33,11 @@ def test_starts_cover_the_video_exactly(frames: int, starts: list[int]) -> None:
     assert all(chunk.shape[2] == length for chunk in chunks)
     assert torch.equal(torch.cat([chunks[0], *(chunk[:, :, 5:] for chunk in chunks[1:])], dim=2), video)
     assert chunk_count(frames) == len(starts) and fitting_frames(frames) == frames
+
+
+def test_joins_are_where_later_chunks_add_frames() -> None:
+    assert [chunk_joins(frames) for frames in (17, 29, 41)] == [[], [17], [17, 29]]
+    assert chunk_joins(57, ratio=8) == [33]
 
 
 def test_latent_counts() -> None:

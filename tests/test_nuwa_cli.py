@@ -128,6 +128,13 @@ def test_upscale(
     assert "the height must be 64 and the width a multiple of 16, or 128" in error_of(capsys)
 
 
+def test_upscale_is_the_cascades(tmp_path: Path) -> None:
+    frames = torch.rand(1, 3, 16, 16, generator=tiny.seeded(3))
+    made = nuwa_commands.upscale(frames, 64, 64, tiny.cascade_folder(tmp_path), "a cat", 5, "cpu", "float32")
+    wanted = tiny.cascade().upscale(frames[None], "a cat", 4, generator=tiny.seeded(5), output_type="pt").frames[0]
+    assert made.shape == (1, 3, 64, 64) and torch.allclose(made, wanted, atol=1e-4)
+
+
 def test_fitting_keeps_the_middle() -> None:
     frames = torch.arange(8.0).view(1, 1, 1, 8).expand(2, 3, 4, 8)
     assert nuwa_commands.frame_to_width(frames, 4)[0, 0, 0].tolist() == [2, 3, 4, 5]

@@ -140,6 +140,34 @@ def test_guidance_is_spread_and_bounded_in_every_task(stages: int, model: Path, 
         assert all(not np.array_equal(*pair) for pair in combinations(made, 2)), name
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("animate", "a", "a.png"), 'animate makes a video and "'),
+        (("interpolate", "a", "a.png", "b.png"), 'interpolate makes a video and "'),
+        (("predict", "a", "clip.mp4"), 'predict makes a video and "'),
+        (("extend", "a", "clip.mp4"), 'extend makes a video and "'),
+        (("loop", "a", "clip.mp4"), 'loop makes a video and "'),
+        (("connect", "a", "clip.mp4", "clip.mp4"), 'connect makes a video and "'),
+        (("fill", "a", "clip.mp4", "--box", "0,0,8,8"), "the video has 9 frames and "),
+        (("outpaint", "a", "clip.mp4", "--left", 8), "the video has 9 frames and "),
+        (("edit", "a", "clip.mp4"), "the video has 9 frames and "),
+    ],
+)
+def test_a_picture_for_a_video_is_refused_before_a_model_is_loaded(
+    inputs: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[object, ...],
+    message: str,
+) -> None:
+    monkeypatch.setattr(cli, "load_cascade", lambda *_: pytest.fail("a model was loaded"))
+    files = (inputs / str(a) if str(a).endswith((".png", ".mp4")) else a for a in arguments)
+    assert run(*files, "-o", inputs / "out.png", "--model", inputs) == 2
+    told = error_of(capsys)
+    assert message in told and 'out.png" is a picture: write an .mp4' in told
+
+
 def test_guidance_options_are_those_of_the_pipelines() -> None:
     """The parser names the schedules itself, without torch."""
     parser = argparse.ArgumentParser()

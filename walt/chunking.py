@@ -58,6 +58,15 @@ def chunk_starts(num_frames: int, ratio: int = TEMPORAL_RATIO) -> list[int]:
     return list(range(0, max(num_frames - chunk, 0) + 1, new))
 
 
+def chunk_joins(num_frames: int, ratio: int = TEMPORAL_RATIO) -> list[int]:
+    """First frames that the later chunks add: [17] for 29, [17, 29] for 41; none for one chunk.
+
+    Raises:
+        WaltError: as `chunk_starts`.
+    """
+    return [start + overlap_frames(ratio) for start in chunk_starts(num_frames, ratio)[1:]]
+
+
 def chunk_length(num_frames: int, ratio: int = TEMPORAL_RATIO) -> int:
     """Frames of every chunk of a video of `num_frames`."""
     return min(num_frames, 1 + (CHUNK_LATENTS - 1) * ratio)

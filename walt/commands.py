@@ -93,9 +93,7 @@ def plan_job(job: Any, ranks: int = 1, rate: float | None = None) -> Any:
 
     cls: type[Any]
     if isinstance(job, TokenizerJob):
-        if job.architecture != "causal":
-            raise WaltError("--dry-run: plans denoisers, NUWA and causal tokenizers, not frame-wise tokenizers")
-        cls = AutoencoderKLWalt
+        cls = AutoencoderKLWalt if job.architecture == "causal" else WaltVQModel
     else:
         cls = NuwaTransformer3DModel if isinstance(job, NuwaJob) else backbone(job.backbone)
     autoencoder = WaltVQModel if isinstance(job, NuwaJob) else AutoencoderKLWalt
@@ -108,10 +106,13 @@ def plan_job(job: Any, ranks: int = 1, rate: float | None = None) -> Any:
 
 def _rehearsal(job: Any) -> Any:
     """The objective of a recipe for a dry run; None where a file is missing, for a user's media, as these would all be
-    probed first, and for NUWA's token folder, which would be filled."""
-    from walt.training.job import MediaJob
+    probed first, for NUWA's token folder, which would be filled, and for a tokenizer with codes, of whose steps no
+    operations are counted."""
+    from walt.training.job import MediaJob, TokenizerJob
 
     if isinstance(job.data, MediaJob) or getattr(job, "tokens", None) is not None:
+        return None
+    if isinstance(job, TokenizerJob) and (job.architecture == "frames" or job.model.get("quantizer") is not None):
         return None
     # Fits of the start say nothing about a step.
     short = {name: 1 for name in ("low_res_batches", "shortcut_batches") if hasattr(job, name)}
@@ -160,6 +161,7 @@ def build_objective(job: Any) -> Any:
     from walt.models.backbone import backbone
     from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt
     from walt.tokenizers.discriminator import Discriminator
+    from walt.tokenizers.inflation import inflate
     from walt.tokenizers.losses import AdversarialLoss, PerceptualLoss
     from walt.tokenizers.vq_model_walt import WaltVQModel
     from walt.training.job import NuwaJob, TokenizerJob
@@ -168,6 +170,7 @@ def build_objective(job: Any) -> Any:
     if isinstance(job, NuwaJob):
         return _nuwa_objective(job)
     if isinstance(job, TokenizerJob):
+        image = _image_tokenizer(job)
         weights = job.loss.perceptual_weights
         model = AutoencoderKLWalt if job.architecture == "causal" else WaltVQModel
         adversary, gan = None, job.loss.adversarial
@@ -177,9 +180,35 @@ def build_objective(job: Any) -> Any:
             adversary = AdversarialLoss(
                 discriminator, gan.loss, gan.weight, gan.adaptive, gan.lecam, gan.r1, gan.r1_every
             )
-        return TokenizerObjective(job, model, PerceptualLoss(weights) if weights else None, adversary)
+        objective = TokenizerObjective(job, model, PerceptualLoss(weights) if weights else None, adversary)
+        if image is not None:
+            try:
+                inflate(image, objective.model)
+            except WaltError as error:
+                raise WaltError(f"inflate: {job.inflate!r} does not fit the recipe's model: {error}") from error
+        return objective
     vae, words = _encoders(job)
     return DenoiserObjective(job, backbone(job.backbone), vae, words)
+
+
+def _image_tokenizer(job: Any) -> Any:
+    """The image tokenizer that a tokenizer recipe is inflated from; None where it is not."""
+    from walt.pipelines.loading import read_json
+    from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt
+    from walt.tokenizers.vq_model_walt import WaltVQModel
+    from walt.training.objectives import load_folder
+
+    if job.inflate is None:
+        return None
+    if job.architecture != "causal":
+        raise WaltError(
+            f"inflate: makes a causal tokenizer, got architecture={job.architecture}; init goes on from one"
+        )
+    if job.init is not None:
+        raise WaltError("inflate: a tokenizer starts from one folder; leave init or inflate out")
+    config = Path(job.inflate) / "config.json"
+    frames = config.is_file() and read_json(config).get("_class_name") == WaltVQModel.__name__
+    return load_folder(WaltVQModel if frames else AutoencoderKLWalt, job.inflate, "inflate")
 
 
 def _nuwa_objective(job: Any) -> Any:
@@ -749,7 +778,9 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
         help="clips or results (default: 6; prompts: 200; nuwa: 16); tokenizer "
         "--reference: windows of each video, spread evenly (default: one behind the other)",
     )
-    parser.add_argument("--frames", type=int, help="frames per clip (default: 5; prompts, tokenizer --reference: 17)")
+    parser.add_argument(
+        "--frames", type=int, help="frames per clip (default: 5; prompts, tokenizer --reference: 17; joins: 29)"
+    )
     parser.add_argument(
         "--height", type=int, help="tokenizer: scale --reference to this and --width, cut at the centre"
     )
@@ -806,7 +837,7 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
 
 def evaluate_prepare(args: argparse.Namespace) -> None:
     """Arguments that need no weights."""
-    from walt.chunking import chunk_starts
+    from walt.chunking import chunk_joins
     from walt.cli import model_folder
     from walt.media import check_output
 
@@ -823,10 +854,11 @@ def evaluate_prepare(args: argparse.Namespace) -> None:
     if args.count is None:
         args.count = 200 if args.what == "prompts" else 6
     if args.frames is None:
-        args.frames = 17 if args.what == "prompts" else 5
+        args.frames = {"prompts": 17, "joins": 29}.get(args.what, 5)
     if args.count < 1 or args.steps < 1:
         raise WaltError(f"--count and --steps must be at least 1, got {args.count} and {args.steps}")
-    chunk_starts(args.frames)
+    if not chunk_joins(args.frames) and args.what == "joins":
+        raise WaltError(f"--frames {args.frames} is one chunk, which has no join: give 29, 41, 53, ...")
     args.model = model_folder(args.model)
     if args.what == "sheet":
         args.output = check_output(args.output)
@@ -1085,29 +1117,35 @@ def _evaluate_reconstruction(args: argparse.Namespace, vae: Any) -> None:
 
 
 def _evaluate_joins(args: argparse.Namespace, pipe: Any) -> None:
-    """Frame difference across the join of 29-frame videos over the median of its neighbours, per stage."""
+    """Frame difference across the joins of videos over the median of its neighbours, per stage."""
     import torch
 
+    from walt.chunking import chunk_joins
     from walt.evaluation.metrics import join_ratio
 
+    ratio = pipe.vae_scale_factor_temporal
+    joins = chunk_joins(args.frames, ratio)
+    inside = [first for first in range(1 + ratio, args.frames, ratio) if first not in joins]
     for stage in range(1, args.stages + 1):
         ratios, ordinary = [], []
         for seed in range(args.count):
             frames = pipe(
                 prompt=seed_prompt(seed),
-                num_frames=29,
+                num_frames=args.frames,
                 num_inference_steps=[args.steps] * stage,
                 stages=stage,
                 generator=torch.Generator().manual_seed(seed),
                 output_type="pt",
             ).frames
             video = frames.transpose(1, 2)
-            ratios.append(float(join_ratio(video, 17)))
-            ordinary += [float(join_ratio(video, first)) for first in (5, 9, 13, 21, 25)]
-        shown = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+            ratios += [float(join_ratio(video, first)) for first in joins]
+            ordinary += [float(join_ratio(video, first)) for first in inside]
+        shown = ", ".join(f"{value:.2f}" for value in ratios)
         Console().print(
-            f"stage {stage}: difference across the join / median of its neighbours: {shown}; "
-            f"where one latent ends inside a chunk: {statistics.median(ordinary):.2f} (median)"
+            f"stage {stage}: difference across the join / median of its neighbours: {shown} "
+            f"(median {statistics.median(ratios):.2f}); "
+            f"where one latent ends inside a chunk: {statistics.median(ordinary):.2f} (median)",
+            soft_wrap=True,
         )
 
 

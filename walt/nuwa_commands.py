@@ -534,8 +534,8 @@ def upscale(
 ) -> Tensor:
     """Frames `(T, 3, H, W)` in [0, 1] to height x width by the super-resolution stages of a cascade folder.
 
-    `height` is twice H or, with two stages, four times H. To the wanted shape the frames are cropped in the middle, or
-    go on with the colours of their edges. Stages that take text get the prompt. `device` and `dtype` as of the commands.
+    `height` is twice or four times H. To the wanted shape the frames are cropped in the middle, or go on with the colours
+    of their edges; then `WaltCascadePipeline.upscale` enlarges them. `device` and `dtype` as of the commands.
 
     Raises:
         WaltError: a size or model that does not allow it.
@@ -543,32 +543,14 @@ def upscale(
     import torch
 
     from walt.cli import choose_device, choose_dtype, load_cascade
-    from walt.pipelines.pipeline_walt_super_resolution import WaltSuperResolutionPipeline
 
     scale = _factor(frames.shape[2], height, width)
     place = choose_device(device)
     cascade = load_cascade(folder, choose_dtype(dtype, place), place)
-    stages = cascade.transformers[1 : 1 + int(math.log2(scale))]
-    if len(stages) < math.log2(scale):
-        raise WaltError(f"--upscale: the model {folder} has {len(stages)} super-resolution stages")
     video = frame_to_width(frames.float(), width // scale)[None]
-    for transformer in stages:
-        text: dict[str, Any] = {}
-        if transformer.config.text_dim is not None:
-            text = {"tokenizer": cascade.tokenizer, "text_encoder": cascade.text_encoder}
-        stage = WaltSuperResolutionPipeline(
-            vae=cascade.vae, transformer=transformer, scheduler=cascade.scheduler, **text
-        )
-        stage.set_progress_bar_config(disable=True)
-        video = stage(
-            video=video,
-            prompt=prompt if text else None,
-            noise_level=cascade.config.noise_level,
-            num_inference_steps=cascade.config.super_resolution_steps,
-            generator=torch.Generator().manual_seed(seed),
-            output_type="pt",
-        ).frames
-    return video[0]
+    source = torch.Generator().manual_seed(seed)
+    made: Tensor = cascade.upscale(video, prompt, scale, generator=source, output_type="pt").frames[0]
+    return made
 
 
 def _factor(lines: int, height: int, width: int) -> int:

@@ -28,10 +28,12 @@ Add = Callable[..., Any]
 
 
 class Task(NamedTuple):
-    """One task: its help, its own arguments, and what makes its frames at the base size."""
+    """One task: its help, its own arguments, whether a picture gives a picture, and what makes its frames at the base
+    size."""
 
     help: str
     arguments: Callable[[Add], None]
+    still: bool
     make: Callable[[argparse.Namespace, Any, dict[str, Any]], Any]
 
 
@@ -52,7 +54,8 @@ def add(task: str, parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("prompt", metavar="PROMPT", help="what to show")
     TASKS[task].arguments(add)
-    add("-o", "--output", required=True, metavar="FILE", help="x.mp4, or x.png for a still")
+    kind = "x.mp4, or x.png of a picture" if TASKS[task].still else "x.mp4"
+    add("-o", "--output", required=True, metavar="FILE", help=kind)
     add("--model", metavar="FOLDER", help="a model folder (default: the embedded model)")
     add("--negative-prompt", metavar="TEXT", help="what to steer away from")
     add("--stages", type=int, choices=(1, 2, 3), help="stages to run (default: all of the model)")
@@ -161,9 +164,12 @@ def _edit(add: Add) -> None:
 def prepare(args: argparse.Namespace) -> None:
     """Checks everything that needs no weights and reads the inputs."""
     from walt.cli import guidance_options, model_folder
-    from walt.media import check_fps, check_output
+    from walt.media import check_fps, check_output, is_image_path
 
     args.output = check_output(args.output)
+    picture = is_image_path(args.output)
+    if picture and args.command in TASKS and not TASKS[args.command].still:
+        raise WaltError(f'{args.command} makes a video and "{args.output}" is a picture: write an .mp4')
     if args.fps is not None:
         check_fps(args.fps, "--fps")
     if not 0 <= args.seed < 2**63:
@@ -177,13 +183,13 @@ def prepare(args: argparse.Namespace) -> None:
             raise WaltError(f"--{name} must be at least 1 pixel, got {getattr(args, name)}")
     args.options = guidance_options(args)
     if args.command == "upscale":
-        from walt.media import is_image_path, probe
+        from walt.media import probe
 
         if not Path(args.video).is_file():
             raise WaltError(f'there is no file "{args.video}"')
         if args.prompt is not None and not args.prompt.strip():
             raise WaltError("--prompt is empty: say what the video shows, or leave it out for stages that take no text")
-        if is_image_path(args.video) != is_image_path(args.output):
+        if is_image_path(args.video) != picture:
             raise WaltError(f'"{args.video}" and "{args.output}" must both be videos, or both pictures')
         try:
             args.facts = probe(Path(args.video), Path(args.video).suffix.lower())
@@ -195,6 +201,10 @@ def prepare(args: argparse.Namespace) -> None:
         for name in ("image", "video", "next", "last", "mask"):
             if getattr(args, name, None) is not None:
                 setattr(args, name, _read(getattr(args, name)))
+        if picture and len(args.video.frames) > 1:
+            raise WaltError(
+                f'the video has {len(args.video.frames)} frames and "{args.output}" is a picture: write an .mp4'
+            )
         if args.command == "interpolate":
             args.images = [_read(path) for path in args.images]
             places = args.at if args.at is not None else [13 * i for i in range(len(args.images))]
@@ -235,7 +245,6 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from walt.cli import UsageError, check_schedule, choose_device, choose_dtype, load_cascade
-    from walt.media import is_image_path
     from walt.pipelines.pipeline_walt_condition import WaltConditionPipeline
 
     device = choose_device(args.device)
@@ -269,8 +278,6 @@ def run(args: argparse.Namespace) -> None:
     with _counting(args.command) as step:
         call["callback_on_step_end"] = step
         frames: Tensor = TASKS[args.command].make(args, pipe, call).frames.float().cpu()
-        if is_image_path(args.output) and frames.shape[1] > 1:
-            raise UsageError(f'the result has {frames.shape[1]} frames and "{args.output}" is a picture: write an .mp4')
         pieces: Iterator[Tensor] = iter([frames])
         if scale > 1:
             pieces = cascade.upscale_stream(
@@ -478,15 +485,15 @@ def _make_edit(args: argparse.Namespace, pipe: Any, call: dict[str, Any]) -> Any
 
 
 TASKS: dict[str, Task] = {
-    "animate": Task("Make a picture move; with --last, towards another one.", _animate, _make_animate),
-    "interpolate": Task("Make a video through pictures.", _interpolate, _make_interpolate),
-    "predict": Task("Keep the first frames of a video and make the others anew.", _predict, _make_predict),
-    "extend": Task("Make what comes after a video, or before it.", _extend, _make_extend),
-    "loop": Task("Lead a video from its end back to its beginning.", _loop, _make_loop),
-    "connect": Task("Lead from one video to another.", _connect, _make_connect),
-    "fill": Task("Make a region of a video or picture anew.", _fill, _make_fill),
-    "outpaint": Task("Make a video or picture larger than its frame.", _outpaint, _make_outpaint),
-    "edit": Task("Change a video or picture to a new prompt.", _edit, _make_edit),
+    "animate": Task("Make a picture move; with --last, towards another one.", _animate, False, _make_animate),
+    "interpolate": Task("Make a video through pictures.", _interpolate, False, _make_interpolate),
+    "predict": Task("Keep the first frames of a video and make the others anew.", _predict, False, _make_predict),
+    "extend": Task("Make what comes after a video, or before it.", _extend, False, _make_extend),
+    "loop": Task("Lead a video from its end back to its beginning.", _loop, False, _make_loop),
+    "connect": Task("Lead from one video to another.", _connect, False, _make_connect),
+    "fill": Task("Make a region of a video or picture anew.", _fill, True, _make_fill),
+    "outpaint": Task("Make a video or picture larger than its frame.", _outpaint, True, _make_outpaint),
+    "edit": Task("Change a video or picture to a new prompt.", _edit, True, _make_edit),
 }
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
+from walt.cli import main
 from walt.errors import WaltError
 from walt.evaluation.metrics import high_frequency_energy, join_ratio, lpips, masked_psnr, psnr, ssim
 from walt.evaluation.super_resolution import bicubic, compare_with_bicubic, table
@@ -127,3 +131,33 @@ def test_join_ratio_is_one_for_steady_motion_and_grows_with_a_jump() -> None:
         join_ratio(steady, 28)
     with pytest.raises(WaltError, match="join must be from 5 to 24"):
         join_ratio(steady, 4, period=4)
+
+
+def staircase(differences: list[float]) -> Tensor:
+    """A video `(1, 3, T, 4, 4)` whose frames differ from the one before by these numbers."""
+    frames = torch.tensor([0.0, *differences]).cumsum(0)
+    return frames.view(1, 1, -1, 1, 1).expand(1, 3, len(frames), 4, 4)
+
+
+def test_join_ratio_takes_the_mean_of_the_two_middle_neighbours() -> None:
+    around = staircase([0.01] * 4 + [0.02] + [0.03] * 4)
+    assert join_ratio(around, 5).item() == pytest.approx(1.0, rel=1e-4)
+
+
+def test_joins_are_judged_at_every_join_of_the_frames_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def pipe(prompt: str, num_frames: int, **_: Any) -> SimpleNamespace:
+        steps = [0.01] * (num_frames - 1)
+        steps[16], steps[28] = 0.02, 0.03  # into frame 17 and into frame 29
+        return SimpleNamespace(frames=staircase(steps).transpose(1, 2))
+
+    def loaded(*_: object) -> Any:
+        return type("Cascade", (), {"vae_scale_factor_temporal": 4, "__call__": staticmethod(pipe)})()
+
+    monkeypatch.setattr("walt.cli.load_cascade", loaded)
+    words = ["evaluate", "joins", "--model", str(tmp_path), "-n", "1", "--frames"]
+    assert main([*words, "41"]) == 0
+    assert "neighbours: 2.00, 3.00 (median 2.50); where one latent ends inside a chunk: 1.00" in capsys.readouterr().out
+    assert main([*words, "17"]) == 2
+    assert "--frames 17 is one chunk, which has no join: give 29, 41, 53" in capsys.readouterr().err

@@ -18,6 +18,7 @@ from tests import tiny
 from walt.errors import WaltError
 from walt.pipelines.pipeline_walt import WaltPipeline
 from walt.pipelines.pipeline_walt_cascade import WaltCascadePipeline
+from walt.pipelines.sampling import Prompt
 
 PROMPT = "a rocket flies up on the purple background"
 
@@ -211,6 +212,33 @@ def test_upscale_any_length_and_size(cascade: WaltCascadePipeline, frames: int, 
     assert cascade.num_timesteps == 0  # pieces may come without end
     list(cascade.upscale_stream(video, PROMPT, scale=2, **call))
     assert cascade.num_timesteps == cascade._step_index == 1 + (frames > 17) + (frames > 29)
+
+
+def test_given_states_go_to_the_device_that_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a call and of a stream alike; the meta device stands in for an accelerator."""
+    pipe, video = tiny.super_resolution_pipeline(), torch.rand(1, 1, 3, 16, 16)
+    seen: list[Prompt] = []
+
+    def denoised(_: Any, __: Any, prompt: Prompt, **___: Any) -> Iterator[Tensor]:
+        seen.append(prompt)
+        yield torch.zeros(1, 3, 1, 32, 32)
+
+    monkeypatch.setattr("walt.pipelines.pipeline_walt_super_resolution.denoise_stream", denoised)
+    monkeypatch.setattr(type(pipe), "_execution_device", torch.device("meta"))
+    states, mask = torch.zeros(1, 3, tiny.TEXT_DIM), torch.ones(1, 3)
+    told: dict[str, Any] = {
+        "prompt_embeds": states,
+        "negative_prompt_embeds": states + 1,
+        "prompt_embeds_mask": mask,
+        "negative_prompt_embeds_mask": mask,
+        "guidance_scale": 2.0,
+    }
+    pipe(video, **told, output_type="pt")
+    list(pipe.stream(iter([video]), **told))
+    assert len(seen) == 2
+    for prompt in seen:
+        for given in (prompt.embeds, prompt.mask, prompt.negative_embeds, prompt.negative_mask):
+            assert given is not None and given.device.type == "meta"
 
 
 def test_upscale_chooses_stages_by_size(cascade: WaltCascadePipeline) -> None:

@@ -50,6 +50,7 @@ from walt.training.loop import Loss, Objective, Part, _same_recipe, train
 from walt.training.muon import Muon, orthogonalize
 from walt.training.objectives import TextStates, interpolated_positions
 from walt.training.optimizers import Guard, make_optimizer, warm
+from walt.training.report import Report
 
 
 def run(job: Job, **arguments: Any) -> Path:
@@ -569,6 +570,21 @@ def test_tensorboard_shows_figures_and_sheets(tmp_path: Path) -> None:
     shown = {event.step: event.value for event in board.Scalars("loss")}
     assert shown == pytest.approx(curve, rel=1e-5)
     assert [event.step for event in board.Images("sheet/0" if "sheet/0" in board.Tags()["images"] else "sheet")] == [3]
+
+
+def test_tensorboard_shows_steps_that_are_redone_once(tmp_path: Path) -> None:
+    """A run that is killed after step 5 goes on from its checkpoint at step 3; the writers see what a report says."""
+    (tmp_path / "run").mkdir()
+    job = small_job(tmp_path / "vae", tmp_path / "run", 6, tensorboard=True)
+    for start, stop in ((0, 5), (3, 6)):
+        report = Report(job, tmp_path / "run", start, enabled=True)
+        for step in range(start, stop):
+            report.step(step, {"loss": 10.0 * start + step})
+        report.close()
+    board = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    shown = [(event.step, event.value) for event in board.Scalars("loss")]
+    assert shown == [(1, 0.0), (2, 1.0), (3, 2.0), (4, 33.0), (5, 34.0), (6, 35.0)]
+    assert dict(shown) == losses(tmp_path / "run")
 
 
 def test_tensorboard_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

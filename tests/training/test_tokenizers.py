@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import time
 from pathlib import Path
@@ -14,12 +15,13 @@ import torch
 from safetensors.torch import load_file
 
 from tests.training.jobs import TOKENIZER, losses, saved, start, tokenizer_job
-from walt.commands import build_objective
+from walt.commands import build_objective, plan_job
 from walt.errors import WaltError
 from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt
 from walt.tokenizers.vq_model_walt import WaltVQModel
-from walt.training.job import AdversarialJob, OptimizerJob, Shape, TokenizerJob, TokenizerLoss
+from walt.training.job import AdversarialJob, OptimizerJob, Shape, TokenizerJob, TokenizerLoss, load_job
 from walt.training.loop import train
+from walt.training.plan import ForwardCounter
 
 FRAMES: dict[str, Any] = {
     "num_vq_embeddings": 16,
@@ -60,6 +62,69 @@ def seg_job(output: Path, steps: int = 20) -> TokenizerJob:
 
 def run(job: TokenizerJob) -> Path:
     return train(job, build_objective(job))
+
+
+# -- inflation
+
+IMAGE: dict[str, Any] = {"encoder_widths": (4, 8), "decoder_widths": (8, 4), "layers_per_block": 1, "patch_size": 1}
+
+
+@pytest.mark.parametrize("kind", ["causal", "frames"])
+def test_a_recipe_inflates_an_image_tokenizer(tmp_path: Path, kind: str) -> None:
+    torch.manual_seed(3)
+    if kind == "causal":
+        image: Any = AutoencoderKLWalt(**IMAGE, latent_channels=6, temporal_downsample=(False,))
+    else:
+        image = WaltVQModel(**IMAGE, vq_embed_dim=6, num_vq_embeddings=16, norm="channel")
+    image.save_pretrained(tmp_path / "image")
+    codes = {"quantizer": "vq", "quantizer_config": {"size": 16}} if kind == "frames" else {}
+    fields: dict[str, Any] = {
+        "model": {**IMAGE, "latent_channels": 6, "temporal_downsample": (True,), **codes},
+        "loss": TokenizerLoss(),
+        "inflate": str(tmp_path / "image"),
+    }
+    job = tokenizer_job(tmp_path / "run").model_copy(update=fields)
+    model = build_objective(job).model.eval()
+    video = torch.rand(1, 3, 3, 8, 12, generator=torch.Generator().manual_seed(4)) * 2 - 1
+    with torch.no_grad():
+        made, alone = model(video).sample, image.eval()(video[:, :, :1]).sample
+    assert made.shape == video.shape and torch.allclose(made[:, :, :1], alone, atol=1e-5)
+    for changes, message in (
+        ({"inflate": str(tmp_path / "none")}, "inflate: no model in .*none"),
+        ({"init": str(tmp_path / "image")}, "leave init or inflate out"),
+        ({"architecture": "frames", "model": FRAMES}, "inflate: makes a causal tokenizer, got architecture=frames"),
+        (
+            {"model": {**job.model, "encoder_widths": (4, 4)}},
+            "inflate: .*image' does not fit the recipe's model: video",
+        ),
+    ):
+        with pytest.raises(WaltError, match=message):
+            build_objective(job.model_copy(update=changes))
+    named = load_job("tokenizers.lfq_small", ["inflate=runs/image/final"])
+    assert isinstance(named, TokenizerJob) and named.inflate == "runs/image/final"
+
+
+# -- plan
+
+
+@pytest.mark.parametrize("kind", ["pictures", "class maps"])
+def test_a_frame_wise_tokenizer_is_planned(tmp_path: Path, kind: str) -> None:
+    job = frames_job(tmp_path / "run") if kind == "pictures" else seg_job(tmp_path / "run")
+    plan = plan_job(job)
+    model = WaltVQModel(**job.model)
+    assert plan.parameters == plan.trained == sum(p.numel() for p in model.parameters())
+    assert plan.memory["weights"] == 4 * plan.parameters and plan.memory["optimizer"] == 8 * plan.parameters
+    # Codes and their running sums are buffers, a float32 each, and so are the counts; and the step, an int64.
+    codes, width = job.model["num_vq_embeddings"], job.model["vq_embed_dim"]
+    assert plan.memory["codebook"] >= 4 * codes * (2 * width + 1)
+    numbers = [plan.flops, plan.rate, plan.samples, plan.memory["activations"], *plan.seconds.values()]
+    assert all(0 < number < math.inf for number in numbers)
+    counter = ForwardCounter(WaltVQModel, dict(model.config))
+    assert counter((5, 32, 32)) == 5 * counter((1, 32, 32)) > 0
+    assert plan.flops == pytest.approx(3 * job.batch_pixels / 32**2 * counter((1, 32, 32)))
+    given = plan_job(job.model_copy(update={"freeze_encoder": True}), rate=1e9)
+    assert given.trained == sum(p.numel() for p in model.decoder.parameters())
+    assert given.seconds["compute"] == pytest.approx(given.flops / 1e9)
 
 
 # -- codes

@@ -154,6 +154,8 @@ def _check_pair(video: Tensor, target: Tensor) -> None:
 def join_ratio(video: Tensor, join: int, neighbours: int = 4, period: int = 1) -> Tensor:
     """How much a chunk join shows: the frame difference across it over the median of its neighbours' differences.
 
+    Of an even number of neighbours the median is the mean of the two middle ones.
+
     Args:
         video: `(B, C, T, H, W)`.
         join: first frame of the later chunk's own frames (17 in a 29-frame video).
@@ -176,4 +178,4 @@ def join_ratio(video: Tensor, join: int, neighbours: int = 4, period: int = 1) -
     differences = _wide(video).diff(dim=2).abs().mean(dim=(1, 3, 4))
     around = [join - 1 + side * period * (i + 1) for i in range(neighbours) for side in (-1, 1)]
     around = [i for i in around if 0 <= i < differences.shape[1]]
-    return differences[:, join - 1] / differences[:, around].median(dim=1).values.clamp_min(1e-12)
+    return differences[:, join - 1] / differences[:, around].quantile(0.5, dim=1).clamp_min(1e-12)

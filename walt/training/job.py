@@ -209,6 +209,10 @@ class TokenizerJob(Frozen):
     )
     model: dict[str, Any]
     init: str | None = Field(default=None, description="folder of a trained tokenizer to go on from")
+    inflate: str | None = Field(
+        default=None,
+        description="folder of a trained image tokenizer that a causal one starts as (walt.tokenizers.inflation)",
+    )
     freeze_encoder: bool = Field(default=False, description="train the decoder alone: latents of denoisers stay valid")
     hold_keyframes: bool = Field(
         default=False,

@@ -96,11 +96,14 @@ def meta_forward(twin: Any, size: tuple[int, ...]) -> Any:
     with torch.device("meta"):
         if _is_nuwa(config):
             return _nuwa_loss(twin, [size])
-        if not hasattr(config, "out_channels") or hasattr(config, "latent_channels"):
+        if _is_tokenizer(config):
             # What a quantizer does depends on values, which there are none of: networks alone, which are nearly all.
+            video = torch.empty(1, config.in_channels, *size)
+            if hasattr(config, "vq_embed_dim"):  # frame by frame, never without a quantizer
+                return (twin._decode(twin._encode(video)),)
             quantizer, twin.quantize = twin.quantize, None
             try:
-                return twin(torch.empty(1, 3, *size), return_dict=False)
+                return twin(video, return_dict=False)
             finally:
                 twin.quantize = quantizer
         t, h, w = size
@@ -118,6 +121,10 @@ def meta_forward(twin: Any, size: tuple[int, ...]) -> Any:
 
 def _is_nuwa(config: Any) -> bool:
     return hasattr(config, "num_layers_decoder")
+
+
+def _is_tokenizer(config: Any) -> bool:
+    return hasattr(config, "encoder_widths")
 
 
 def _nuwa_loss(model: Any, sizes: Sequence[tuple[int, ...]]) -> Tensor:
@@ -144,7 +151,8 @@ class Plan:
     packs: int  # per step, all ranks
     samples: float  # per step, all ranks: mean over packs
     tokens: float  # of denoisers and NUWA: per step, all ranks
-    # weights, gradients, optimizer, average, activations; of FSDP the gathered block; all of a discriminator
+    # weights, gradients, optimizer, average, activations; of codes the codebook's running means; of FSDP the gathered
+    # block; all of a discriminator
     memory: dict[str, float]
     flops: float  # per step, all ranks
     matmul_rate: float | None  # of one rank, measured; None: a rate was given
@@ -186,8 +194,8 @@ def make_plan(
         autoencoder: the class of its tokenizer.
         ranks: how many processes will train.
         rate: FLOP/s that a rank sustains on another machine; None: measured here.
-        build: makes the recipe's objective where its files are there: a small one is then timed on its own data, with
-            all that a step does beside the model. None: the model alone is.
+        build: makes the recipe's objective where its files are there and its operations can be counted: a small one is
+            then timed on its own data, with all that a step does beside the model. None: the model alone is.
         adversary: the discriminator of a recipe that has one, on the meta device.
 
     Raises:
@@ -217,9 +225,7 @@ def make_plan(
         matmul = peak_rate(device, torch.bfloat16 if half else torch.float32)
         small = flops / packs <= REHEARSED_FLOPS
         objective = build() if build is not None and small else None
-        if (
-            objective is not None and getattr(objective, "quantizer", None) is None
-        ):  # of codes no operations are counted
+        if objective is not None:
             measured = _rehearse(objective, job, device)
         else:
             measured = _measure(cls, job, sizes, drawn[0], device, half)
@@ -327,12 +333,8 @@ def _planned_twin(cls: type[Any], job: Any, **changes: Any) -> Any:
 
 
 def _trained(model: nn.Module, job: Any) -> list[str]:
-    frozen = "encoder." if getattr(job, "freeze_encoder", False) else None
-    return [
-        name
-        for name, p in model.named_parameters()
-        if p.requires_grad and not (frozen is not None and name.startswith(frozen))
-    ]
+    frozen = ("encoder.", "quantize.") if getattr(job, "freeze_encoder", False) else ()
+    return [name for name, p in model.named_parameters() if p.requires_grad and not name.startswith(frozen)]
 
 
 def _side(shape: Any, space: int) -> tuple[int, int]:
@@ -351,6 +353,9 @@ def _memory(job: Any, model: nn.Module, trained: list[str], ranks: int, activati
         "optimizer": _moments(job.optimizer, [parameters[name].shape for name in trained]) / share,
         "average": learnt if job.run.ema_decay else 0.0,
     }
+    quantizer = getattr(model, "quantize", None)
+    if quantizer is not None and (codes := sum(buffer.nbytes for buffer in quantizer.buffers())):
+        memory["codebook"] = float(codes)  # running means are no parameters
     if share > 1:
         blocks = [n for _, n, _ in _shards(job, model, ranks)]
         # Two blocks at a time are whole, weights and gradients: the one at work and the one fetched for the next.
@@ -565,11 +570,11 @@ def _sample_call(model: Any, sizes: list[tuple[int, ...]], device: torch.device)
                 return torch.stack([_nuwa_loss(model, group) for group in alike]).sum()
 
         return nuwa
-    if not hasattr(config, "patch_size") or hasattr(config, "latent_channels"):
+    if _is_tokenizer(config):
         groups: dict[tuple[int, ...], int] = {}
         for size in sizes:
             groups[size] = groups.get(size, 0) + 1
-        videos = [torch.rand(count, 3, *size, device=device) * 2 - 1 for size, count in groups.items()]
+        videos = [torch.rand(count, config.in_channels, *size, device=device) * 2 - 1 for size, count in groups.items()]
         return lambda: torch.stack([model(video, return_dict=False)[0].float().abs().mean() for video in videos]).sum()
     noisy = [torch.randn(config.in_channels, *size, device=device) for size in sizes]
     given: dict[str, Any] = {}

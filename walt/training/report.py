@@ -35,7 +35,8 @@ class Report:
 
     Args:
         job: the recipe.
-        output: the run folder; rows of its log after step `start` belong to work that is done again, and go.
+        output: the run folder; rows of its log after step `start` belong to work that is done again, and go; so do
+            TensorBoard's.
         start: updates done.
         enabled: rank 0.
         rate: floating-point operations per second of all ranks together, for `mfu`.
@@ -78,7 +79,8 @@ class Report:
 
             if not is_tensorboard_available():
                 raise WaltError('run.tensorboard: needs the package tensorboard (pip install "walt[tensorboard]")')
-            self.board = TensorBoardTracker("tensorboard", output)
+            # Hides what an earlier process wrote after `start`, as the log's rows go.
+            self.board = TensorBoardTracker("tensorboard", output, purge_step=start + 1)
             self.board.start()
         if start:
             self.say(f"resuming after step {start}")
