@@ -677,7 +677,7 @@ def _text_encoder(args: argparse.Namespace, console: Console) -> Path:
 
 def add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", help="the cascade folder to write")
-    parser.add_argument("--vae", default="runs/emoji-decoder/final", help="tokenizer folder")
+    parser.add_argument("--vae", default="runs/emoji-decoder-polish/final", help="tokenizer folder")
     parser.add_argument("--base", default="runs/emoji-base/final", help="base denoiser folder")
     parser.add_argument("--sr1", default="runs/emoji-sr1/final", help="first super-resolution folder")
     parser.add_argument("--sr2", default="runs/emoji-sr2/final", help="second super-resolution folder")
