@@ -354,7 +354,7 @@ class _Blocked(torch.autograd.Function):
         """Adds a chunk's gradients to dk and dv, and puts them into dq."""
         with torch.enable_grad():
             taken = [c.take(x, i).requires_grad_() for x, i in ((q, c.query_index), (k, c.key_index), (v, c.key_index))]
-            y = c.give(c.attend(*taken, key_mask))
+            y = c.give(c.attend(taken[0], taken[1], taken[2], key_mask))
         tiles = list(torch.autograd.grad(y, taken, grad.index_select(1, c.places())))
         del y, taken
         dq.index_copy_(1, c.places(), c.give(tiles[0]))

@@ -224,7 +224,11 @@ def test_latents_start_as_held_keyframes_and_first_frames_as_they_were(tmp_path:
         z = trained.encoder.shortcut(trained.patcher.split(video[:, :, :1], True), True)
         assert torch.allclose(model.decode(z).sample, trained.decode(z).sample, atol=1e-5)
     run(then)
-    for change in ({"freeze_encoder": True}, {"model": {**mixing, "block_shortcut": False, "shortcut_overlap": 0}}):
+    for change in (
+        {"freeze_encoder": True},
+        {"inflate": str(first), "init": None},
+        {"model": {**mixing, "block_shortcut": False, "shortcut_overlap": 0}},
+    ):
         with pytest.raises(WaltError, match="hold_keyframes: needs"):
             build_objective(then.model_copy(update=change))
 

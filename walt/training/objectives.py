@@ -128,9 +128,10 @@ class TokenizerObjective(Objective):
                 "model.block_shortcut=true)"
             )
         shortcut = self.model.config.block_shortcut
-        if job.hold_keyframes and (self.quantizer is not None or not shortcut or job.freeze_encoder):
+        fixed = job.freeze_encoder or job.inflate is not None
+        if job.hold_keyframes and (self.quantizer is not None or not shortcut or fixed):
             raise WaltError(
-                "hold_keyframes: needs model.block_shortcut=true, no quantizer, and an encoder that learns "
+                "hold_keyframes: needs model.block_shortcut=true, no quantizer, no inflate, and an encoder that learns "
                 "(freeze_encoder=false)"
             )
         if self.quantizer is not None and job.loss.latent_noise:
