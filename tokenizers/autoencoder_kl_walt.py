@@ -562,6 +562,16 @@ class _Stack(nn.Module):
         """One past a layer. A list is its owner's: it is emptied on the way, so that old and new are never all held."""
         return past if isinstance(past, list) else list(past) if past else [past] * count
 
+    @property
+    def last(self) -> nn.Module:
+        """What makes the output that is added to the shortcut's."""
+        raise NotImplementedError
+
+    def silence(self) -> None:
+        """The network's output becomes zero: the shortcut alone speaks, until training changes that."""
+        for weight in self.last.parameters():
+            nn.init.zeros_(weight)
+
 
 class _Way:
     """The steps of one frame's way through a stack, with the rows and the past of each."""
@@ -629,10 +639,9 @@ class _Encoder(_Stack):
         x, pasts[-1] = self.conv_out(_activate(self.norm_out, x), pasts[-1])
         return x if straight is None else x + straight, None if past is None else tuple(pasts)
 
-    def silence(self) -> None:
-        """The network's output becomes zero: the shortcut alone speaks, until training changes that."""
-        for weight in self.conv_out.parameters():
-            nn.init.zeros_(weight)
+    @property
+    def last(self) -> nn.Module:
+        return self.conv_out
 
     def _begin(self, x: Tensor, past: Past, first: bool) -> tuple[Tensor, Past]:
         """From blocks to the first layer's input."""
@@ -761,16 +770,6 @@ class _Decoder(_Stack):
         if self.shrinkage is not None:
             x = self.shrinkage(x, first)
         return x, None if past is None else tuple(pasts)
-
-    def silence(self) -> None:
-        """The network's output becomes zero: the shortcut alone speaks, until training changes that."""
-        for weight in self.last.parameters():
-            nn.init.zeros_(weight)
-
-    @property
-    def last(self) -> nn.Module:
-        """What makes the blocks out of the last layer's output."""
-        raise NotImplementedError
 
     @property
     def last_weight(self) -> Tensor:
@@ -1153,9 +1152,7 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin, FromOriginalM
             return DecoderOutput(sample=x) if return_dict else (x, quantized)
         if noise is None:
             return DecoderOutput(sample=self._decode(z)) if return_dict else (self._decode(z), z)
-        # In units of the latent itself: an encoder gains nothing by speaking louder.
-        std = z.float().std(dim=(0, 2, 3, 4), keepdim=True, correction=0).to(z.dtype)
-        x = self._decode(z + noise.to(z.dtype) * std)
+        x = self._decode(_with_noise(z, noise))
         return DecoderOutput(sample=x) if return_dict else (x, z)
 
     def _encode(self, x: Tensor) -> Tensor:
@@ -1335,8 +1332,7 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin, FromOriginalM
         encode.later.bias.copy_(-later_down @ mean)
         _set_map(decode.first, fold(up.T).T / time, fold(mean[None])[0] / time)
         _set_map(decode.later, later_up, later_mean - later_basis @ (later_basis.T @ (later_mean - mean)))
-        nn.init.zeros_(self.encoder.conv_out.weight)
-        nn.init.zeros_(cast(Tensor, self.encoder.conv_out.bias))
+        self.encoder.silence()
         self.decoder.silence()
 
     @torch.no_grad()
@@ -1383,8 +1379,8 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin, FromOriginalM
 
         Args:
             videos: batches `(B, 3, T, H, W)` in [-1, 1]; clips must be among them.
-            noise: the latents are read with Gaussian noise of a random std up to this, so that the map does not lean on
-                differences that a denoiser will not get right.
+            noise: the latents are read with Gaussian noise of a random std up to this, in units of each channel's, so that
+                the map does not lean on differences that a denoiser will not get right.
             generator: where the noise comes from.
 
         Raises:
@@ -1400,7 +1396,7 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin, FromOriginalM
             z = self._encode(video)
             if noise:
                 strength = noise * torch.rand((len(z), 1, 1, 1, 1), generator=generator)
-                z = z + (strength * torch.randn(z.shape, generator=generator)).to(z)
+                z = _with_noise(z, (strength * torch.randn(z.shape, generator=generator)).to(z))
             blocks = self.patcher.split(video, first=True)
             for layer, x, time in shortcut.parts(z, None):
                 part = blocks[:, :, :1] if time == 1 and layer is shortcut.first else blocks[:, :, 1:]
@@ -1690,6 +1686,11 @@ def _convolutions(network: _Encoder | _Decoder, times: Sequence[int]) -> Iterato
         elif isinstance(layer, CausalConv3d):
             yield layer.in_channels, layer.out_channels, 27, *scales()
             level += layer.stride[1] - 1
+
+
+def _with_noise(z: Tensor, noise: Tensor) -> Tensor:
+    """Latents `(B, c, t, h, w)` with noise in units of each channel's std: an encoder gains nothing by speaking louder."""
+    return z + noise.to(z.dtype) * z.float().std(dim=(0, 2, 3, 4), keepdim=True, correction=0).to(z.dtype)
 
 
 def _halves(rows: int) -> list[int]:

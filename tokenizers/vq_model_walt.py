@@ -276,8 +276,7 @@ class WaltVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         scale = float(variance[-features:].mean().clamp_min(1e-12).sqrt())
         encode.first.weight.copy_(basis.T / scale)
         cast(Tensor, encode.first.bias).copy_(-(basis.T @ mean) / scale)
-        nn.init.zeros_(self.encoder.conv_out.weight)
-        nn.init.zeros_(cast(Tensor, self.encoder.conv_out.bias))
+        self.encoder.silence()
         self.decoder.silence()
         self.quantize.fit((rows - mean) @ basis / scale)
         if isinstance(decode, LappedProjection):

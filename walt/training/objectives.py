@@ -186,7 +186,7 @@ class TokenizerObjective(Objective):
 
     def _hold_keyframes(self, job: TokenizerJob) -> None:
         model = self.model
-        # A first frame is decoded as before.
+        # A mixing decoder decodes a first frame as before.
         parts = (model.decoder.last, model.decoder.shortcut)
         before = [{k: v.clone() for k, v in part.state_dict().items() if k.startswith("first.")} for part in parts]
         model.hold_keyframes()
