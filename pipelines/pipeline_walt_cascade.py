@@ -48,6 +48,7 @@ class WaltCascadePipeline(SamplingPipeline):
         base_steps, super_resolution_steps: default inference steps.
         base_guidance_scale, super_resolution_guidance_scale: default guidance.
         noise_level: default noise on the low-resolution latents (a timestep).
+        fidelity: default of how closely a super-resolution stage keeps to the frames it enlarges, from 0 to 1.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->temporal_super_resolution->transformer_2->transformer_3->vae"
@@ -69,6 +70,7 @@ class WaltCascadePipeline(SamplingPipeline):
         super_resolution_guidance_scale: float = 1.0,
         noise_level: int = 50,
         temporal_super_resolution: WaltTransformer3DModel | None = None,
+        fidelity: float = 0.0,
     ) -> None:
         super().__init__()
         if temporal_super_resolution is not None and low_res_kind(temporal_super_resolution.config) != "time":
@@ -96,6 +98,7 @@ class WaltCascadePipeline(SamplingPipeline):
             base_guidance_scale=base_guidance_scale,
             super_resolution_guidance_scale=super_resolution_guidance_scale,
             noise_level=noise_level,
+            fidelity=fidelity,
         )
         self._set_up()
         self._current_stage = 0
@@ -173,6 +176,7 @@ class WaltCascadePipeline(SamplingPipeline):
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 - diffusers' signature; never changed
         max_sequence_length: int = TEXT_TOKENS,
         double_frame_rate: bool = False,
+        fidelity: float | list[float] | tuple[float, ...] | None = None,
     ) -> WaltPipelineOutput | Any:
         """Generates videos with the first `stages` stages.
 
@@ -180,7 +184,8 @@ class WaltCascadePipeline(SamplingPipeline):
             height, width: pixels of the last stage that runs; its base size times 2 per further stage by default.
             num_inference_steps, guidance_scale: one number for every stage, or one per stage (of the temporal one the
                 default then); from the config by default.
-            noise_level: one number, or one per super-resolution stage; likewise.
+            noise_level, fidelity: one number, or one per super-resolution stage (WaltSuperResolutionPipeline says what of);
+                likewise.
             stages: how many stages to run, all by default.
             latents: start noise of the base stage.
             double_frame_rate: whether `temporal_super_resolution` makes 2 `num_frames` - 1 frames of the base's, so 16 per
@@ -217,6 +222,7 @@ class WaltCascadePipeline(SamplingPipeline):
             callback_on_step_end_tensor_inputs,
             max_sequence_length,
             double_frame_rate,
+            fidelity,
         )
         plan.begin()
         frames: Any = None
@@ -349,6 +355,7 @@ class WaltCascadePipeline(SamplingPipeline):
         attention_kwargs: dict[str, Any] | None = None,
         callback_on_step_end: StepCallback | None = None,
         max_sequence_length: int = TEXT_TOKENS,
+        fidelity: float = 1.0,
     ) -> Iterator[Tensor]:
         """Enlarges a video chunk by chunk, in memory that does not depend on its length.
 
@@ -357,6 +364,7 @@ class WaltCascadePipeline(SamplingPipeline):
             prompt: what it shows, for stages that take text.
             scale: 2, 4, ...; by default what leads from the video's size to about the model's own. The first stage is
                 the one whose own input is nearest to the video in size; the last one goes on where more is asked for.
+            fidelity: as of WaltSuperResolutionPipeline; unlike a generated video the given one is kept to in full.
             num_inference_steps, and all the rest: as of a call, the same for all stages.
 
         Yields:
@@ -415,6 +423,7 @@ class WaltCascadePipeline(SamplingPipeline):
                 frames,
                 **dict(zip(names, states, strict=True)),
                 noise_level=level,
+                fidelity=fidelity,
                 num_inference_steps=steps,
                 guidance_scale=guidance,
                 guidance_rescale=guidance_rescale,
@@ -458,6 +467,7 @@ class WaltCascadePipeline(SamplingPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         max_sequence_length: int = TEXT_TOKENS,
         double_frame_rate: bool = False,
+        fidelity: float | list[float] | tuple[float, ...] | None = None,
     ) -> _Plan:
         """Checks the arguments of a call and encodes its prompts."""
         stages, height, width = self.check_inputs(stages, height, width, num_frames)
@@ -467,6 +477,9 @@ class WaltCascadePipeline(SamplingPipeline):
         base, later = self.config.base_guidance_scale, self.config.super_resolution_guidance_scale
         scales = _per_stage("guidance_scale", guidance_scale, [base] + [later] * (stages - 1))
         levels = _per_stage("noise_level", noise_level, [self.config.noise_level] * (stages - 1))
+        fidelities = _per_stage("fidelity", fidelity, [self.config.fidelity] * (stages - 1))
+        for value in fidelities:
+            check_range("fidelity", value, 0, 1)
         order = list(range(stages))
         if double_frame_rate and num_frames > 1:
             order.insert(1, TEMPORAL)
@@ -530,7 +543,7 @@ class WaltCascadePipeline(SamplingPipeline):
             "guidance_rescale": guidance_rescale,
             "attention_kwargs": attention_kwargs,
         }
-        return _Plan(begin, order, (height // down, width // down), steps, scales, levels, shared)
+        return _Plan(begin, order, (height // down, width // down), steps, scales, levels, fidelities, shared)
 
     def _stage(self, i: int) -> Any:
         """The pipeline of one stage, 0 for the base, with this pipeline's parts."""
@@ -551,6 +564,8 @@ class WaltCascadePipeline(SamplingPipeline):
         told = {**plan.shared, "num_inference_steps": plan.steps[i]}
         if i:
             told["noise_level"] = plan.levels[TEMPORAL if i == TEMPORAL else i - 1]
+            if i != TEMPORAL:
+                told["fidelity"] = plan.fidelities[i - 1]
             if self._model(i).config.text_dim is None:
                 told |= dict.fromkeys(key for key in told if "prompt_embeds" in key)
         return told
@@ -590,9 +605,9 @@ class WaltCascadePipeline(SamplingPipeline):
 
 @dataclass(frozen=True)
 class _Plan:
-    """A call after its checks: per stage its steps, guidance and (from the second on) noise level.
+    """A call after its checks: per stage its steps, guidance and (from the second on) noise level and fidelity.
 
-    Those of the temporal stage are the last ones, where it is among them.
+    Those of the temporal stage, which has no fidelity, are the last ones, where it is among them.
     """
 
     begin: Callable[[], None]  # sets the state of the call
@@ -601,6 +616,7 @@ class _Plan:
     steps: list[int]
     scales: list[float]
     levels: list[int]
+    fidelities: list[float]
     shared: dict[str, Any]
 
 

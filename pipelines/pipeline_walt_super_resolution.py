@@ -41,7 +41,7 @@ class WaltSuperResolutionPipeline(SamplingPipeline):
     Args:
         vae, transformer, scheduler: as for WaltPipeline; the transformer has `low_res_channels`.
         tokenizer, text_encoder: None to work from `prompt_embeds` (or for a transformer without text).
-        noise_level: the default of the call's argument.
+        noise_level, fidelity: the defaults of the call's arguments.
     """
 
     _optional_components = ["tokenizer", "text_encoder"]
@@ -54,12 +54,13 @@ class WaltSuperResolutionPipeline(SamplingPipeline):
         tokenizer: PreTrainedTokenizerBase | None = None,
         text_encoder: PreTrainedModel | CompactTextEncoder | None = None,
         noise_level: int = 50,
+        fidelity: float = 0.0,
     ) -> None:
         super().__init__()
         self.register_modules(
             vae=vae, transformer=transformer, scheduler=scheduler, tokenizer=tokenizer, text_encoder=text_encoder
         )
-        self.register_to_config(noise_level=noise_level)
+        self.register_to_config(noise_level=noise_level, fidelity=fidelity)
         self._set_up()
 
     @torch.no_grad()
@@ -85,6 +86,7 @@ class WaltSuperResolutionPipeline(SamplingPipeline):
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 - diffusers' signature; never changed
         max_sequence_length: int = TEXT_TOKENS,
+        fidelity: float | None = None,
     ) -> WaltPipelineOutput | Any:
         """Doubles the size of videos.
 
@@ -93,6 +95,9 @@ class WaltSuperResolutionPipeline(SamplingPipeline):
                 array `(B, T, H, W, 3)` or `(T, H, W, 3)` (float in [0, 1] or uint8), a list of PIL images, or a list of
                 videos. Of any length and size, with one prompt per video; `stream` takes a long one in pieces.
             noise_level: 0 to 999, the timestep to which the low-resolution latents are noised: more trusts them less.
+            fidelity: 0 to 1, how much of the given video's detail the result, made small again, must keep: 1 for a sharp
+                video, less for one that was decoded or compressed, 0 for what the stage makes of it. Not of latents, nor
+                of a temporal stage.
             prompt, and all the rest: as for WaltPipeline; `num_videos_per_prompt` makes that many versions of each
                 video.
 
@@ -105,6 +110,7 @@ class WaltSuperResolutionPipeline(SamplingPipeline):
         noise_level = noise_level if noise_level is not None else int(self.config.noise_level)
         self._check_common(num_inference_steps, num_videos_per_prompt, guidance_rescale, output_type)
         check_range("noise_level", noise_level, 0, 999, whole=True)
+        fidelity = self._check_fidelity(fidelity)
         prompts = self._check_prompt(
             prompt,
             negative_prompt,
@@ -147,6 +153,7 @@ class WaltSuperResolutionPipeline(SamplingPipeline):
                         seeds,
                         num_inference_steps,
                         noise_level,
+                        fidelity,
                         decode=output_type != "latent",
                         latents=latents,
                         num_frames=num_frames if latents is not None else None,
@@ -174,6 +181,7 @@ class WaltSuperResolutionPipeline(SamplingPipeline):
         attention_kwargs: dict[str, Any] | None = None,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: list[str] | tuple[str, ...] = ("latents",),
+        fidelity: float | None = None,
     ) -> Iterator[Tensor]:
         """Enlarges a video that comes in pieces, chunk by chunk, in memory that does not depend on its length.
 
@@ -191,6 +199,7 @@ class WaltSuperResolutionPipeline(SamplingPipeline):
         noise_level = noise_level if noise_level is not None else int(self.config.noise_level)
         self._check_common(num_inference_steps, 1, guidance_rescale, "pt")
         check_range("noise_level", noise_level, 0, 999, whole=True)
+        fidelity = self._check_fidelity(fidelity)
         self._check_model()
         prompts = self._check_prompt(
             None,
@@ -236,7 +245,8 @@ class WaltSuperResolutionPipeline(SamplingPipeline):
                 inputs: Iterator[Tensor] = map(_signed, source)
                 if self.temporal:
                     inputs = pieces_twice(inputs)
-                yield from self._outputs(self._enlarge(inputs, prompt, seeds, num_inference_steps, noise_level))
+                made = self._enlarge(inputs, prompt, seeds, num_inference_steps, noise_level, fidelity)
+                yield from self._outputs(made)
             self.maybe_free_model_hooks()
 
         return run()
@@ -248,6 +258,7 @@ class WaltSuperResolutionPipeline(SamplingPipeline):
         seeds: list[int],
         steps: int,
         noise_level: int,
+        fidelity: float,
         decode: bool = True,
         latents: Tensor | None = None,
         num_frames: int | None = None,
@@ -286,8 +297,20 @@ class WaltSuperResolutionPipeline(SamplingPipeline):
             latents=latents,
             low_res_video=map(bordered, source),
             noise_level=noise_level,
+            fidelity=fidelity,
         )
         yield from (map(cut, stream) if decode else stream)
+
+    def _check_fidelity(self, fidelity: float | None) -> float:
+        if self.temporal:
+            if fidelity:
+                raise WaltError(
+                    f"fidelity is for stages that enlarge; this one doubles the frame rate, got {fidelity!r}"
+                )
+            return 0.0
+        fidelity = float(self.config.fidelity) if fidelity is None else fidelity
+        check_range("fidelity", fidelity, 0, 1)
+        return fidelity
 
     def _check_model(self) -> None:
         config = self.transformer.config

@@ -8,6 +8,7 @@ seed, so a sample never depends on the rest of its batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, wraps
@@ -20,6 +21,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import get_module_execution_device
 from diffusers.video_processor import VideoProcessor
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from walt.card import HubCardMixin
@@ -383,6 +385,7 @@ def denoise_stream(
     class_labels: Tensor | None = None,
     low_res_video: Tensor | Iterable[Tensor] | None = None,
     noise_level: int | None = None,
+    fidelity: float = 0.0,
     given: Given = Given(),
     context: Context = Context(),
 ) -> Iterator[Tensor]:
@@ -399,6 +402,7 @@ def denoise_stream(
         low_res_video: for super-resolution, `(B, 3, T, H/2, W/2)` in [-1, 1], or pieces of it one after another; cut
             into the same chunks.
         noise_level: timestep of the noise that the low-resolution latents get.
+        fidelity: how closely the frames, made small again, are held to `low_res_video`; see `back_project`.
         given: what stays of a video, or is changed.
         context: how later chunks see the one before.
 
@@ -463,6 +467,8 @@ def denoise_stream(
         if k:
             return_freed_memory()  # over the first chunks of a long video the gaps grow (at 512x896 by 160 MB)
         video = decode_latents(vae, x)
+        if window.low_res is not None and fidelity:
+            back_project(video, window.low_res, fidelity)
         if known is not None and bool(known.shown.any()):
             shown = known.video if given.composite or source is None else decode_latents(vae, source)
             video = torch.where(known.shown.to(video.device), shown.to(video), video)
@@ -475,6 +481,36 @@ def denoise_stream(
         yield chunk(k, window)
         if pipe.interrupt:
             return
+
+
+def back_project(video: Tensor, low_res: Tensor, fidelity: float) -> None:
+    """Brings `video` `(B, 3, T, H, W)`, in place, nearer to the video `(B, 3, T, h, w)` that it enlarges, in [-1, 1].
+
+    What its pixels' means over the small pixels lack of `low_res` is added, bicubically enlarged (iterative back-projection,
+    Irani and Peleg 1991; the range-space correction of DDNM, arXiv 2212.00490). A tokenizer blurs what the small video
+    shows sharply, and so little of it that a denoiser cannot mend it. But where that video was itself decoded from latents
+    its finest detail is false: below 1, `fidelity` is the share of the small video's band, from coarse to fine, in which
+    at least half of the difference is made up for.
+    """
+    scale = video.shape[-1] // low_res.shape[-1]
+    kernel: Tensor | None = None
+    if fidelity < 1:
+        sigma = math.sqrt(2 * math.log(2)) / (math.pi * fidelity)  # in small pixels
+        radius = min(math.ceil(3 * sigma), max(low_res.shape[-2:]))
+        kernel = torch.exp(
+            -(torch.arange(-radius, radius + 1, device=video.device, dtype=torch.float32) ** 2) / (2 * sigma**2)
+        )
+        kernel = (kernel / kernel.sum())[None, None]
+    for t in range(video.shape[2]):  # frame by frame, for memory's sake
+        frame = video[:, :, t].float()
+        gap = low_res[:, :, t].to(frame) - F.avg_pool2d(frame, scale)
+        if kernel is not None:
+            sides = gap.flatten(0, 1)[:, None]
+            for shape, border in (((1, -1), [radius, radius, 0, 0]), ((-1, 1), [0, 0, radius, radius])):
+                sides = F.conv2d(F.pad(sides, border, mode="replicate"), kernel.view(1, 1, *shape))
+            gap = sides.view_as(gap)
+        fine = F.interpolate(gap, size=frame.shape[-2:], mode="bicubic", align_corners=False)
+        video[:, :, t] = (frame + fine).clamp_(-1, 1).to(video)
 
 
 def stream_without_grad(stream: Callable[P, Iterator[Tensor]]) -> Callable[P, Iterator[Tensor]]:

@@ -198,6 +198,7 @@ def _sample_arguments(parser: argparse.ArgumentParser) -> None:
     add("--guidance-rescale", type=float, default=0.0, metavar="PHI", help="0 to 1 (default: 0)")
     add_guidance(add)
     add("--noise-level", type=int, metavar="T", help="noise on the low-resolution input, 0 to 999")
+    add("--fidelity", type=float, metavar="F", help="0 to 1: how closely a stage keeps to what it enlarges")
     add(
         "--context-guidance", type=float, default=1.0, metavar="SCALE", help="long videos: how hard later chunks follow"
     )
@@ -272,6 +273,8 @@ def _sample_prepare(args: argparse.Namespace) -> None:
         raise WaltError(f"--context-noise must be from 0 to 999, got {args.context_noise}")
     if args.noise_level is not None and not 0 <= args.noise_level <= 999:
         raise WaltError(f"--noise-level must be from 0 to 999, got {args.noise_level}")
+    if args.fidelity is not None and not 0 <= args.fidelity <= 1:
+        raise WaltError(f"--fidelity must be from 0 to 1, got {args.fidelity}")
     if not 0 <= args.seed < 2**63:
         raise WaltError(f"--seed must be from 0 to 2**63 - 1, got {args.seed}")
     for name, values, low in (("--steps", args.steps, 1), ("--guidance", args.guidance, 0)):
@@ -315,6 +318,7 @@ def _sample_run(args: argparse.Namespace) -> None:
             "guidance_scale": guidance,
             "guidance_rescale": args.guidance_rescale,
             "noise_level": args.noise_level,
+            "fidelity": args.fidelity,
             "stages": stages,
             "generator": torch.Generator().manual_seed(args.seed),
             "double_frame_rate": double,

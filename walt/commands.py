@@ -687,6 +687,7 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sr-steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=4.0, help="default guidance scale of the base")
     parser.add_argument("--noise-level", type=int, default=50, help="default noise on the low-resolution latents")
+    parser.add_argument("--fidelity", type=float, default=0.6, help="default of how closely a stage keeps to its input")
 
 
 def save_parts(pipe: Any, folder: Path) -> None:
@@ -706,6 +707,8 @@ def export_prepare(args: argparse.Namespace) -> None:
         raise WaltError(f"--guidance must be at least 0, got {args.guidance}")
     if not 0 <= args.noise_level <= 999:
         raise WaltError(f"--noise-level must be from 0 to 999, got {args.noise_level}")
+    if not 0 <= args.fidelity <= 1:
+        raise WaltError(f"--fidelity must be from 0 to 1, got {args.fidelity}")
 
 
 def export(args: argparse.Namespace) -> None:
@@ -743,6 +746,7 @@ def export(args: argparse.Namespace) -> None:
         super_resolution_steps=args.sr_steps,
         base_guidance_scale=args.guidance,
         noise_level=args.noise_level,
+        fidelity=args.fidelity,
         **stages,
     )
     temporary = output.with_name(f".{output.name}.tmp")

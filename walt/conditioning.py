@@ -133,6 +133,22 @@ def drop(count: int, probability: float, generator: torch.Generator) -> list[boo
     return (torch.rand(count, generator=generator) < probability).tolist()
 
 
+def partial_captions(captions: Sequence[str], probability: float, generator: torch.Generator) -> list[str]:
+    """`captions`, of which a share has lost words, each at even odds (one at least stays).
+
+    What a word means is then learnt apart from the words that it stands beside in training.
+    """
+    result = []
+    for caption, chosen in zip(captions, drop(len(captions), probability, generator), strict=True):
+        words = caption.split()
+        if chosen and len(words) > 1:
+            stays = drop(len(words), 0.5, generator)
+            always = int(torch.randint(len(words), (), generator=generator))
+            caption = " ".join(word for i, word in enumerate(words) if stays[i] or i == always)
+        result.append(caption)
+    return result
+
+
 def low_res_kind(config: Mapping[str, Any]) -> Literal["space", "time"] | None:
     """What a denoiser of this config is told of a video of less resolution: half the size, or half the frames.
 

@@ -88,6 +88,7 @@ def add_upscale(parser: argparse.ArgumentParser) -> None:
     add("--scale", type=int, metavar="N", help="2, 4, ... (default: to about the model's own size)")
     add("--model", metavar="FOLDER", help="a model folder (default: the embedded model)")
     add("--noise-level", type=int, metavar="T", help="0 to 999: more trusts the video less (default: the model's)")
+    add("--fidelity", type=float, default=1.0, metavar="F", help="0 to 1: less for a noisy or compressed video")
     add("--steps", type=int, metavar="N", help="inference steps of each stage (default: the model's)")
     add("--guidance", type=float, metavar="SCALE", help="guidance scale of each stage (default: the model's)")
     add_guidance(add)
@@ -320,6 +321,7 @@ def run_upscale(args: argparse.Namespace) -> None:
             num_inference_steps=args.steps,
             guidance_scale=args.guidance,
             noise_level=args.noise_level,
+            fidelity=args.fidelity,
             generator=torch.Generator().manual_seed(args.seed),
             callback_on_step_end=step,
         )

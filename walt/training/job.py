@@ -237,6 +237,9 @@ class DiffusionJob(Frozen):
     )
     self_conditioning_probability: float = Field(default=0.9, ge=0, le=1)
     condition_dropout: float = Field(default=0.1, ge=0, le=1)
+    partial_captions: float = Field(
+        default=0.0, ge=0, le=1, description="chance that a caption loses words, each of them at even odds"
+    )
     frame_prediction_probability: float = Field(default=0.2, ge=0, le=1, description="p_fp")
     given_frames: tuple[Annotated[int, Field(gt=0)], ...] = Field(
         default=(1, 2), min_length=1, description="latent frames given in frame prediction, drawn evenly"

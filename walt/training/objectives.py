@@ -6,7 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from walt.conditioning import (
     frames_twice,
     half_rate,
     low_res_kind,
+    partial_captions,
     random_mask,
 )
 from walt.data.clips import Clips, Draw, stack_equal
@@ -651,6 +652,12 @@ class DenoiserObjective(Objective):
         shared: torch.Generator | None = None,
     ) -> tuple[Tensor, dict[str, float | Tensor]]:
         knobs = self.job.diffusion
+        if knobs.partial_captions and self.words is not None:
+            captions = partial_captions([sample.caption for sample in batch], knobs.partial_captions, generator)
+            batch = [
+                sample if sample.caption == caption else replace(sample, caption=caption, states=None)
+                for sample, caption in zip(batch, captions, strict=True)
+            ]
         clean = [self._latent(sample.video, sample.latent) for sample in batch]
         count = len(batch)
         steps = draw_timesteps(count, len(self.scheduler), knobs.timestep_logit_normal, generator)
