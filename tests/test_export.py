@@ -103,7 +103,14 @@ def test_export_errors_are_one_line_and_delete_nothing(
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("--base-steps", "0"), ("--sr-steps", "-1"), ("--guidance", "nan"), ("--noise-level", "1000")]
+    ("option", "value"),
+    [
+        ("--base-steps", "0"),
+        ("--sr-steps", "-1"),
+        ("--guidance", "nan"),
+        ("--noise-level", "1000"),
+        ("--fidelity", "2"),
+    ],
 )
 def test_defaults_that_no_sampler_takes_are_not_exported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, value: str

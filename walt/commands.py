@@ -11,7 +11,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -790,7 +790,7 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--width", type=int, help="tokenizer: see --height (default: frames as they are)")
     parser.add_argument("--stages", type=int, choices=(1, 2, 3), default=1, help="joins, sheet, prompts: stages to run")
-    parser.add_argument("--steps", type=int, default=20, help="sampling steps of every stage")
+    parser.add_argument("--steps", type=int, help="sampling steps of every stage (default: the model's own)")
     parser.add_argument("-o", "--output", default="sheet.png", help="sheet, nuwa: the PNG to write")
     parser.add_argument(
         "--work", help="prompts, video: folder where a rerun goes on (default: runs/prompts, runs/video)"
@@ -859,7 +859,7 @@ def evaluate_prepare(args: argparse.Namespace) -> None:
         args.count = 200 if args.what == "prompts" else 6
     if args.frames is None:
         args.frames = {"prompts": 17, "joins": 29}.get(args.what, 5)
-    if args.count < 1 or args.steps < 1:
+    if args.count < 1 or (args.steps is not None and args.steps < 1):
         raise WaltError(f"--count and --steps must be at least 1, got {args.count} and {args.steps}")
     if not chunk_joins(args.frames) and args.what == "joins":
         raise WaltError(f"--frames {args.frames} is one chunk, which has no join: give 29, 41, 53, ...")
@@ -999,6 +999,12 @@ def _evaluate_video(args: argparse.Namespace) -> None:
         write_report(args.json, network, rows, settings)
 
 
+def _steps(args: argparse.Namespace, pipe: Any, stages: int) -> list[int]:
+    """Sampling steps of the first `stages` stages."""
+    own: list[int] = pipe.default_steps(stages)
+    return own if args.steps is None else [args.steps] * stages
+
+
 def _held_out(args: argparse.Namespace) -> Any:
     from walt.data.emoji import EMBEDDED_WORLD, EmojiTheatre
 
@@ -1010,29 +1016,35 @@ def _evaluate_stages(args: argparse.Namespace, pipe: Any) -> None:
     import torch
 
     from walt.data.scenes import to_video
-    from walt.evaluation.super_resolution import compare_sources, table
+    from walt.evaluation.super_resolution import compare_with_bicubic, table
     from walt.pipelines.pipeline_walt_super_resolution import WaltSuperResolutionPipeline
     from walt.tokenizers.losses import PerceptualLoss
 
     theatre, perceptual, console = _held_out(args), PerceptualLoss(args.weights), Console()
     scenes = [theatre.scene(seed) for seed in range(args.count)]
 
-    def real(scene: Any, height: int) -> Tensor:
-        video, _ = theatre.render(scene, height, height * 7 // 4, frames=args.frames)
+    def real(scene: Any, size: tuple[int, int]) -> Tensor:
+        video, _ = theatre.render(scene, *size, frames=args.frames)
         return to_video(video)[None]
 
     def seen(low: Tensor) -> Tensor:
-        return cast(Tensor, pipe.vae(low.to(pipe.vae.dtype)).sample.float().clamp(-1, 1))
+        video: Tensor = pipe.vae(low.to(pipe.vae.dtype)).sample
+        return video.float().clamp(-1, 1)
 
-    def stage(transformer: Any) -> Callable[[Tensor], Tensor]:
-        upscale = WaltSuperResolutionPipeline(vae=pipe.vae, transformer=transformer, scheduler=pipe.scheduler)
+    def stage(transformer: Any, fidelity: float) -> Callable[[Tensor], Tensor]:
+        parts = {name: getattr(pipe, name) for name in ("vae", "scheduler", "tokenizer", "text_encoder")}
+        upscale = WaltSuperResolutionPipeline(transformer=transformer, **parts)
         upscale.set_progress_bar_config(disable=True)
+        order = iter(scenes)
 
         def run(low: Tensor) -> Tensor:
+            caption = next(order).caption
             frames = upscale(
                 video=(low.transpose(1, 2) + 1.0) / 2.0,
+                prompt=None if transformer.config.text_dim is None else caption,
                 noise_level=pipe.config.noise_level,
-                num_inference_steps=args.steps,
+                fidelity=fidelity,
+                num_inference_steps=_steps(args, pipe, 2)[1],
                 generator=torch.Generator().manual_seed(0),
                 output_type="pt",
             ).frames
@@ -1041,27 +1053,32 @@ def _evaluate_stages(args: argparse.Namespace, pipe: Any) -> None:
         return run
 
     for number, transformer in enumerate(pipe.transformers[1:], start=1):
-        height = pipe.default_size(number)[0]
+        height, width = pipe.default_size(number)
 
         def made(scene: Any, number: int = number) -> Tensor:
             frames = pipe(
                 prompt=scene.caption,
                 num_frames=args.frames,
-                num_inference_steps=[args.steps] * number,
+                num_inference_steps=_steps(args, pipe, number),
                 stages=number,
                 generator=torch.Generator().manual_seed(scene.seed),
                 output_type="pt",
             ).frames
             return frames.transpose(1, 2) * 2.0 - 1.0
 
-        pairs = [(real(scene, height), real(scene, 2 * height)) for scene in scenes]
-        sources = {
-            "real": pairs,
-            "real, as the stage sees it": [(seen(low), high) for low, high in pairs],
-            "generated": [(made(scene), high) for scene, (_, high) in zip(scenes, pairs, strict=True)],
-        }
+        pairs = [(real(scene, (height, width)), real(scene, (2 * height, 2 * width))) for scene in scenes]
+        own = pipe.config.fidelity
+        sources = [  # a real video is kept to in full, as `walt upscale` does
+            ("real", 1.0, pairs),
+            ("real, as the stage sees it", own, [(seen(low), high) for low, high in pairs]),
+            ("generated", own, [(made(scene), high) for scene, (_, high) in zip(scenes, pairs, strict=True)]),
+        ]
         console.print(f"super-resolution {number}, {height} -> {2 * height} lines")
-        console.print(table(compare_sources(stage(transformer), sources, perceptual)), soft_wrap=True)
+        rows = [
+            compare_with_bicubic(stage(transformer, fidelity), clips, perceptual, name)
+            for name, fidelity, clips in sources
+        ]
+        console.print(table(rows), soft_wrap=True)
 
 
 def _evaluate_tokenizer(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> None:
@@ -1136,7 +1153,7 @@ def _evaluate_joins(args: argparse.Namespace, pipe: Any) -> None:
             frames = pipe(
                 prompt=seed_prompt(seed),
                 num_frames=args.frames,
-                num_inference_steps=[args.steps] * stage,
+                num_inference_steps=_steps(args, pipe, stage),
                 stages=stage,
                 generator=torch.Generator().manual_seed(seed),
                 output_type="pt",
@@ -1178,7 +1195,7 @@ def _evaluate_prompts(args: argparse.Namespace, pipe: Any) -> int:
         "model": fingerprint(args.model),
         "dtype": str(pipe.dtype),
         "stages": stages,
-        "steps": args.steps,
+        "steps": _steps(args, pipe, stages),
         "size": [args.frames, height, width],
     }
 
@@ -1186,7 +1203,7 @@ def _evaluate_prompts(args: argparse.Namespace, pipe: Any) -> int:
         frames = pipe(
             prompt=list(prompts),
             num_frames=args.frames,
-            num_inference_steps=[args.steps] * stages,
+            num_inference_steps=_steps(args, pipe, stages),
             stages=stages,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             output_type="pt",
@@ -1210,7 +1227,9 @@ def _evaluate_prompts(args: argparse.Namespace, pipe: Any) -> int:
         shown = [judge(read_clip(path)) for path in progress.track(paths, description="judging")]
     made = score(shown, wanted, theatre.world)
     aims = goals(made, truth, args.subject_share)
+    run = f"{len(scenes)} clips of {args.frames} frames, {height}x{width}, from {stages} of {len(pipe.transformers)} stages"
     Console().print(table(made, truth, aims))
+    Console().print(run, soft_wrap=True)
     if args.json is not None:
         settings = {**settings, "image_network": args.image_network, "subject_share": args.subject_share}
         write_report(args.json, settings, scenes, shown, real, theatre.world, args.subject_share)
@@ -1253,7 +1272,7 @@ def _seed_sheet(args: argparse.Namespace, pipe: Any) -> None:
         frames = pipe(
             prompt=prompt,
             num_frames=args.frames,
-            num_inference_steps=[args.steps] * args.stages,
+            num_inference_steps=_steps(args, pipe, args.stages),
             stages=args.stages,
             generator=torch.Generator().manual_seed(seed),
             output_type="pt",

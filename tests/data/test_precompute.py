@@ -18,7 +18,7 @@ from walt.commands import build_objective
 from walt.data import precompute
 from walt.data.precompute import MediaLatents, encode_media
 from walt.errors import WaltError
-from walt.training.job import DenoiserJob, MediaJob, Shape, SourceJob
+from walt.training.job import DenoiserJob, DiffusionJob, MediaJob, Shape, SourceJob
 from walt.training.loop import train
 from walt.training.objectives import TextStates
 
@@ -87,7 +87,7 @@ def test_precomputed_samples_equal_those_on_the_fly_and_train(tmp_path: Path) ->
     }
 
 
-def test_text_states_are_stored_once_per_caption(tmp_path: Path) -> None:
+def test_text_states_are_stored_once_per_caption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "media"
     folder.mkdir()
     for i in range(4):
@@ -109,6 +109,22 @@ def test_text_states_are_stored_once_per_caption(tmp_path: Path) -> None:
     assert {sample.caption for sample in pack} == {"a cat", "a red cat"}
     known = objective._states(pack, [True] + [False] * (len(pack) - 1))
     assert torch.equal(known[0], words([""])[0]) and torch.equal(known[1], pack[1].states)
+    # Captions that have lost words are encoded; the others' states stay those on disk.
+    objective.job = stored.model_copy(update={"diffusion": DiffusionJob(partial_captions=0.5, condition_dropout=0.0)})
+    told: list[list[Any]] = []
+
+    def tell(batch: list[Any], *_: Any) -> None:
+        told.append(batch)
+        raise InterruptedError
+
+    monkeypatch.setattr(objective, "_told", tell)
+    for step in range(60):
+        with pytest.raises(InterruptedError):
+            objective.loss(objective.model, pack, torch.Generator().manual_seed(step))
+    seen = [pair for batch in told for pair in zip(batch, pack, strict=True)]
+    assert all((now.caption == before.caption) == (now.states is before.states) for now, before in seen)
+    assert {now.caption for now, _ in seen} >= {"a cat", "a red cat", "a", "cat", "red"}
+    assert all(torch.equal(now.latent, before.latent) for now, before in seen)
 
 
 def test_reruns_do_only_what_changed(tmp_path: Path) -> None:

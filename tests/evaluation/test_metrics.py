@@ -153,7 +153,15 @@ def test_joins_are_judged_at_every_join_of_the_frames_asked_for(
         return SimpleNamespace(frames=staircase(steps).transpose(1, 2))
 
     def loaded(*_: object) -> Any:
-        return type("Cascade", (), {"vae_scale_factor_temporal": 4, "__call__": staticmethod(pipe)})()
+        return type(
+            "Cascade",
+            (),
+            {
+                "vae_scale_factor_temporal": 4,
+                "default_steps": lambda _, stages: [1] * stages,
+                "__call__": staticmethod(pipe),
+            },
+        )()
 
     monkeypatch.setattr("walt.cli.load_cascade", loaded)
     words = ["evaluate", "joins", "--model", str(tmp_path), "-n", "1", "--frames"]

@@ -253,6 +253,11 @@ class Stage:
         self.theatre, self.honest, self.calls = theatre, honest, 0
         self.scenes = {scene.caption: scene for scene in scenes}
 
+    transformers = (None, None, None)
+
+    def default_steps(self, stages: int) -> list[int]:
+        return [16, 1, 1][:stages]
+
     def check_inputs(self, stages: int, height: None, width: None, frames: int) -> tuple[int, int, int]:
         return stages, *SIZE
 

@@ -228,6 +228,23 @@ def test_a_tokenizer_alone_is_measured_on_held_out_scenes(
 
 
 @pytest.mark.usefixtures("small_lpips")
+def test_stages_are_measured_beside_bicubic(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("walt.data.emoji.EMBEDDED_WORLD", replace(EMBEDDED_WORLD, subjects=("rocket", "frog", "sun")))
+    source = ["--source", str(Path(__file__).parents[1] / "sprites")]
+    pipe = tiny.cascade()
+    pipe.register_modules(transformer=tiny.transformer(sample_size=(2, 4, 4)))
+    pipe.save_pretrained(tmp_path / "model")
+    model = ["--model", str(tmp_path / "model")]
+    assert main(["evaluate", "super-resolution", *model, *source, "-n", "1", "--frames", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "super-resolution 1, 32 -> 64 lines" in said and "super-resolution 2, 64 -> 128 lines" in said
+    for name in ("real", "real, as the stage sees it", "generated"):
+        assert said.count(f"| {name} | 1 |") == 2
+
+
+@pytest.mark.usefixtures("small_lpips")
 def test_bad_arguments_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = video_file(tmp_path, 5, 40, 64)
     tiny.vae().save_pretrained(tmp_path / "vae")

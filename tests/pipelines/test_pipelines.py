@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from PIL import Image
+from torch.nn import functional as F
 
 from tests import tiny
 from walt.conditioning import TEXT_TOKENS
@@ -23,7 +25,7 @@ from walt.models.transformer_walt import WaltTransformer3DModel
 from walt.pipelines.pipeline_walt import WaltPipeline
 from walt.pipelines.pipeline_walt_cascade import WaltCascadePipeline
 from walt.pipelines.pipeline_walt_super_resolution import WaltSuperResolutionPipeline
-from walt.pipelines.sampling import decode_latents, encode_video
+from walt.pipelines.sampling import back_project, decode_latents, encode_video
 from walt.tokenizers.text import CompactTextEncoder, quantize_text_encoder
 from walt.training.objectives import TextStates
 
@@ -330,6 +332,8 @@ def test_super_resolution_refuses(
         (None, "a", {}, "give a video"),
         ("x.mp4", "a", {}, "video must be"),
         (small, ["a", "b"], {"noise_level": 1000}, "noise_level must be an integer from 0 to 999"),
+        (small, ["a", "b"], {"fidelity": 1.5}, "fidelity must be"),
+        (small, ["a", "b"], {"fidelity": "all"}, "fidelity must be"),
     ]
     for video, prompt, changes, message in cases:
         with pytest.raises(WaltError, match=message):
@@ -338,6 +342,54 @@ def test_super_resolution_refuses(
         WaltSuperResolutionPipeline(base.vae, base.transformer, base.scheduler)(small)
     with pytest.raises(WaltError, match="use WaltSuperResolutionPipeline"):
         WaltPipeline(base.tokenizer, base.text_encoder, base.vae, enlarge.transformer, base.scheduler)("a cat")
+
+
+def small_again(video: torch.Tensor) -> torch.Tensor:
+    """Means of two by two pixels."""
+    return video.unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2)).mean((-1, -3))
+
+
+def test_back_projection_corrects_the_band_it_is_told() -> None:
+    """A wave at `fidelity` of the small video's highest frequency is made up for by half; slower ones in full, and only
+    at fidelity 1 the fastest at all. Bicubic enlarging and averaging pass a wave of frequency f by a known share."""
+    x = torch.arange(64, dtype=torch.float32)
+
+    def corrected(frequency: float, fidelity: float) -> float:
+        wave = 0.2 * torch.cos(2 * math.pi * frequency * x + 1.0)
+        low = wave.expand(1, 3, 2, 8, 64)
+        video = torch.zeros(1, 3, 2, 16, 128)
+        back_project(video, low, fidelity)
+        inner = small_again(video)[..., 16:48]
+        return float((inner * low[..., 16:48]).sum() / low[..., 16:48].square().sum())
+
+    passed = {f: corrected(f, 1.0) for f in (0.0, 0.125, 0.25, 0.3)}
+    assert passed[0.0] == pytest.approx(1, abs=1e-5) and 0.9 < passed[0.125] < 1.1 and passed[0.3] > 0.6
+    for fidelity in (0.5, 0.6):
+        assert corrected(fidelity / 2, fidelity) / passed[fidelity / 2] == pytest.approx(0.5, abs=0.03)
+        assert corrected(0.0, fidelity) == pytest.approx(1, abs=1e-5)
+        assert corrected(0.05, fidelity) > 0.95
+        assert abs(corrected(0.5, fidelity)) < 0.25
+    for sides in ((1, 1), (2, 9)):  # and however small the frame and weak the hold
+        video = torch.zeros(1, 3, 1, 2 * sides[0], 2 * sides[1], dtype=torch.bfloat16)
+        back_project(video, torch.full((1, 3, 1, *sides), 0.5), 1e-3)
+        assert (video == 0.5).all()
+
+
+def test_fidelity_holds_the_result_to_its_input(enlarge: WaltSuperResolutionPipeline) -> None:
+    video = F.interpolate(torch.rand(29, 3, 8, 8, generator=tiny.seeded(2)), size=(16, 20), mode="bicubic").clamp(0, 1)
+
+    def run(fidelity: float | None) -> torch.Tensor:
+        frames: torch.Tensor = enlarge(video, PROMPT, fidelity=fidelity, generator=tiny.seeded(0), **FAST).frames
+        return frames
+
+    free, held, full = run(0.0), run(0.5), run(1.0)
+    assert torch.equal(run(None), free)
+    errors = [float((small_again(made[0]) - video).abs().mean()) for made in (free, held, full)]
+    assert errors[2] < 0.7 * errors[1] and errors[1] < 0.7 * errors[0]
+    states, _, mask, _ = enlarge.encode_prompt(PROMPT, do_classifier_free_guidance=False)
+    told: dict[str, Any] = {"prompt_embeds": states, "prompt_embeds_mask": mask, "fidelity": 0.5}
+    stream = enlarge.stream(iter(video[None].split(7, dim=1)), generator=tiny.seeded(0), num_inference_steps=2, **told)
+    assert close(torch.cat(list(stream), dim=1), held, 1e-5)
 
 
 # -- the cascade -------------------------------------------------------------------------------------------------------
@@ -360,6 +412,28 @@ def test_cascade_is_the_stages_one_after_another(cascade: WaltCascadePipeline) -
     second = tiny.quiet(WaltSuperResolutionPipeline(cascade.vae, cascade.transformer_2, cascade.scheduler))
     frames = second(frames, prompt_embeds=embeds, prompt_embeds_mask=mask, generator=source, **FAST).frames
     assert close(frames, sizes[2], 1e-5)
+
+
+def test_cascade_tells_each_stage_its_fidelity(cascade: WaltCascadePipeline) -> None:
+    first = make(cascade, stages=2)
+    both, one, none = (make(cascade, fidelity=fidelity) for fidelity in (1.0, [1.0, 0.0], None))
+    assert close(make(cascade, fidelity=0.0), none, 1e-6) and not close(one, none, 1e-3) and not close(one, both, 1e-3)
+    held = make(cascade, stages=2, fidelity=1.0)
+    assert not close(held, first, 1e-3)
+
+    def gap(large: torch.Tensor) -> float:
+        return float((small_again(large) - held).abs().mean())
+
+    assert gap(both) < 0.5 * gap(one)
+    pieces = cascade.stream(PROMPT, num_frames=5, generator=tiny.seeded(0), fidelity=[1.0, 0.0])
+    assert close(torch.cat(list(pieces), dim=1), make(cascade, num_inference_steps=None, fidelity=[1.0, 0.0]))
+    video = torch.rand(1, 5, 3, 16, 16, generator=tiny.seeded(4))
+    call: dict[str, Any] = {"scale": 2, "num_inference_steps": 1, "output_type": "pt"}
+    given, full, free = (
+        cascade.upscale(video, PROMPT, generator=tiny.seeded(0), **call, **more).frames
+        for more in ({}, {"fidelity": 1.0}, {"fidelity": 0.0})
+    )
+    assert torch.equal(given, full) and not close(given, free, 1e-3), "a given video is kept to in full"
 
 
 def test_cascade_batch_equals_single(cascade: WaltCascadePipeline) -> None:
@@ -398,6 +472,8 @@ def test_cascade_interrupt_returns_the_stage_it_was_in(cascade: WaltCascadePipel
         ({"height": 40}, "height=40 does not fit: it must be a multiple of 32, for instance 32"),
         ({"num_inference_steps": (3, 2)}, "num_inference_steps has 2 values, expected one or 3"),
         ({"noise_level": (1, 2, 3)}, "noise_level has 3 values, expected one or 2"),
+        ({"fidelity": (1, 0, 1)}, "fidelity has 3 values, expected one or 2"),
+        ({"fidelity": -0.1}, "fidelity must be"),
         ({"guidance_scale": (1, 2, -3)}, "guidance_scale must be"),
         ({"num_frames": 18}, "nearest are 17 and 29"),
         ({"prompt": None}, "give a prompt"),
@@ -452,9 +528,10 @@ def test_partial_pipelines_save_and_load(tmp_path: Path) -> None:
     both = [pipe(generator=tiny.seeded(0), **arguments).frames for pipe in (class_pipe, again)]
     assert torch.equal(*both)
     enlarge = tiny.super_resolution_pipeline()
-    enlarge.register_to_config(noise_level=123)
+    enlarge.register_to_config(noise_level=123, fidelity=0.5)
     enlarge.save_pretrained(tmp_path / "large")
     assert WaltSuperResolutionPipeline.from_pretrained(tmp_path / "large").config.noise_level == 123
+    assert WaltSuperResolutionPipeline.from_pretrained(tmp_path / "large").config.fidelity == 0.5
 
 
 def test_int8_text_encoder_is_a_component(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

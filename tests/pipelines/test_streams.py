@@ -274,6 +274,7 @@ def test_upscale_refuses(cascade: WaltCascadePipeline) -> None:
         (video, {"prompt": None}, "give the prompt of the video"),
         (video, {"prompt": ["a", "b"]}, "2 prompts for 1 videos"),
         (video, {"noise_level": 1000}, "noise_level must be"),
+        (video, {"fidelity": 2}, "fidelity must be"),
         (video, {"output_type": "latent"}, "output_type must be one of pil, np, pt here"),
         (iter(()), {}, "at least one frame"),
         (iter([video, video[..., :8]]), {}, "changes its size from 16x16 to 16x8"),

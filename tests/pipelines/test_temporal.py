@@ -100,6 +100,8 @@ def test_the_stage_doubles_the_frames_of_any_video() -> None:
     assert made.shape == (1, 21, 3, 16, 24)  # 21 = 17 + 4: two chunks
     pieces = pipe.stream(iter(video.split([1, 6, 4], dim=1)), generator=tiny.seeded(1), **call)
     torch.testing.assert_close(torch.cat(list(pieces), dim=1), made, rtol=0, atol=1e-5)
+    with pytest.raises(WaltError, match="fidelity is for stages that enlarge; this one doubles the frame rate"):
+        pipe(video=video, fidelity=0.5, **call)
 
 
 def test_the_stage_sees_every_frame_twice_at_the_noise_it_is_told() -> None:

@@ -25,7 +25,7 @@ from tests import tiny
 from tests.data import media
 from tests.training.jobs import benchmark, losses, save_tokenizer, saved, small_job, tokenizer_job
 from walt.commands import build_objective, draw_sheet, plan_job
-from walt.conditioning import MASK_KINDS, draw_given_frames, random_mask
+from walt.conditioning import MASK_KINDS, draw_given_frames, partial_captions, random_mask
 from walt.errors import Terminated, WaltError
 from walt.models.transformer_walt import WaltTransformer3DModel
 from walt.pipelines.pipeline_walt import WaltPipeline
@@ -526,6 +526,22 @@ def test_the_recipe_of_all_tasks_trains_on_all_masks(tmp_path: Path) -> None:
         loss, _ = objective.loss(objective.model, objective.batch(step, 0), torch.Generator().manual_seed(step))
         assert bool(loss.isfinite())
     assert all(set(mask.unique().tolist()) == {0.0, 1.0} for mask in seen if mask.numel() > 1)
+
+
+def test_partial_captions_lose_words_at_even_odds() -> None:
+    caption, generator = "a frog comes closer on a purple background", torch.Generator().manual_seed(0)
+    words = caption.split()
+    drawn = partial_captions([caption] * 2000, 0.5, generator)
+    cut = [text.split() for text in drawn if text != caption]
+    assert 850 < len(cut) < 1050  # half of them, less the few that lost nothing
+    for text in cut:
+        rest = iter(words)
+        assert text and all(word in rest for word in text), "words in their order"
+    kept = sum(map(len, cut)) / len(cut) / len(words)
+    assert 0.5 < kept < 0.62  # each at even odds, but for the one that always stays
+    assert sum("frog" in text and "closer" not in text for text in cut) > 150
+    assert partial_captions([caption, "", "sun"], 1.0, generator)[1:] == ["", "sun"]
+    assert partial_captions([caption] * 20, 0.0, generator) == [caption] * 20
 
 
 def test_given_frames_are_drawn_from_their_choices() -> None:

@@ -9,7 +9,7 @@ means something only as a difference between them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -94,15 +94,6 @@ def compare_with_bicubic(
     if not rows:
         raise WaltError(f"clips: expected at least one {source} clip, got none")
     return Comparison(source, len(rows), *(sum(column) / len(rows) for column in zip(*rows, strict=True)))
-
-
-def compare_sources(
-    stage: Callable[[Tensor], Tensor],
-    sources: Mapping[str, Iterable[tuple[Tensor, Tensor]]],
-    perceptual: Callable[[Tensor, Tensor], Tensor],
-) -> list[Comparison]:
-    """Runs `compare_with_bicubic` for each named source of clips, such as "real" and "generated"."""
-    return [compare_with_bicubic(stage, clips, perceptual, name) for name, clips in sources.items()]
 
 
 def table(comparisons: Sequence[Comparison]) -> str:
