@@ -429,9 +429,9 @@ def test_cascade_tells_each_stage_its_fidelity(cascade: WaltCascadePipeline) -> 
     assert close(torch.cat(list(pieces), dim=1), make(cascade, num_inference_steps=None, fidelity=[1.0, 0.0]))
     video = torch.rand(1, 5, 3, 16, 16, generator=tiny.seeded(4))
     call: dict[str, Any] = {"scale": 2, "num_inference_steps": 1, "output_type": "pt"}
+    told: list[dict[str, Any]] = [{}, {"fidelity": 1.0}, {"fidelity": 0.0}]
     given, full, free = (
-        cascade.upscale(video, PROMPT, generator=tiny.seeded(0), **call, **more).frames
-        for more in ({}, {"fidelity": 1.0}, {"fidelity": 0.0})
+        cascade.upscale(video, PROMPT, generator=tiny.seeded(0), **call, **more).frames for more in told
     )
     assert torch.equal(given, full) and not close(given, free, 1e-3), "a given video is kept to in full"
 
