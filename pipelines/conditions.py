@@ -6,6 +6,7 @@ long video lie on one grid of latents, whichever chunk they are in: frame 0, the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -83,6 +84,79 @@ class Known:
         shown = self.shown.expand(len(past), -1, -1, -1, -1).clone()
         video[:, :, :count], mask[:, :, :count], shown[:, :, :count] = past.to(video), True, False
         return Known(video, mask, shown)
+
+
+def close_seams(video: Tensor, truth: Tensor, shown: Tensor, frames: int = 8) -> None:
+    """Puts `truth` into `video`, in place, and spreads what would be seen as a seam over what was made.
+
+    In time: where the picture would change by more from a given clip to the frame beside it than it does around, that frame
+    is drawn towards the clip, and the next ones ever less, so that no step is much larger than the others; at worst, between
+    clips of which nothing leads to the other, this is a dissolve. A lone picture is no clip. In space, within frames of which a
+    part is given, what given and made pixels differ by near the border goes on beyond it.
+
+    Args:
+        video: `(B, 3, T, H, W)`, what was made.
+        truth: the same, where `shown`.
+        shown: `(B or 1, 1, T, H, W)` bool.
+        frames: within so many frames a jump is spread.
+    """
+    shown, truth = shown.to(video.device), truth.to(video)
+    partly = shown.any(dim=4).any(dim=3).any(dim=1).any(dim=0).tolist()
+    whole = shown.all(dim=4).all(dim=3).all(dim=1).all(dim=0).tolist()
+    for t in range(video.shape[2]):
+        if partly[t] and not whole[t]:
+            mask, made = shown[:, :, t], video[:, :, t]
+            for sigma in (8.0, 4.0, 2.0, 1.0):  # what differs coarsely goes over far, what differs finely not
+                gap = torch.where(mask, truth[:, :, t] - made, 0.0).float()
+                near = blur(mask.float(), sigma).clamp_min(0.5)  # half at a straight border, and less beyond it
+                made += (blur(gap, sigma) / near).to(video)
+    torch.where(shown, truth, video, out=video)
+    for known in range(video.shape[2]):
+        for step in (1, -1):
+            _spread_jump(video, whole, known, step, frames)
+    torch.where(shown, truth, video.clamp_(-1, 1), out=video)  # a part of these frames may be given too
+
+
+def _spread_jump(video: Tensor, whole: list[bool], known: int, step: int, frames: int) -> None:
+    """Of the change from the given frame `known` to the next one in direction `step`, what exceeds the changes around."""
+
+    def given(t: int) -> bool | None:
+        return whole[t] if 0 <= t < len(whole) else None
+
+    if not given(known) or not given(known - step) or given(known + step) is not False:
+        return
+    span = 1
+    while span < frames and given(known + step * (span + 1)) is False:
+        span += 1
+    around = [range(known, known - 4 * step, -step), range(known + step, known + (span - 1) * step, step)]
+    places = [(t, t - step) for t in around[0] if given(t) and given(t - step)]
+    places += [(t, t + step) for t in list(around[1])[:4] if given(t + step) is False]
+    usual = torch.stack([_change(video, *pair) for pair in places]).median(dim=0).values
+    jump = video[:, :, known] - video[:, :, known + step]
+    share = usual / _change(video, known, known + step).clamp_min(1e-8)
+    start = (1 - share).clamp_min(0)
+    length = (start / (0.2 * share.clamp_min(1e-8))).clamp(1, span)  # steps of a fifth more than the usual are not seen
+    for k in range(span):
+        weight = start * (1 + torch.cos(math.pi * (k / length).clamp_max(1))) / 2
+        video[:, :, known + step * (k + 1)] += weight.to(video).view(-1, 1, 1, 1) * jump
+
+
+def _change(video: Tensor, one: int, other: int) -> Tensor:
+    """Mean absolute difference `(B,)` of two frames."""
+    return (video[:, :, one] - video[:, :, other]).float().abs().mean(dim=(1, 2, 3))
+
+
+def blur(images: Tensor, sigma: float) -> Tensor:
+    """`(B, C, h, w)` float smoothed by a Gaussian of `sigma` pixels; beyond their edges images go on as they end."""
+    radius = min(math.ceil(3 * sigma), max(images.shape[-2:]))
+    kernel = torch.exp(
+        -(torch.arange(-radius, radius + 1, device=images.device, dtype=images.dtype) ** 2) / (2 * sigma**2)
+    )
+    kernel = kernel / kernel.sum()
+    flat = images.flatten(0, 1)[:, None]
+    for shape, border in (((1, -1), [radius, radius, 0, 0]), ((-1, 1), [0, 0, radius, radius])):
+        flat = F.conv2d(F.pad(flat, border, mode="replicate"), kernel.view(1, 1, *shape))
+    return flat.view_as(images)
 
 
 def read_video(video: Any, name: str = "video") -> Tensor:

@@ -40,7 +40,7 @@ from walt.errors import WaltError, suggest
 from walt.heap import return_freed_memory
 from walt.latents import denormalize, normalize
 from walt.models.transformer_walt import TextCache, WaltTransformer3DModel
-from walt.pipelines.conditions import Known, known_latents
+from walt.pipelines.conditions import Known, blur, close_seams, known_latents
 from walt.pipelines.lora import WaltLoraLoaderMixin
 from walt.register import refuse_cache
 from walt.tokenizers.adapter import adapt
@@ -469,9 +469,15 @@ def denoise_stream(
         video = decode_latents(vae, x)
         if window.low_res is not None and fidelity:
             back_project(video, window.low_res, fidelity)
+        truth, shown = video, torch.zeros(1, 1, video.shape[2], *video.shape[3:], dtype=torch.bool)
         if known is not None and bool(known.shown.any()):
-            shown = known.video if given.composite or source is None else decode_latents(vae, source)
-            video = torch.where(known.shown.to(video.device), shown.to(video), video)
+            truth = known.video if given.composite or source is None else decode_latents(vae, source)
+            shown = known.shown
+        if past is not None:
+            truth, shown = truth.to(video).expand_as(video).clone(), shown.clone()
+            truth[:, :, :overlap], shown[:, :, :overlap] = past, True
+        if bool(shown.any()):
+            close_seams(video, truth, shown)
         if context.anchor_every and first is None:
             first = video[:, :, :1].clone()
         past = video[:, :, -overlap:].clone()
@@ -493,22 +499,12 @@ def back_project(video: Tensor, low_res: Tensor, fidelity: float) -> None:
     at least half of the difference is made up for.
     """
     scale = video.shape[-1] // low_res.shape[-1]
-    kernel: Tensor | None = None
-    if fidelity < 1:
-        sigma = math.sqrt(2 * math.log(2)) / (math.pi * fidelity)  # in small pixels
-        radius = min(math.ceil(3 * sigma), max(low_res.shape[-2:]))
-        kernel = torch.exp(
-            -(torch.arange(-radius, radius + 1, device=video.device, dtype=torch.float32) ** 2) / (2 * sigma**2)
-        )
-        kernel = (kernel / kernel.sum())[None, None]
+    sigma = math.sqrt(2 * math.log(2)) / (math.pi * fidelity)  # in small pixels
     for t in range(video.shape[2]):  # frame by frame, for memory's sake
         frame = video[:, :, t].float()
         gap = low_res[:, :, t].to(frame) - F.avg_pool2d(frame, scale)
-        if kernel is not None:
-            sides = gap.flatten(0, 1)[:, None]
-            for shape, border in (((1, -1), [radius, radius, 0, 0]), ((-1, 1), [0, 0, radius, radius])):
-                sides = F.conv2d(F.pad(sides, border, mode="replicate"), kernel.view(1, 1, *shape))
-            gap = sides.view_as(gap)
+        if fidelity < 1:
+            gap = blur(gap, sigma)
         fine = F.interpolate(gap, size=frame.shape[-2:], mode="bicubic", align_corners=False)
         video[:, :, t] = (frame + fine).clamp_(-1, 1).to(video)
 

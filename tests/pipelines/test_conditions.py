@@ -14,7 +14,18 @@ from torch import Tensor
 
 from tests import tiny
 from walt.errors import WaltError
-from walt.pipelines.conditions import Known, WaltCondition, fill, fit, known_latents, place, read_image, read_video
+from walt.evaluation.metrics import join_ratio
+from walt.pipelines.conditions import (
+    Known,
+    WaltCondition,
+    close_seams,
+    fill,
+    fit,
+    known_latents,
+    place,
+    read_image,
+    read_video,
+)
 from walt.pipelines.pipeline_walt import WaltPipeline
 from walt.pipelines.pipeline_walt_condition import WaltConditionPipeline
 from walt.pipelines.sampling import decode_latents, encode_video
@@ -491,6 +502,76 @@ def test_latents_are_those_of_the_whole_clip_where_all_before_is_given() -> None
     latents, mask = known_latents(known, lambda x: encode_video(vae, x), (8, 5, 2, 2), 4)
     assert mask.mean(dim=(0, 1, 3, 4)).tolist() == [1, 1, 1, 0, 0]
     assert close(latents[:, :, :3], encode_video(vae, video)[:, :, :3])
+
+
+def drift(frames: int, seed: int, ground: float = 0.0) -> Tensor:
+    """`(1, 3, frames, 16, 16)`: a soft pattern that moves evenly, one pixel a frame."""
+    row = ground + 0.3 * torch.sin(torch.arange(64) / 4 + seed)
+    return torch.stack([row[t : t + 16].expand(1, 3, 16, 16) for t in range(frames)], dim=2)
+
+
+def marked(frames: int, *given: int) -> Tensor:
+    """`(1, 1, frames, 16, 16)` with `given` frames shown."""
+    mask = torch.zeros(1, 1, frames, 16, 16, dtype=torch.bool)
+    mask[:, :, list(given)] = True
+    return mask
+
+
+def test_a_step_in_time_is_spread_over_the_frames_made() -> None:
+    truth = drift(17, 0)
+    seen = marked(17, *range(5))
+    made = truth + 0.2
+    before = torch.where(seen, truth, made)
+    after = made.clone()
+    close_seams(after, truth, seen)
+    assert join_ratio(before, 5) > 3 and join_ratio(after, 5) < 1.2
+    assert torch.equal(after[:, :, :5], truth[:, :, :5]) and torch.equal(after[:, :, 13:], made[:, :, 13:])
+    rest = (after - truth).abs().mean(dim=(0, 1, 3, 4))[5:13]
+    assert (rest.diff() > 0).all(), "ever less of the step is taken off"
+    # Backwards it is the mirror of forwards.
+    mirror = made.flip(2).clone()
+    close_seams(mirror, truth.flip(2), seen.flip(2))
+    torch.testing.assert_close(mirror.flip(2), after)
+
+
+def test_without_a_step_nothing_is_changed() -> None:
+    truth = drift(17, 0)
+    made = truth + 1e-3 * torch.randn(truth.shape, generator=tiny.seeded(0))
+    for seen in (marked(17, *range(5)), marked(17, 0), marked(17, 0, 16)):
+        after = made.clone()
+        close_seams(after, truth + (0.5 if seen[0, 0, 1, 0, 0] == 0 else 0), seen)  # a lone picture is no clip
+        assert (after - made)[seen.logical_not().expand_as(made)].abs().max() < 0.02
+        assert torch.equal(
+            after[seen.expand_as(made)],
+            (truth + (0.5 if not seen[0, 0, 1, 0, 0] else 0)).clamp(-1, 1)[seen.expand_as(made)],
+        )
+
+
+def test_unlike_clips_dissolve() -> None:
+    one, two = drift(9, 0, -0.5), drift(8, 2, 0.5)
+    made = torch.cat(
+        [one, drift(17, 0, -0.5)[:, :, 9:], two], dim=2
+    )  # goes on as the first and does not lead to the second
+    seen = marked(25, *range(9), *range(17, 25))
+    after = made.clone()
+    close_seams(after, made, seen)
+    assert join_ratio(made, 17) > 10
+    assert join_ratio(after, 9) < 1.2 and join_ratio(after, 17) < 1.2
+    assert torch.equal(after[seen.expand_as(made)], made[seen.expand_as(made)])
+    both = torch.cat([made, drift(25, 5)])
+    close_seams(both, both.clone(), seen)
+    torch.testing.assert_close(both[:1], after)  # each sample by itself
+
+
+def test_a_border_in_space_is_closed() -> None:
+    truth = drift(5, 0)
+    seen = torch.zeros(1, 1, 5, 16, 16, dtype=torch.bool)
+    seen[..., :8] = True
+    after = truth - 0.2
+    close_seams(after, truth, seen)
+    gap = (after - truth).abs()
+    assert gap[..., :8].max() == 0 and gap[..., 8].max() < 0.02
+    assert 0.05 < gap[..., 15].mean() < 0.2  # further in the picture is more as it was made
 
 
 def test_fit_covers_and_cuts_at_the_centre() -> None:
