@@ -138,7 +138,7 @@ def decoder_polish() -> TokenizerJob:
                 }
             ),
             "optimizer": first.optimizer.model_copy(update={"lr": 1e-3}),
-            "run": first.run.model_copy(update={"output": "runs/emoji-decoder-polish", "seed": 7}),
+            "run": first.run.model_copy(update={"output": "runs/emoji-decoder-polish", "seed": 7, "steps": 5200}),
         }
     )
 
@@ -276,6 +276,23 @@ def base_detail() -> DenoiserJob:
     )
 
 
+def base_words() -> DenoiserJob:
+    """`base_detail` goes on with captions that lose words: what one says is then learnt apart from the words beside it, as
+    prompts of pairs that training never shows need it."""
+    first = base_detail()
+    return first.model_copy(
+        update={
+            "init": "runs/emoji-base-detail/final",
+            "data": DataJob(seed=19),
+            "diffusion": first.diffusion.model_copy(
+                update={"timestep_logit_normal": (1.0, 1.4), "partial_captions": 0.25}
+            ),
+            "optimizer": first.optimizer.model_copy(update={"lr": 8e-4}),
+            "run": first.run.model_copy(update={"output": "runs/emoji-base-words", "steps": 5200, "seed": 19}),
+        }
+    )
+
+
 def base_tasks() -> DenoiserJob:
     """`base` goes on with the masks of walt's tasks five times as often: the same network.
 
@@ -366,6 +383,7 @@ RECIPES = {
     "base_images": base_images,
     "base": base,
     "base_detail": base_detail,
+    "base_words": base_words,
     "base_tasks": base_tasks,
     "super_resolution_1": super_resolution_1,
     "super_resolution_2": super_resolution_2,

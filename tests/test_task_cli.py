@@ -228,6 +228,8 @@ def test_guidance_options_are_those_of_the_pipelines() -> None:
         (("edit", "a", "clip.mp4", "--threshold-percentile", 0.9), "go with a threshold"),
         (("edit", "a", "clip.mp4", "--guidance", "nan"), "--guidance must be at least 0 and finite, got nan"),
         (("upscale", "clip.mp4", "--threshold", 0), "threshold of predicted latents must be positive"),
+        (("upscale", "clip.mp4", "--fidelity", 1.1), "--fidelity must be from 0 to 1, got 1.1"),
+        (("upscale", "clip.mp4", "--fidelity", "nan"), "--fidelity must be from 0 to 1, got nan"),
         (("upscale", "no.mp4"), "there is no file"),
         (("upscale", "a.png"), "must both be videos, or both pictures"),
         (("upscale", "clip.mp4", "--scale", 3, "--prompt", "a"), "scale must be 2, 4"),

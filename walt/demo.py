@@ -217,16 +217,19 @@ def _conditioned(make: Callable[[Any, Request, dict[str, Any]], Any]) -> Make:
         if request.stages == 1:
             yield frames[0]
             return
-        yield from _enlarge(pipe, request, step, frames, 2 ** (request.stages - 1))
+        yield from _enlarge(pipe, request, step, frames, 2 ** (request.stages - 1), pipe.config.fidelity)
 
     return whole
 
 
-def _enlarge(pipe: Any, request: Request, step: Step, video: Any, scale: int) -> Iterator[Tensor]:
+def _enlarge(
+    pipe: Any, request: Request, step: Step, video: Any, scale: int, fidelity: float = 1.0
+) -> Iterator[Tensor]:
     pieces = pipe.upscale_stream(
         video,
         request.prompt or None,
         scale=scale,
+        fidelity=fidelity,
         num_inference_steps=request.later_steps,
         generator=_generator(request),
         callback_on_step_end=step,

@@ -549,7 +549,8 @@ def upscale(
     cascade = load_cascade(folder, choose_dtype(dtype, place), place)
     video = frame_to_width(frames.float(), width // scale)[None]
     source = torch.Generator().manual_seed(seed)
-    made: Tensor = cascade.upscale(video, prompt, scale, generator=source, output_type="pt").frames[0]
+    held = cascade.config.fidelity
+    made: Tensor = cascade.upscale(video, prompt, scale, generator=source, output_type="pt", fidelity=held).frames[0]
     return made
 
 

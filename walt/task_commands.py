@@ -186,6 +186,9 @@ def prepare(args: argparse.Namespace) -> None:
     if args.command == "upscale":
         from walt.media import probe
 
+        if not 0 <= args.fidelity <= 1:
+            raise WaltError(f"--fidelity must be from 0 to 1, got {args.fidelity}")
+
         if not Path(args.video).is_file():
             raise WaltError(f'there is no file "{args.video}"')
         if args.prompt is not None and not args.prompt.strip():
@@ -285,6 +288,7 @@ def run(args: argparse.Namespace) -> None:
                 frames,
                 args.prompt,
                 scale,
+                fidelity=cascade.config.fidelity,
                 generator=torch.Generator().manual_seed(args.seed),
                 callback_on_step_end=step,
             )
