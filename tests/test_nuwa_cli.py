@@ -130,8 +130,11 @@ def test_upscale(
 
 def test_upscale_is_the_cascades(tmp_path: Path) -> None:
     frames = torch.rand(1, 3, 16, 16, generator=tiny.seeded(3))
-    made = nuwa_commands.upscale(frames, 64, 64, tiny.cascade_folder(tmp_path), "a cat", 5, "cpu", "float32")
-    wanted = tiny.cascade().upscale(frames[None], "a cat", 4, generator=tiny.seeded(5), output_type="pt").frames[0]
+    cascade = tiny.cascade(fidelity=0.5)
+    cascade.save_pretrained(tmp_path)
+    made = nuwa_commands.upscale(frames, 64, 64, tmp_path, "a cat", 5, "cpu", "float32")
+    call: dict[str, Any] = {"generator": tiny.seeded(5), "output_type": "pt", "fidelity": 0.5}
+    wanted = cascade.upscale(frames[None], "a cat", 4, **call).frames[0]
     assert made.shape == (1, 3, 64, 64) and torch.allclose(made, wanted, atol=1e-4)
 
 
