@@ -277,8 +277,8 @@ def base_detail() -> DenoiserJob:
 
 
 def base_words() -> DenoiserJob:
-    """`base_detail` goes on with captions that lose words: what one says is then learnt apart from the words beside it, as
-    prompts of pairs that training never shows need it."""
+    """`base_detail` goes on with other scenes, and with captions that lose words, so that a word is learnt apart from those
+    beside it. For pairs that training never shows that alone was no help (docs/training.md)."""
     first = base_detail()
     return first.model_copy(
         update={

@@ -103,7 +103,7 @@ def lfq_small() -> TokenizerJob:
 def lfq_emoji() -> TokenizerJob:
     """2^18 codes for clips and stills of the emoji theatre, 8x8x4 pixels each: the embedded tokenizer's blocks with LFQ.
 
-    It starts from the signs of the blocks' principal components. About 25 minutes on a CPU core in bfloat16.
+    It starts from the signs of the blocks' principal components. Not yet trained to its end.
     """
     small = lfq_small()
     return small.model_copy(
