@@ -237,20 +237,30 @@ def _full(query: Tensor, key: Tensor, value: Tensor, rule: Rule, key_mask: Tenso
     return out.transpose(1, 2).unflatten(1, rule.size)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, lower: bool = False) -> Tensor:
-    """`(B, N, L, d)` under a bool mask `(B or 1, 1, L or 1, L')`; rows that see nothing give zeros, not NaN."""
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, lower: bool = False, sighted: bool = False) -> Tensor:
+    """`(B, N, L, d)` under a bool mask `(B or 1, 1, L or 1, L')`; rows that see nothing give zeros, not NaN.
+
+    `sighted`: it is known that every row sees something.
+    """
     if mask is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=lower)
-    some = mask.any(-1, keepdim=True)
+    some = None if sighted else mask.any(-1, keepdim=True)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and not torch.compiler.is_compiling():
         # Two products and a softmax: of few keys in bfloat16 torch's fused kernel takes two to three times as long.
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-        return scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1) @ v * some
-    mask = (mask | ~some).expand(-1, -1, q.shape[2], -1)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask) * some
+        out = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1) @ v
+        return out if some is None else out * some
+    seen = mask if some is None else mask | ~some
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen.expand(-1, -1, q.shape[2], -1))
+    return out if some is None else out * some
 
 
 # Tiles with the box of keys around them.
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of `(B, L, N, d)`: index_select, which of some heads of many would first copy every row."""
+    return x.index_select(1, index) if x.is_contiguous() else x[:, index]
 
 
 @dataclass(frozen=True, eq=False)
@@ -268,6 +278,7 @@ class _Chunk:
     key_index: Tensor  # (tiles * keys,) keys
     own: Tensor | None  # rows of query_index that count; None for all
     mask: Tensor  # (tiles, queries, keys) bool
+    sighted: bool  # whether every query sees a key
     rows: Tensor  # the different keys of key_index, whose gradients are sums over their places in it: of these,
     bag: Tensor  # ordered by key,
     offsets: Tensor  # and where each key's begin
@@ -278,15 +289,15 @@ class _Chunk:
 
     def take(self, x: Tensor, index: Tensor) -> Tensor:
         """Rows of `(B, L, N, d)` as `(B * tiles, N, queries or keys, d)`."""
-        return x.index_select(1, index).view(len(x) * self.tiles, -1, *x.shape[2:]).transpose(1, 2)
+        return _rows(x, index).view(len(x) * self.tiles, -1, *x.shape[2:]).transpose(1, 2)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
         """Attention of the chunk's tiles, `(B * tiles, N, queries, d)`; `key_mask (B, L')`."""
         batch = len(q) // self.tiles
-        mask = self.mask.repeat(batch, 1, 1)[:, None]
+        mask = (self.mask if batch == 1 else self.mask.repeat(batch, 1, 1))[:, None]
         if key_mask is not None:
             mask = mask & key_mask.index_select(1, self.key_index).view(len(q), 1, 1, -1)
-        return _attend(q, k, v, mask)
+        return _attend(q, k, v, mask, sighted=self.sighted and key_mask is None)
 
     def give(self, x: Tensor) -> Tensor:
         """The inverse of `take` for queries: `(B, places, N, d)`."""
@@ -296,7 +307,7 @@ class _Chunk:
 
 def _blocked(query: Tensor, key: Tensor, value: Tensor, rule: Rule, key_mask: Tensor | None) -> Tensor:
     # As many keys at once as stay in a processor's cache; a GPU wants more to do.
-    numbers = 1 << 14 if query.device.type == "cpu" else 1 << 25
+    numbers = 20_000 if query.device.type == "cpu" else 1 << 25
     heads = key.shape[4]
     budget = max(1, numbers // (len(query) * heads * key.shape[5]))
     chunks = _chunks_on(rule, budget, query.device)
@@ -355,14 +366,14 @@ class _Blocked(torch.autograd.Function):
         with torch.enable_grad():
             taken = [c.take(x, i).requires_grad_() for x, i in ((q, c.query_index), (k, c.key_index), (v, c.key_index))]
             y = c.give(c.attend(taken[0], taken[1], taken[2], key_mask))
-        tiles = list(torch.autograd.grad(y, taken, grad.index_select(1, c.places())))
+        tiles = list(torch.autograd.grad(y, taken, _rows(grad, c.places())))
         del y, taken
         dq.index_copy_(1, c.places(), c.give(tiles[0]))
         for total in (dv, dk):
             parts = tiles.pop().transpose(1, 2).reshape(len(k), c.tiles * c.keys, -1)
             sums = torch.stack([F.embedding_bag(c.bag, x, c.offsets, mode="sum") for x in parts])
             del parts
-            sums = sums.view(len(k), -1, *k.shape[2:]).add_(total.index_select(1, c.rows))
+            sums = sums.view(len(k), -1, *k.shape[2:]).add_(_rows(total, c.rows))
             total.index_copy_(1, c.rows, sums)
 
 
@@ -402,6 +413,7 @@ def _chunks(rule: Rule, budget: int) -> tuple[_Chunk, ...]:
                     k_part.flatten(),
                     None if bool(own_part.all()) else own_part.flatten().nonzero()[:, 0],
                     mask_part,
+                    bool(mask_part.any(-1).all()),
                     rows,
                     place.argsort(stable=True),
                     F.pad(number.cumsum(0), (1, 0))[:-1],
