@@ -171,6 +171,21 @@ def emoji_clips() -> NuwaJob:
     )
 
 
+def emoji_turns() -> NuwaJob:
+    """`emoji_clips` goes on with clips of which half turn back where a direction has an opposite: without them a prompt
+    never turned a video that had begun to move."""
+    first = emoji_clips()
+    return first.model_copy(
+        update={
+            "init": "runs/nuwa-emoji-clips/final",
+            "data": DataJob(seed=37),
+            "turns": 0.5,
+            "optimizer": first.optimizer.model_copy(update={"lr": 6e-4}),
+            "run": first.run.model_copy(update={"output": "runs/nuwa-emoji-turns", "steps": 2400, "seed": 5}),
+        }
+    )
+
+
 RECIPES = {
     "nuwa_870m": nuwa_870m,
     "nuwa_256": nuwa_256,
@@ -179,4 +194,5 @@ RECIPES = {
     "large": large,
     "emoji": emoji,
     "emoji_clips": emoji_clips,
+    "emoji_turns": emoji_turns,
 }

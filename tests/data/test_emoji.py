@@ -24,6 +24,7 @@ from walt.data.emoji import (
     EMBEDDED_WORLD,
     MOTIONS,
     NAMES,
+    OPPOSITES,
     EmojiTheatre,
     World,
     _place,
@@ -111,6 +112,22 @@ def test_captions_name_what_is_seen() -> None:
         phrases = [p for pair in MOTIONS[scene.motion] for p in pair]
         assert any(p in scene.caption for p in phrases) == (scene.frames > 1)
         assert ("gradient" in scene.caption) == (" to " in scene.background)
+
+
+def test_a_scene_backwards_has_the_opposite_motions_caption() -> None:
+    stage = EmojiTheatre(SPRITES, split="train", world=RICH)
+    named = 0
+    for seed in range(300):
+        scene = stage.scene(seed)
+        caption, opposite = stage.backwards(scene), OPPOSITES.get(scene.motion, "")
+        if not opposite or len(scene.subjects) > 1 or held_out(scene.subjects[0], opposite):
+            assert caption == ""
+            continue
+        named += 1
+        assert caption in stage.captions(replace(scene, motion=opposite))
+    assert named > 50
+    assert all(OPPOSITES[OPPOSITES[motion]] == motion for motion in OPPOSITES)
+    assert stage.backwards(stage.scene(0, frames=1)) == ""
 
 
 def test_captions_read_as_english() -> None:

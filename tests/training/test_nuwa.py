@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from walt.commands import build_objective, draw_sheet, plan_job
 from walt.errors import WaltError
 from walt.training.job import MediaJob, NuwaClip, NuwaJob, NuwaTask, NuwaTasks, SourceJob, load_job
 from walt.training.loop import train
-from walt.training.nuwa import TASKS, NuwaObjective, Sample
+from walt.training.nuwa import TASKS, NuwaObjective, Sample, turn
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +112,50 @@ def test_token_noise_hides_neighbours_from_some_samples(parts: Path) -> None:
     assert clean._noisy(tokens, torch.Generator()) is tokens
 
 
+def test_clips_that_turn_are_told_so_and_lose_only_after_the_turn(parts: Path) -> None:
+    """Their loss is that of the frames from the turn on, after the caption of the way back."""
+    tasks = NuwaTasks(**{name: NuwaTask(batch=8 * (name == "text_to_video")) for name in NuwaTasks.model_fields})
+    clip = NuwaClip(frames=4, frame_step=2, height=32, width=32)
+    made = objective(parts, turns=1.0, condition_dropout=0.0, tasks=tasks, clip=clip)
+    made.model.eval()
+    batch = made.batch(0, 0)
+    rows = [made._tokens(sample.data, False) for sample in batch]
+    turned, shown, given = made._turned(batch, rows, [False] * 8, torch.Generator().manual_seed(3))
+    backwards = [row.backwards for row in rows]
+    assert [bool(n) for n in given] == [bool(text) for text in backwards] and 0 < sum(map(bool, given)) < 8
+    for old, new, told_so, text, n in zip(rows, shown, turned, backwards, given, strict=True):
+        assert told_so.data.caption == new.caption == (text or old.caption)
+        if n:
+            assert len(new.video) == 4 and torch.equal(new.video[n], new.video[n - 2])
+        else:
+            assert new is old
+    with torch.no_grad():
+        _, seen = made.loss(made.model, batch, torch.Generator().manual_seed(3))
+        # the loss drew which captions are lost before it drew the turns
+        generator = torch.Generator().manual_seed(3)
+        torch.rand(8, generator=generator)
+        turned, shown, given = made._turned(batch, rows, [False] * 8, generator)
+        expected = 0.0
+        for sample, row, n in zip(turned, shown, given, strict=True):
+            told = made.model.encode_condition(text=made.words([sample.data.caption]))
+            logits = made.model(row.video[None], told)[0].double()
+            picked = logits.log_softmax(-1).gather(-1, row.video[..., None])
+            expected -= float(picked[n:].mean()) / 8
+    assert float(seen["text_to_video"]) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("frames", [3, 4, 5, 10])
+def test_a_turn_goes_forth_and_back(frames: int) -> None:
+    generator, forths = torch.Generator().manual_seed(0), set()
+    for _ in range(200):
+        forth, order = turn(frames, generator)
+        forths.add(forth)
+        assert len(order) == frames and min(order) >= 0 and max(order) < frames
+        steps = [b - a for a, b in itertools.pairwise(order)]
+        assert steps == [1] * (forth - 1) + [-1] * (frames - forth)
+    assert forths == set(range(2, frames))
+
+
 def test_a_tiny_model_learns_and_is_exported(parts: Path, tmp_path: Path) -> None:
     from walt.models.transformer_nuwa import NuwaTransformer3DModel
 
@@ -188,6 +233,8 @@ def test_faults(parts: Path) -> None:
         ({"sketch_tokenizer": None}, "sketch_tokenizer: sketch_to_image needs the folder"),
         ({"clip": NuwaClip(frames=2, height=36, width=32)}, "36 pixels are not a multiple of 8"),
         ({"tokenizer": "none"}, "tokenizer: no model in 'none'"),
+        ({"turns": 0.5}, "turns: a clip of 2 frames cannot turn, it needs 3"),
+        ({"turns": 0.5, "tokens": "somewhere"}, "turns: the theatre alone knows"),
         ({"data": data(fps=16)}, "data.fps: .*clip.frame_step"),
         ({"data": data(clip_subjects=("sun",))}, "data.clip_subjects: .*every subject"),
         ({"data": data(latents="x")}, "data.latents: NUWA is trained on tokens"),
@@ -198,7 +245,16 @@ def test_faults(parts: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["nuwa.nuwa_870m", "nuwa.nuwa_256", "nuwa.small", "nuwa.large", "nuwa.emoji", "nuwa.emoji_clips"]
+    "name",
+    [
+        "nuwa.nuwa_870m",
+        "nuwa.nuwa_256",
+        "nuwa.small",
+        "nuwa.large",
+        "nuwa.emoji",
+        "nuwa.emoji_clips",
+        "nuwa.emoji_turns",
+    ],
 )
 def test_recipes_are_complete(name: str) -> None:
     job = load_job(name, ["tasks.text_to_video.batch=3", "run.steps=7"])

@@ -89,6 +89,15 @@ MOTIONS: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "bounces": (("bounces", "bounce"), ("bounces up and down", "bounce up and down"), ("hops", "hop")),
 }
+# what a clip shows when it is played backwards, where that has a name
+OPPOSITES = {
+    "moves left to right": "moves right to left",
+    "moves right to left": "moves left to right",
+    "rises": "falls",
+    "falls": "rises",
+    "comes closer": "goes away",
+    "goes away": "comes closer",
+}
 SIZES = {"small": (0.24, 0.30), "large": (0.54, 0.64)}
 RELATIONS = {"left of": "to the left of", "right of": "to the right of", "above": "above", "below": "below"}
 # templates: {s} subject(s), {m} moving, {b} background with its article; the first is the commonest
@@ -374,6 +383,15 @@ class EmojiTheatre:
             describe(scene.subjects, scene.motion, scene.background, scene.size, scene.relation, still, way)
             for way in ways
         )
+
+    def backwards(self, scene: Scene) -> str:
+        """A caption of the scene played backwards; "" where that has no name, or would be of a held-out pair."""
+        motion = OPPOSITES.get(scene.motion)
+        if motion is None or len(scene.subjects) > 1 or scene.frames == 1 or held_out(scene.subjects[0], motion):
+            return ""
+        ways = self.captions(replace(scene, motion=motion))
+        # The plainest as often as scenes' own captions have it.
+        return ways[0 if scene.seed % 3 == 0 else scene.seed % len(ways)]
 
     def _draw(self, rng: random.Random, seed: int, frames: int) -> Scene:
         world = self.world

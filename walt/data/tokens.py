@@ -38,6 +38,7 @@ class Pictures:
     video: Tensor
     sketch: Tensor | None  # None: a user's media have none
     caption: str
+    backwards: str = ""  # a caption of it played backwards, where there is one
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Tokens:
     video: Tensor
     sketch: Tensor | None
     caption: str
+    backwards: str = ""
 
 
 class NuwaScenes:
@@ -70,7 +72,8 @@ class NuwaScenes:
         scene = self.theatre.scene(self.data.seed * 1_000_003 + number, frames)
         chosen = (0, 1, 1) if kind == "still" else (clip.start, clip.frames, clip.frame_step)
         pixels, sketch = sample_frames(self.theatre, scene, clip.height, clip.width, *chosen)
-        return Pictures(to_video(pixels).transpose(0, 1), torch.from_numpy(sketch.astype("int64")), scene.caption)
+        video, drawn = to_video(pixels).transpose(0, 1), torch.from_numpy(sketch.astype("int64"))
+        return Pictures(video, drawn, scene.caption, self.theatre.backwards(scene))
 
 
 class NuwaMedia:
@@ -122,7 +125,7 @@ def encode(pictures: Pictures, encode_video: Encode, encode_sketch: Encode | Non
     with torch.no_grad():
         drawn = pictures.sketch
         sketch = None if encode_sketch is None or drawn is None else encode_sketch(drawn).cpu()
-        return Tokens(encode_video(pictures.video).cpu(), sketch, pictures.caption)
+        return Tokens(encode_video(pictures.video).cpu(), sketch, pictures.caption, pictures.backwards)
 
 
 class TokenFolder:

@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw
 from rich.table import Table
 from torch import Tensor
 
-from walt.data.emoji import EmojiTheatre, Scene, describe
+from walt.data.emoji import OPPOSITES, EmojiTheatre, Scene, describe
 from walt.data.scenes import SCENE_FRAMES
 from walt.data.sketches import Sketch, classes, sample_frames, to_colours
 from walt.errors import WaltError
@@ -30,12 +30,7 @@ from walt.evaluation.prompts import Judge, wilson
 from walt.evaluation.tracks import LINES, Pixels, Track, find_subject, name_motion
 from walt.media import replacing, to_pixels, write_image
 
-OPPOSITE = {
-    "moves left to right": "moves right to left",
-    "moves right to left": "moves left to right",
-    "rises": "falls",
-    "falls": "rises",
-}
+STRAIGHT = ("moves left to right", "moves right to left", "rises", "falls")
 
 
 @dataclass(frozen=True)
@@ -408,12 +403,12 @@ def video_manipulation(stage: Stage) -> Result:
     seed = 0
     while len(scenes) < stage.count and seed < 100 * stage.count:
         scene = stage.theatre.scene(seed, SCENE_FRAMES)
-        scenes += [scene] if scene.motion in OPPOSITE else []
+        scenes += [scene] if scene.motion in STRAIGHT else []
         seed += 1
     if not scenes:
         raise WaltError("theatre: none of its motions has an opposite")
     real = [stage.show(scene)[0] for scene in scenes]
-    prompts = [describe(scene.subjects, OPPOSITE[scene.motion], scene.background) for scene in scenes]
+    prompts = [describe(scene.subjects, OPPOSITES[scene.motion], scene.background) for scene in scenes]
     calls = [
         {"video": clip, "edit_from": edit_from, "prompt": prompt} for clip, prompt in zip(real, prompts, strict=True)
     ]
@@ -422,7 +417,7 @@ def video_manipulation(stage: Stage) -> Result:
         made.append(one)
         kept.append(float((stage.tokens(clip) == tokens)[:edit_from].float().mean()))
     turned, before = (
-        [_goes(clip[edit_from - 1 :], OPPOSITE[scene.motion]) for clip, scene in zip(clips, scenes, strict=True)]
+        [_goes(clip[edit_from - 1 :], OPPOSITES[scene.motion]) for clip, scene in zip(clips, scenes, strict=True)]
         for clips in (made, real)
     )
     same = [stage.judge(clip).subject == scene.subjects[0] for clip, scene in zip(made, scenes, strict=True)]

@@ -391,6 +391,13 @@ class NuwaJob(Frozen):
     token_noise: float = Field(
         default=0.0, ge=0, le=1, description="share of samples that see a random part of their tokens as random codes"
     )
+    turns: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="share of text_to_video clips that turn back from some frame on, after the caption of the opposite "
+        "motion; the loss is of the frames from there on (text-guided video manipulation)",
+    )
     tokens: str | None = Field(
         default=None, description="folder where tokens of the theatre's scenes are kept, made once; None: on the fly"
     )

@@ -7,7 +7,8 @@ model, and every step holds samples of each. Letters: B samples, T frames, h w t
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,12 @@ def _check_fields(job: NuwaJob) -> None:
         raise WaltError("run.heldout_every: NUWA has no held-out loss (walt evaluate nuwa measures it); set it to 0")
     if job.data.latents is not None:
         raise WaltError("data.latents: NUWA is trained on tokens, which tokens=FOLDER keeps; leave it out")
+    if job.turns and (not isinstance(job.data, DataJob) or job.tokens is not None):
+        raise WaltError(
+            "turns: the theatre alone knows what a clip shows backwards, and no token folder keeps it; set it to 0"
+        )
+    if job.turns and job.clip.frames < 3:
+        raise WaltError(f"turns: a clip of {job.clip.frames} frames cannot turn, it needs 3")
     if isinstance(job.data, DataJob) and (job.data.fps != FPS or job.data.clip_subjects):
         name = "clip_subjects" if job.data.clip_subjects else "fps"
         raise WaltError(f"data.{name}: NUWA's clips show the theatre's every subject, clip.frame_step sets their rate")
@@ -80,10 +87,25 @@ class Sample:
     data: Pictures | Tokens
 
 
-def token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Mean cross-entropy (nats per code) of each sample: logits `(B, ..., V)` and long tokens `(B, ...)` give `(B,)`."""
-    losses = F.cross_entropy(logits.float().flatten(0, -2), tokens.flatten(), reduction="none")
-    return losses.view(len(tokens), -1).mean(dim=1)
+def token_loss(logits: Tensor, tokens: Tensor, given: Sequence[int] | None = None) -> Tensor:
+    """Mean cross-entropy (nats per code) of each sample: logits `(B, T, ..., V)` and long tokens `(B, T, ...)` give `(B,)`.
+
+    Of a sample's first `given` frames there is no loss.
+    """
+    losses = F.cross_entropy(logits.float().flatten(0, -2), tokens.flatten(), reduction="none").view(len(tokens), -1)
+    if given is None or not any(given):
+        return losses.mean(dim=1)
+    frames = losses.unflatten(1, (tokens.shape[1], -1)).mean(dim=2)
+    return torch.stack([row[skipped:].mean() for row, skipped in zip(frames, given, strict=True)])
+
+
+def turn(frames: int, generator: torch.Generator) -> tuple[int, list[int]]:
+    """A clip of so many frames that turns back: how many frames go forth, two at least, and which frames it shows."""
+    forth = int(torch.randint(2, frames, (), generator=generator))
+    back = frames - forth
+    first = int(torch.randint(max(0, back - forth + 1), back + 1, (), generator=generator))
+    last = first + forth - 1
+    return forth, [*range(first, last + 1), *range(last - 1, last - 1 - back, -1)]
 
 
 class NuwaObjective(Objective):
@@ -160,6 +182,7 @@ class NuwaObjective(Objective):
     ) -> tuple[Tensor, dict[str, float | Tensor]]:
         encoded = [self._tokens(sample.data, TASKS[sample.task].condition == "sketch") for sample in batch]
         lost = drop(len(batch), self.job.condition_dropout, generator)
+        batch, encoded, given = self._turned(batch, encoded, lost, generator)
         seen: dict[str, float | Tensor] = {"samples": len(batch), "tokens": sum(row.video.numel() for row in encoded)}
         losses: dict[str, list[Tensor]] = {name: [] for name in self.tasks}
         groups: dict[tuple[str, Kind], list[int]] = {}
@@ -176,7 +199,7 @@ class NuwaObjective(Objective):
                 told["sketch"] = torch.stack([row.sketch for row in rows if row.sketch is not None])
             else:
                 told["text"] = self._texts([(batch[i], lost[i]) for i in members])
-            values = token_loss(model(self._noisy(tokens, generator), **told), tokens)
+            values = token_loss(model(self._noisy(tokens, generator), **told), tokens, [given[i] for i in members])
             for i, value in zip(members, values, strict=True):
                 losses[batch[i].task].append(value)
         total = torch.zeros((), device=self.device)
@@ -189,6 +212,22 @@ class NuwaObjective(Objective):
             total = total + self.tasks[name].weight * mean
             seen[name] = self.last_seen[name] = mean.detach()
         return total, seen
+
+    def _turned(
+        self, batch: list[Sample], encoded: list[Tokens], lost: list[bool], generator: torch.Generator
+    ) -> tuple[list[Sample], list[Tokens], list[int]]:
+        """`turns` of the clips with a text turn back; with it of how many frames of each sample there is no loss."""
+        given = [0] * len(batch)
+        if not self.job.turns:
+            return batch, encoded, given
+        batch, encoded = list(batch), list(encoded)
+        for i, (sample, row) in enumerate(zip(batch, encoded, strict=True)):
+            chosen = float(torch.rand((), generator=generator)) < self.job.turns
+            if sample.task == "text_to_video" and chosen and row.backwards and not lost[i]:
+                given[i], order = turn(len(row.video), generator)
+                encoded[i] = replace(row, video=row.video[order], caption=row.backwards)
+                batch[i] = replace(sample, data=encoded[i])
+        return batch, encoded, given
 
     def flops(self, batch: list[Sample]) -> float | None:
         """As if no condition were dropped: a sketch that is costs a little less."""
