@@ -224,6 +224,19 @@ def test_an_axis_of_one_needs_no_step() -> None:
         assert wave_steps(Rule(size, size, radii((3, 3, 3), size), causal=True)) == steps
 
 
+def test_any_workspace_gives_the_same() -> None:
+    """One head of one tile at a time or everything at once, the gradients too."""
+    size: Grid = (3, 6, 7)
+    q, k, v = (t.requires_grad_() for t in inputs(size, size))
+    found = []
+    for workspace in (1, 400, 1 << 19, None):
+        out = nearby_attention(q, k, v, (3, 3, 3), causal=True, backend="blocked", workspace=workspace)
+        found.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            assert (a - b).abs().max() < 1e-12
+
+
 def test_bad_input() -> None:
     q, k, v = inputs((2, 3, 3), (2, 3, 3))
     with pytest.raises(WaltError, match="extent: "):
@@ -238,6 +251,8 @@ def test_bad_input() -> None:
         nearby_attention(q, k, v[:, :1])
     with pytest.raises(WaltError, match="key: "):
         nearby_attention(q, k[:1], v[:1])
+    with pytest.raises(WaltError, match="workspace: at least 1 number needed, got 0"):
+        nearby_attention(q, k, v, workspace=0)
     with pytest.raises(WaltError, match="query: "):
         nearby_attention(q[0], k, v)
     with pytest.raises(WaltError, match="key_mask: "):

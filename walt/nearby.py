@@ -46,6 +46,7 @@ def nearby_attention(
     *,
     include_self: bool = True,
     key_mask: Tensor | None = None,
+    workspace: int | None = None,
 ) -> Tensor:
     """Attention of every position to its neighbours.
 
@@ -61,6 +62,9 @@ def nearby_attention(
             "full" where the neighbourhood is everything or the condition is small, and "blocked" otherwise.
         include_self: whether a causal position is its own neighbour.
         key_mask: `(B, s', h', w')` bool, False for keys that nothing may see.
+        workspace: "blocked": how many numbers of keys it fetches at once, a tile of one head at least. None: on a CPU so
+            few that less memory is needed than by full attention; half a million takes a third of the time of many heads or
+            samples, and some megabytes.
 
     Returns:
         `(B, s, h, w, N, d)`; zeros where a position has no neighbour.
@@ -80,6 +84,10 @@ def nearby_attention(
             f"backend: {backend!r} given, one of {', '.join(BACKENDS)} or None needed{suggest(backend, BACKENDS)}"
         )
     rule = Rule(size, condition, radius, causal, include_self, axial=backend == "axial")
+    if workspace is not None and workspace < 1:
+        raise WaltError(f"workspace: at least 1 number needed, got {workspace}")
+    if backend == "blocked":
+        return _blocked(query, key, value, rule, key_mask, workspace)
     return _RUN[backend](query, key, value, rule, key_mask)
 
 
@@ -305,11 +313,13 @@ class _Chunk:
         return rows if self.own is None else rows.index_select(1, self.own)
 
 
-def _blocked(query: Tensor, key: Tensor, value: Tensor, rule: Rule, key_mask: Tensor | None) -> Tensor:
-    # As many keys at once as stay in a processor's cache; a GPU wants more to do.
-    numbers = 20_000 if query.device.type == "cpu" else 1 << 25
+def _blocked(
+    query: Tensor, key: Tensor, value: Tensor, rule: Rule, key_mask: Tensor | None, workspace: int | None = None
+) -> Tensor:
+    if workspace is None:  # a GPU wants more to do
+        workspace = 20_000 if query.device.type == "cpu" else 1 << 25
     heads = key.shape[4]
-    budget = max(1, numbers // (len(query) * heads * key.shape[5]))
+    budget = max(1, workspace // (len(query) * heads * key.shape[5]))
     chunks = _chunks_on(rule, budget, query.device)
     # One tile may be too much for all heads at once.
     few = max(1, min(heads, heads * budget // max(chunk.keys for chunk in chunks)))

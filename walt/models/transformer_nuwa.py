@@ -162,6 +162,11 @@ class Nearness:
     extent: Extent
     backend: str | None
 
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, **more: Any) -> Tensor:
+        """`nearby_attention`; where a gradient is kept, a few megabytes more are nothing beside what that takes."""
+        workspace = 1 << 19 if torch.is_grad_enabled() and query.device.type == "cpu" else None
+        return nearby_attention(query, key, value, self.extent, backend=self.backend, workspace=workspace, **more)
+
 
 class NuwaEncoderBlock(nn.Module):
     """3DNA of a condition on itself, then an MLP."""
@@ -176,9 +181,7 @@ class NuwaEncoderBlock(nn.Module):
     def forward(self, hidden_states: Tensor, nearness: Nearness, mask: Tensor | None) -> Tensor:
         """`(B, s, h, w, D)`; `mask (B, s, h, w)` bool or None."""
         y = self.norm1(hidden_states)
-        y = nearby_attention(
-            self.attn.query(y), *self.attn.key_value(y), nearness.extent, backend=nearness.backend, key_mask=mask
-        )
+        y = nearness.attend(self.attn.query(y), *self.attn.key_value(y), key_mask=mask)
         x = hidden_states + self.attn.out(y)
         return cast(Tensor, x + self.ff(self.norm2(x)))
 
@@ -202,15 +205,7 @@ class NuwaDecoderBlock(nn.Module):
         key, value = self.attn.key_value(own)
         streams = [(self.norm1(query), False)] if last else [(own, True), (self.norm1(query), False)]
         near = [
-            nearby_attention(
-                self.attn.query(y),
-                key,
-                value,
-                nearness.extent,
-                causal=True,
-                backend=nearness.backend,
-                include_self=include_self,
-            )
+            nearness.attend(self.attn.query(y), key, value, causal=True, include_self=include_self)
             for y, include_self in streams
         ]
         y = torch.cat([y for y, _ in streams])
@@ -233,7 +228,7 @@ class NuwaDecoderBlock(nn.Module):
             total = nearby_attention(q, key, value, EVERYTHING, key_mask=mask)
         if condition.sketch is not None and condition.sketch_mask is not None:
             key, value = (x.repeat(streams, 1, 1, 1, 1, 1) for x in self.cross_attn.key_value(condition.sketch))
-            seen = nearby_attention(q, key, value, nearness.extent, backend=nearness.backend)
+            seen = nearness.attend(q, key, value)
             seen = seen * condition.sketch_mask.repeat(streams)[:, None, None, None, None, None]
             total = seen if total is None else total + seen
         assert total is not None
