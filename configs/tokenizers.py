@@ -103,8 +103,7 @@ def lfq_small() -> TokenizerJob:
 def lfq_emoji() -> TokenizerJob:
     """2^18 codes for clips and stills of the emoji theatre, 8x8x4 pixels each: the embedded tokenizer's blocks with LFQ.
 
-    It starts from the signs of the blocks' principal components. Eight subjects are too few to fill 2^18 codes evenly, so
-    it sees all of them (`walt data emoji --all`), in cuts that hold little ground.
+    It starts from the signs of the blocks' principal components. docs/tokenizers.md has its curve; `lfq_emoji_even` goes on.
     """
     small = lfq_small()
     return small.model_copy(
@@ -125,26 +124,47 @@ def lfq_emoji() -> TokenizerJob:
                 "quantizer_config": {"groups": 2, "temperature": 0.5},
             },
             "shortcut_batches": 40,
-            "data": DataJob(world="full", seed=6),
             "shapes": (
-                Shape(frames=17, height=128, width=224, cut=64, weight=2),
-                Shape(frames=17, height=128, width=224, start=12, cut=64, weight=1),
-                Shape(frames=1, height=128, width=224, cut=128, weight=1),
+                Shape(frames=17, height=128, width=224, cut=96, weight=2),
+                Shape(frames=17, height=128, width=224, start=12, cut=96, weight=1),
+                Shape(frames=1, height=128, width=224, cut=128, weight=2),
             ),
-            "batch_pixels": 4 * 17 * 64 * 64,
-            "loss": small.loss.model_copy(
-                update={
-                    "entropy": 0.03,
-                    "frame_difference": 0.3,
-                    "perceptual": 0.1,
-                    "perceptual_weights": "cache/lpips_vgg.safetensors",
-                    "perceptual_frames": 2,
-                }
-            ),
+            "batch_pixels": 2 * 17 * 96 * 96,
+            "loss": small.loss.model_copy(update={"entropy": 0.01, "frame_difference": 0.3}),
             "optimizer": OptimizerJob(
                 kind="muon", lr=1.5e-3, betas=(0.9, 0.99), weight_decay=0.01, warmup_steps=30, final_lr_ratio=0.02
             ),
-            "run": small.run.model_copy(update={"output": "runs/lfq-emoji", "steps": 2000}),
+            "run": small.run.model_copy(update={"output": "runs/lfq-emoji", "steps": 2400}),
+        }
+    )
+
+
+def lfq_emoji_even() -> TokenizerJob:
+    """`lfq_emoji` goes on in cuts that hold little but a subject, with a heavier entropy penalty: over whole frames a bit
+    may be even and yet say no more than ground or subject."""
+    first = lfq_emoji()
+    return first.model_copy(
+        update={
+            "init": "runs/lfq-emoji/final",
+            "data": DataJob(seed=91),
+            "shapes": (
+                Shape(frames=17, height=128, width=224, cut=32, weight=4),
+                Shape(frames=17, height=128, width=224, start=12, cut=32, weight=2),
+                Shape(frames=17, height=128, width=224, cut=96, weight=2),
+                Shape(frames=1, height=128, width=224, cut=64, weight=1),
+            ),
+            "batch_pixels": 16 * 17 * 32 * 32,
+            "loss": first.loss.model_copy(
+                update={
+                    "entropy": 0.05,
+                    "entropy_start": 1.0,
+                    "perceptual": 0.03,
+                    "perceptual_weights": "cache/lpips_vgg.safetensors",
+                    "perceptual_frames": 1,
+                }
+            ),
+            "optimizer": first.optimizer.model_copy(update={"lr": 1e-3}),
+            "run": first.run.model_copy(update={"output": "runs/lfq-emoji-even", "steps": 500, "seed": 2}),
         }
     )
 
@@ -295,6 +315,7 @@ RECIPES = {
     "magvit2_image": magvit2_image,
     "lfq_small": lfq_small,
     "lfq_emoji": lfq_emoji,
+    "lfq_emoji_even": lfq_emoji_even,
     "nuwa_vq": nuwa_vq,
     "nuwa_vq_seg": nuwa_vq_seg,
     "emoji_vq": emoji_vq,
