@@ -62,9 +62,8 @@ def bits_at(distance: float, curve: list[tuple[float, float]]) -> float:
 
 def covered(alpha: Tensor) -> Tensor:
     """Which tokens have a cell at least a quarter of which a subject covers: alpha `(T, H, W)` in [0, 1] to `(t, h, w)`."""
-    time = F.pad(
-        alpha[None, None].float(), (0, 0, 0, 0, 3, 0), mode="replicate"
-    )  # the first frame is a cell of its own
+    # The first frame is a cell of its own.
+    time = F.pad(alpha[None, None].float(), (0, 0, 0, 0, 3, 0), mode="replicate")
     return F.avg_pool3d(time, (4, 8, 8))[0, 0] >= 0.25
 
 

@@ -176,7 +176,8 @@ def emoji_turns() -> NuwaJob:
     video that has begun to move.
 
     The embedded weights are without it. Of 32 videos none turned before; after 1,600 steps (half of the clips turning, tasks
-    as in `emoji_clips`) 2 did, after 750 more (four in five, fewer stills) 5, while text to image fell. Not run to its end.
+    as in `emoji_clips`) 2 did, while fewer stills showed the subject asked for (19 of 32, 25 before); after 750 more (four
+    in five, fewer stills) 5 did. Not run to its end.
     """
     first = emoji_clips()
     return first.model_copy(

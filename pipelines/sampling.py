@@ -515,11 +515,13 @@ def back_project(video: Tensor, low_res: Tensor, fidelity: float) -> None:
 
 
 def _enlarge(small: Tensor, like: Tensor) -> Tensor:
+    """`(B, 3, h, w)` bicubically to the `(B, 3, H, W)` of `like`."""
     return F.interpolate(small, size=like.shape[-2:], mode="bicubic", align_corners=False)
 
 
 def _trust_detail(frame: Tensor, small: Tensor, scale: int) -> Tensor:
-    """`frame` with half of its detail that `small` cannot show, and nowhere more than `small` has in its own last octave.
+    """`frame` `(B, 3, H, W)` with half of its detail that `small` `(B, 3, h, w)` cannot show, and nowhere more than `small` has
+    in its own last octave.
 
     A picture's edges go on from octave to octave; on a plain ground a decoder's texture is noise. Both amplitudes are over
     5x5 pixels and all channels. Half is where a Wiener filter ends when signal and error are as large.
