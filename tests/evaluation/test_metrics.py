@@ -13,9 +13,17 @@ from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from walt.cli import main
+from walt.conditioning import frames_twice, half_rate
 from walt.errors import WaltError
+from walt.evaluation.distances import Interval
 from walt.evaluation.metrics import high_frequency_energy, join_ratio, lpips, masked_psnr, psnr, ssim
-from walt.evaluation.super_resolution import bicubic, compare_with_bicubic, table
+from walt.evaluation.super_resolution import (
+    bicubic,
+    compare_new_frames,
+    compare_with_bicubic,
+    new_frames_table,
+    table,
+)
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -88,16 +96,39 @@ def distance(a: Tensor, b: Tensor) -> Tensor:
     return (a - b).square().mean(dim=(1, 2, 3))
 
 
-def test_a_perfect_stage_beats_bicubic_and_bicubic_does_not() -> None:
+def test_a_perfect_stage_is_better_than_bicubic_and_bicubic_does_not() -> None:
     reference = noise(1, 3, 2, 32, 32).float() * 0.5
     low = bicubic(reference, 16, 16)
     perfect = compare_with_bicubic(lambda _: reference, [(low, reference)] * 2, distance)
-    assert perfect.beats_bicubic and perfect.clips == 2 and perfect.lpips == 0
+    assert perfect.better and perfect.clips == 2 and perfect.lpips == 0
     assert perfect.high_frequency == perfect.high_frequency_reference > perfect.high_frequency_bicubic
     assert math.isinf(perfect.consistency)
     same = compare_with_bicubic(lambda x: bicubic(x, 32, 32), [(low, reference)], distance, "generated")
-    assert not same.beats_bicubic and same.lpips == same.lpips_bicubic
+    assert not same.better and same.lpips == same.lpips_bicubic and same.lpips_gain == Interval(0.0, 0.0, 0.0)
+    assert perfect.lpips_gain.estimate == pytest.approx(perfect.lpips_bicubic)
     assert "| generated | 1 |" in table([perfect, same])
+
+
+def test_new_frames_are_judged_beside_copies_and_blends() -> None:
+    """A square moves 1 pixel a frame: the true frames win, a stage that copies or blends is exactly as good as that."""
+    video = torch.full((1, 3, 9, 16, 16), -1.0)
+    for t in range(9):
+        video[:, :, t, 4:10, t : t + 6] = 1
+    alpha, low = (video[:, :1] > 0).float(), half_rate(video)
+    perfect = compare_new_frames(lambda _: video, [(low, video, alpha)] * 2, distance)
+    assert perfect.better and perfect.clips == 2 and math.isinf(perfect.psnr) and perfect.lpips == 0
+    # Of the 8 columns where the subject is in three frames 2 are wrong by 2; blended, 4 by 1.
+    assert perfect.psnr_repeated == pytest.approx(10 * math.log10(4 / (4 * 2 / 8)), abs=1e-4)
+    assert perfect.psnr_blended == pytest.approx(10 * math.log10(4 / (1 * 4 / 8)), abs=1e-4)
+    copies = compare_new_frames(frames_twice, [(low, video, alpha)], distance, "seen")
+    assert not copies.better and copies.psnr == copies.psnr_repeated and copies.lpips == copies.lpips_repeated
+    assert "| seen | 1 |" in new_frames_table([perfect, copies])
+    with pytest.raises(WaltError, match="at least one real clip"):
+        compare_new_frames(frames_twice, [], distance)
+    with pytest.raises(WaltError, match="at least 2 are needed"):
+        compare_new_frames(frames_twice, [(low[:, :, :1], video[:, :, :1], alpha[:, :, :1])], distance)
+    with pytest.raises(WaltError, match="stage: expected output"):
+        compare_new_frames(lambda x: x, [(low, video, alpha)], distance)
 
 
 def test_bad_input_is_named() -> None:

@@ -237,11 +237,35 @@ def test_stages_are_measured_beside_bicubic(
     pipe.register_modules(transformer=tiny.transformer(sample_size=(2, 4, 4)))
     pipe.save_pretrained(tmp_path / "model")
     model = ["--model", str(tmp_path / "model")]
-    assert main(["evaluate", "super-resolution", *model, *source, "-n", "1", "--frames", "1"]) == 0
+    report = ["--json", str(tmp_path / "x.json")]
+    assert main(["evaluate", "super-resolution", *model, *source, "-n", "1", "--frames", "1", *report]) == 0
     said = capsys.readouterr().out
     assert "super-resolution 1, 32 -> 64 lines" in said and "super-resolution 2, 64 -> 128 lines" in said
     for name in ("real", "real, as the stage sees it", "generated"):
         assert said.count(f"| {name} | 1 |") == 2
+    assert "temporal" not in said
+    stages = json.loads((tmp_path / "x.json").read_text())["stages"]
+    assert list(stages) == ["super-resolution 1", "super-resolution 2"]
+    assert stages["super-resolution 1"][0]["source"] == "real" and len(stages["super-resolution 2"]) == 3
+    assert main(["evaluate", "joins", *model, *source, *report]) == 2
+    assert "--json: joins writes none" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("small_lpips")
+def test_a_temporal_stage_is_measured_beside_copies_and_blends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("walt.data.emoji.EMBEDDED_WORLD", replace(EMBEDDED_WORLD, subjects=("rocket", "frog", "sun")))
+    temporal = tiny.super_resolution_transformer(6, 1, low_res_scale=1, text_dim=None)
+    pipe = tiny.cascade(temporal_super_resolution=temporal)
+    pipe.register_modules(transformer=tiny.transformer(sample_size=(2, 4, 4)), transformer_2=None, transformer_3=None)
+    pipe.save_pretrained(tmp_path / "model")
+    source = ["--source", str(Path(__file__).parents[1] / "sprites")]
+    call = ["evaluate", "super-resolution", "--model", str(tmp_path / "model"), *source, "-n", "2"]
+    assert main([*call, "--frames", "5"]) == 0
+    said = capsys.readouterr().out
+    assert "temporal super-resolution, 32 lines" in said
+    assert "| real | 2 |" in said and "| real, as the stage sees it | 2 |" in said
 
 
 @pytest.mark.usefixtures("small_lpips")
