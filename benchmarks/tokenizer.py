@@ -43,7 +43,7 @@ class Entry:
 def entries(dtype: torch.dtype) -> list[Entry]:
     """Ours and the peers, about 60 million parameters each."""
     torch.manual_seed(0)
-    widths = (60, 120, 120, 240)
+    widths = (64, 128, 128, 224)
     models: dict[str, Any] = {
         "walt": AutoencoderKLWalt(encoder_widths=widths, decoder_widths=widths),
         "Wan": diffusers.AutoencoderKLWan(base_dim=64),

@@ -109,6 +109,29 @@ def test_head_norms_and_rotation_in_one(dtype: torch.dtype, monkeypatch: pytest.
     assert (found - exact).abs().max() < limit and (traced - exact).abs().max() < limit
 
 
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("swish", [False, True])
+def test_rms_norm_by_rows_is_torchs(
+    dtype: torch.dtype, close: float, swish: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of rows that do not fill the last part, of axes in another order, with weights and without, and with gradients."""
+    monkeypatch.setattr(fused, "_CHUNK", 200)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 24, 7, 5, generator=generator).to(dtype)
+    for weight in (None, torch.rand(24, generator=generator).to(dtype)):
+        wide = None if weight is None else weight.double()
+        true = F.rms_norm(x.movedim(1, -1).double(), (24,), wide, 1e-6)
+        true = F.silu(true) if swish else true
+        with torch.no_grad():
+            found = fused.rms_norm(x.movedim(1, -1), weight, 1e-6, swish)
+            assert found.dtype == dtype and found.is_contiguous()
+            assert fused.rms_norm(x[:0].movedim(1, -1), weight, 1e-6, swish).shape == (0, 7, 5, 24)
+        torch.testing.assert_close(found.double(), true, rtol=close, atol=close)
+        traced = fused.rms_norm(x.movedim(1, -1).requires_grad_(), weight, 1e-6, swish)
+        assert traced.requires_grad
+        torch.testing.assert_close(traced.double(), true, rtol=close, atol=close)
+
+
 def test_norm_and_modulation_in_one() -> None:
     norm, x, lengths = nn.LayerNorm(12, elementwise_affine=False), torch.randn(9, 12), (4, 5)
     scale, shift = torch.randn(2, 2, 12)

@@ -28,6 +28,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from walt.errors import WaltError
+from walt.fused import rms_norm
 from walt.linear import mlp
 from walt.tokenizers import winograd
 from walt.tokenizers.quantizers import Quantizer, make_quantizer
@@ -182,12 +183,13 @@ class ChannelNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(channels)) if affine else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, swish: bool = False) -> Tensor:
+        """`swish`: that of the result."""
         if _channels_last(x):
-            # One pass instead of four.
-            return F.rms_norm(x.movedim(1, -1), x.shape[1:2], self.weight, 1e-6).movedim(-1, 1)
+            return rms_norm(x.movedim(1, -1), self.weight, 1e-6, swish).movedim(-1, 1)
         y = x * torch.rsqrt(x.square().mean(dim=1, keepdim=True) + 1e-6)
-        return y if self.weight is None else y * self.weight.view(1, -1, 1, 1, 1)
+        y = y if self.weight is None else y * self.weight.view(1, -1, 1, 1, 1)
+        return F.silu(y) if swish else y
 
 
 def make_norm(kind: str, channels: int, affine: bool = True) -> nn.Module:
@@ -211,6 +213,8 @@ def _layout(x: Tensor) -> Tensor:
 
 def _activate(norm: nn.Module, x: Tensor) -> Tensor:
     """Norm and swish; in place where no gradient needs the normed values."""
+    if isinstance(norm, ChannelNorm):
+        return cast(Tensor, norm(x, swish=True))
     return F.silu(norm(x), inplace=not torch.is_grad_enabled())
 
 
@@ -463,6 +467,13 @@ class LappedProjection(nn.Module):
         return torch.cat(made, dim=2) if len(made) > 1 else made[0]
 
 
+class RowNorm(nn.RMSNorm):
+    """torch's, faster without gradients on a CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, cast(float, self.eps))
+
+
 class MixingBlock(nn.Module):
     """ConvNeXt's block (Liu et al. 2022, section 2), causal: a 5x5 depthwise convolution and the two positions before,
     then norm and a two-layer MLP over channels, added to its input: `(B, C, t, h, w)` to the same.
@@ -477,7 +488,7 @@ class MixingBlock(nn.Module):
         super().__init__()
         self.space = nn.Conv2d(channels, channels, self.SIDE, padding=self.SIDE // 2, groups=channels)
         self.time = nn.Parameter(torch.randn(self.BEFORE, channels) * 0.2)
-        self.norm = nn.RMSNorm(channels, eps=1e-6)
+        self.norm = RowNorm(channels, eps=1e-6)
         self.mlp_in = nn.Linear(channels, 4 * channels)
         self.mlp_out = nn.Linear(4 * channels, channels)
         nn.init.normal_(self.mlp_out.weight, std=0.01)

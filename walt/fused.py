@@ -1,4 +1,4 @@
-"""Element-wise chains of the denoisers with their gradients written out: fewer passes over memory, no copies per token.
+"""Element-wise chains of the networks, some with their gradients written out: fewer passes over memory, no copies per token.
 
 Values per sample (AdaLN) are applied sample by sample, never spread to tokens. Under `torch.compile` the plain formulas
 are used, which the compiler fuses by itself. Letters: B samples, L tokens of the pack, D width, N heads, d head size.
@@ -66,6 +66,35 @@ def norm_rotate(norm: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         if two is not o:
             o.copy_(two)
     return out
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, swish: bool = False) -> Tensor:
+    """`F.rms_norm` over the last axis of `x`, then SiLU where `swish`.
+
+    Without gradients on a CPU it is computed in float32, some rows at a time: torch composes it of passes over memory, in
+    bfloat16 seven of them.
+    """
+    ours = not torch.is_grad_enabled() and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    ours = ours and x.dtype in (torch.float32, torch.bfloat16) and not torch.is_autocast_enabled("cpu")
+    if not (ours and type(x) is Tensor and (weight is None or weight.dtype == x.dtype)):
+        y = F.rms_norm(x, x.shape[-1:], weight, eps)
+        return F.silu(y, inplace=not torch.is_grad_enabled()) if swish else y
+    rows = x.reshape(-1, x.shape[-1])
+    out = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    wide = rows.dtype != torch.float32
+    step = max(1, _CHUNK // rows.shape[1])
+    buffer = rows.new_empty(min(step, len(rows)), rows.shape[1], dtype=torch.float32) if wide else out
+    for part, o in zip(rows.split(step), out.split(step), strict=True):
+        y = buffer[: len(part)].copy_(part) if wide else part
+        scale = torch.linalg.vector_norm(y, dim=-1, keepdim=True).square_().div_(rows.shape[1]).add_(eps).rsqrt_()
+        y = torch.mul(y, scale, out=y if wide else o)
+        if weight is not None:
+            y.mul_(weight)
+        if swish:
+            F.silu(y, inplace=True)
+        if wide:
+            o.copy_(y)
+    return out.view(x.shape)
 
 
 def modulate(x: Tensor, scale: Tensor, shift: Tensor, lengths: Lengths, samples: Tensor | None = None) -> Tensor:
