@@ -789,7 +789,13 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
         "--height", type=int, help="tokenizer: scale --reference to this and --width, cut at the centre"
     )
     parser.add_argument("--width", type=int, help="tokenizer: see --height (default: frames as they are)")
-    parser.add_argument("--stages", type=int, choices=(1, 2, 3), default=1, help="joins, sheet, prompts: stages to run")
+    parser.add_argument(
+        "--stages",
+        type=int,
+        choices=(1, 2, 3),
+        help="joins, sheet, prompts: stages to run (default: 1); super-resolution: those to measure (default: all, 1 is a "
+        "temporal stage alone)",
+    )
     parser.add_argument("--steps", type=int, help="sampling steps of every stage (default: the model's own)")
     parser.add_argument("-o", "--output", default="sheet.png", help="sheet, nuwa: the PNG to write")
     parser.add_argument(
@@ -859,6 +865,8 @@ def evaluate_prepare(args: argparse.Namespace) -> None:
         args.count = 200 if args.what == "prompts" else 6
     if args.frames is None:
         args.frames = {"prompts": 17, "joins": 29}.get(args.what, 5)
+    if args.stages is None:
+        args.stages = 3 if args.what == "super-resolution" else 1
     if args.count < 1 or (args.steps is not None and args.steps < 1):
         raise WaltError(f"--count and --steps must be at least 1, got {args.count} and {args.steps}")
     if not chunk_joins(args.frames) and args.what == "joins":
@@ -1083,7 +1091,7 @@ def _evaluate_stages(args: argparse.Namespace, pipe: Any) -> None:
             for name, given in doubles
         ]
         console.print(new_frames_table(between), soft_wrap=True)
-    for number, transformer in enumerate(pipe.transformers[1:], start=1):
+    for number, transformer in enumerate(pipe.transformers[1 : args.stages], start=1):
         height, width = pipe.default_size(number)
 
         def made(scene: Any, number: int = number) -> Tensor:
