@@ -69,7 +69,7 @@ def _common(add: Add, still: bool) -> None:
 
 def _export_arguments(add: Add) -> None:
     add("output", help="the folder to write")
-    add("--transformer", default="runs/nuwa-emoji-clips/final", help="trained NUWA folder")
+    add("--transformer", default="runs/nuwa-emoji-recall/final", help="trained NUWA folder")
     add("--vq", default="runs/emoji-vq/final", help="VQ folder")
     add("--vq-seg", default="runs/emoji-vq-seg/final", help="VQ-Seg folder")
     add("--text", default="cache", help="folder with text_encoder/ and tokenizer/")

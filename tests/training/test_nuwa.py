@@ -254,6 +254,7 @@ def test_faults(parts: Path) -> None:
         "nuwa.emoji",
         "nuwa.emoji_clips",
         "nuwa.emoji_turns",
+        "nuwa.emoji_recall",
     ],
 )
 def test_recipes_are_complete(name: str) -> None:
