@@ -1075,7 +1075,14 @@ def _evaluate_stages(args: argparse.Namespace, pipe: Any) -> None:
 
         return run
 
-    if pipe.temporal_super_resolution is not None and args.frames > 1:
+    doubles_rate = pipe.temporal_super_resolution is not None and args.frames > 1
+    if not doubles_rate and len(pipe.transformers[: args.stages]) == 1:
+        raise WaltError(
+            f"--stages {args.stages} with {args.frames} frames leaves nothing to measure: this model has "
+            f"{len(pipe.transformers) - 1} super-resolution stages and "
+            f"{'no' if pipe.temporal_super_resolution is None else 'a'} temporal one, which needs 2 frames or more"
+        )
+    if doubles_rate:
         height, width = pipe.default_size(1)
         clips = []
         for scene in scenes:

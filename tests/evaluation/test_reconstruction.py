@@ -266,6 +266,10 @@ def test_a_temporal_stage_is_measured_beside_copies_and_blends(
     said = capsys.readouterr().out
     assert "temporal super-resolution, 32 lines" in said and "super-resolution 1" not in said
     assert "| real | 2 |" in said and "| real, as the stage sees it | 2 |" in said
+    assert main([*call, "--frames", "1", "--stages", "1"]) == 1
+    assert (
+        "leaves nothing to measure: this model has 2 super-resolution stages and a temporal" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.usefixtures("small_lpips")
