@@ -12,6 +12,7 @@ from walt.training.job import (
     DenoiserJob,
     DiffusionJob,
     OptimizerJob,
+    PixelJob,
     RunJob,
     Shape,
     TokenizerJob,
@@ -351,6 +352,35 @@ def super_resolution_2() -> DenoiserJob:
     return _super_resolution("runs/emoji-sr2", patch=4, height=512, cut=192, steps=1500)
 
 
+def super_resolution_2_finish() -> DenoiserJob:
+    """`super_resolution_2` goes on, scored on its frames as they are sampled: in one step, decoded, held to the small video.
+
+    That video has mostly passed the tokenizer, as in a cascade: bicubic enlarging keeps what that does to it, and a stage
+    that only learnt latents of clean small videos does too.
+    """
+    first = super_resolution_2()
+    return first.model_copy(
+        update={
+            "init": "runs/emoji-sr2/final",
+            "tokenizer": "runs/emoji-decoder-polish/final",
+            "data": DataJob(seed=23),
+            "shapes": (
+                Shape(frames=17, height=512, width=896, cut=192, weight=2),
+                Shape(frames=17, height=512, width=896, start=12, cut=192, weight=1),
+                Shape(frames=5, height=512, width=896, cut=192, weight=1),
+                Shape(frames=1, height=512, width=896, cut=192, weight=1),
+            ),
+            "batch_tokens": 360,
+            "diffusion": first.diffusion.model_copy(
+                update={"max_noise_level": 0, "timestep_logit_normal": (20.0, 0.0)}
+            ),
+            "pixels": PixelJob(perceptual=1.0, perceptual_weights="cache/lpips_vgg.safetensors"),
+            "optimizer": first.optimizer.model_copy(update={"lr": 4e-4, "warmup_steps": 30}),
+            "run": first.run.model_copy(update={"output": "runs/emoji-sr2-finish", "seed": 23, "steps": 1200}),
+        }
+    )
+
+
 def temporal_super_resolution() -> DenoiserJob:
     """128x224 at 8 frames per second -> at 16, right after the base (Imagen Video's order, on the existing denoiser).
 
@@ -387,5 +417,6 @@ RECIPES = {
     "base_tasks": base_tasks,
     "super_resolution_1": super_resolution_1,
     "super_resolution_2": super_resolution_2,
+    "super_resolution_2_finish": super_resolution_2_finish,
     "temporal_super_resolution": temporal_super_resolution,
 }

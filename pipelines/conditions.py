@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from walt.errors import WaltError
+from walt.fidelity import blur
 from walt.media import cover
 
 # It takes the many forms of a video apart. To [-1, 1] it is brought here: of values slightly below 0, as scaling leaves
@@ -144,19 +145,6 @@ def _spread_jump(video: Tensor, whole: list[bool], known: int, step: int, frames
 def _change(video: Tensor, one: int, other: int) -> Tensor:
     """Mean absolute difference `(B,)` of two frames."""
     return (video[:, :, one] - video[:, :, other]).float().abs().mean(dim=(1, 2, 3))
-
-
-def blur(images: Tensor, sigma: float) -> Tensor:
-    """`(B, C, h, w)` float smoothed by a Gaussian of `sigma` pixels; beyond their edges images go on as they end."""
-    radius = min(math.ceil(3 * sigma), max(images.shape[-2:]))
-    kernel = torch.exp(
-        -(torch.arange(-radius, radius + 1, device=images.device, dtype=images.dtype) ** 2) / (2 * sigma**2)
-    )
-    kernel = kernel / kernel.sum()
-    flat = images.flatten(0, 1)[:, None]
-    for shape, border in (((1, -1), [radius, radius, 0, 0]), ((-1, 1), [0, 0, radius, radius])):
-        flat = F.conv2d(F.pad(flat, border, mode="replicate"), kernel.view(1, 1, *shape))
-    return flat.view_as(images)
 
 
 def read_video(video: Any, name: str = "video") -> Tensor:

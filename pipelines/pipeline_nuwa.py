@@ -71,6 +71,8 @@ class NuwaPipeline(SamplingPipeline):
         frame_rate: frames per second that the model was trained on.
         default_guidance_scale, default_top_p: of sampling, unless a call says otherwise.
         default_image_guidance_scale: that of images, where they want another than videos; None: the same.
+        default_sketch_top_p: that of sketch tasks; None: the same. A sketch says where everything is, so that little is open
+            but a ground whose colour must be one throughout.
     """
 
     model_cpu_offload_seq = "text_encoder->vq_seg->transformer->vq"
@@ -92,6 +94,7 @@ class NuwaPipeline(SamplingPipeline):
         default_guidance_scale: float = 2.0,
         default_top_p: float = 1.0,
         default_image_guidance_scale: float | None = None,
+        default_sketch_top_p: float | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -104,6 +107,7 @@ class NuwaPipeline(SamplingPipeline):
             default_guidance_scale=default_guidance_scale,
             default_top_p=default_top_p,
             default_image_guidance_scale=default_image_guidance_scale,
+            default_sketch_top_p=default_sketch_top_p,
         )
         self.vae_scale_factor_spatial = int(vq.spatial_compression_ratio) if vq is not None else 8
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor_spatial, do_resize=False)
@@ -116,6 +120,11 @@ class NuwaPipeline(SamplingPipeline):
         """The guidance scale of an image or a video when a call names none."""
         own = self.config.default_image_guidance_scale if still else None
         return float(self.config.default_guidance_scale if own is None else own)
+
+    def default_top_p(self, sketch: bool) -> float:
+        """The top-p of a call that names none, with a sketch or without."""
+        own = self.config.default_sketch_top_p if sketch else None
+        return float(self.config.default_top_p if own is None else own)
 
     @torch.no_grad()
     def __call__(
@@ -169,7 +178,7 @@ class NuwaPipeline(SamplingPipeline):
                 `config.default_image_guidance_scale`.
             temperature: of sampling, above 0; 0 takes the likeliest token.
             top_k, top_p: sampling among the k likeliest tokens, or the likeliest ones that sum to p;
-                `config.default_top_p` by default.
+                `config.default_top_p` by default, with a sketch `config.default_sketch_top_p`.
             num_videos_per_prompt: results per condition.
             num_candidates: samples per result, of which the best by `ranker` is returned; the first candidate is what
                 `num_candidates=1` gives.
@@ -192,7 +201,7 @@ class NuwaPipeline(SamplingPipeline):
         Raises:
             WaltError: an argument that does not fit.
         """
-        top_p = self.config.default_top_p if top_p is None else top_p
+        top_p = self.default_top_p(sketch is not None) if top_p is None else top_p
         self._check(temperature, top_k, top_p, num_videos_per_prompt, num_candidates, output_type)
         prompts = self._check_prompt(
             prompt,

@@ -8,7 +8,6 @@ seed, so a sample never depends on the rest of its batch.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, wraps
@@ -21,7 +20,6 @@ from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import get_module_execution_device
 from diffusers.video_processor import VideoProcessor
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from walt.card import HubCardMixin
@@ -37,10 +35,11 @@ from walt.chunking import (
 from walt.conditioning import TEXT_TOKENS, encode_text
 from walt.diffusion import GuidanceOptions, add_noise, guide, x0_from_velocity
 from walt.errors import WaltError, suggest
+from walt.fidelity import back_project
 from walt.heap import return_freed_memory
 from walt.latents import denormalize, normalize
 from walt.models.transformer_walt import TextCache, WaltTransformer3DModel
-from walt.pipelines.conditions import Known, blur, close_seams, known_latents
+from walt.pipelines.conditions import Known, close_seams, known_latents
 from walt.pipelines.lora import WaltLoraLoaderMixin
 from walt.register import refuse_cache
 from walt.tokenizers.adapter import adapt
@@ -487,55 +486,6 @@ def denoise_stream(
         yield chunk(k, window)
         if pipe.interrupt:
             return
-
-
-def back_project(video: Tensor, low_res: Tensor, fidelity: float) -> None:
-    """Brings `video` `(B, 3, T, H, W)`, in place, nearer to the video `(B, 3, T, h, w)` that it enlarges, in [-1, 1].
-
-    What its pixels' means over the small pixels lack of `low_res` is added, bicubically enlarged (iterative back-projection,
-    Irani and Peleg 1991; the range-space correction of DDNM, arXiv 2212.00490). A tokenizer blurs what the small video
-    shows sharply, and so little of it that a denoiser cannot mend it. But where that video was itself decoded from latents
-    its finest detail is false: below 1, `fidelity` is the share of the small video's band, from coarse to fine, in which
-    at least half of the difference is made up for.
-
-    At 1 the small video is true to its last pixel. Then detail finer than its pixels is kept by half (see `_trust_detail`),
-    and the difference is made up for three times over, as a bicubic picture's means are not the picture.
-    """
-    scale = video.shape[-1] // low_res.shape[-1]
-    sigma = math.sqrt(2 * math.log(2)) / (math.pi * fidelity)  # in small pixels
-    for t in range(video.shape[2]):  # frame by frame, for memory's sake
-        frame, small = video[:, :, t].float(), low_res[:, :, t].float()
-        if fidelity == 1:
-            frame = _trust_detail(frame, small, scale)
-            for _ in range(3):
-                frame = frame + _enlarge(small - F.avg_pool2d(frame, scale), frame)
-        else:
-            frame = frame + _enlarge(blur(small - F.avg_pool2d(frame, scale), sigma), frame)
-        video[:, :, t] = frame.clamp_(-1, 1).to(video)
-
-
-def _enlarge(small: Tensor, like: Tensor) -> Tensor:
-    """`(B, 3, h, w)` bicubically to the `(B, 3, H, W)` of `like`."""
-    return F.interpolate(small, size=like.shape[-2:], mode="bicubic", align_corners=False)
-
-
-def _trust_detail(frame: Tensor, small: Tensor, scale: int) -> Tensor:
-    """`frame` `(B, 3, H, W)` with half of its detail that `small` `(B, 3, h, w)` cannot show, and nowhere more than `small` has
-    in its own last octave.
-
-    A picture's edges go on from octave to octave; on a plain ground a decoder's texture is noise. Both amplitudes are over
-    5x5 pixels and all channels. Half is where a Wiener filter ends when signal and error are as large.
-    """
-    detail = frame - _enlarge(F.avg_pool2d(frame, scale), frame)
-    detail = detail - _enlarge(F.avg_pool2d(detail, scale), frame)
-    octave = small - _enlarge(F.avg_pool2d(small, 2, ceil_mode=True), small)
-
-    def amplitude(image: Tensor) -> Tensor:
-        energy = F.avg_pool2d(image.square().mean(1, keepdim=True), 5, 1, padding=2, count_include_pad=False)
-        return F.interpolate(energy, size=frame.shape[-2:], mode="bilinear", align_corners=False).sqrt()
-
-    kept = 0.5 * (amplitude(octave) / (amplitude(detail) + 1e-6)).clamp(max=1)
-    return frame - (1 - kept) * detail
 
 
 def stream_without_grad(stream: Callable[P, Iterator[Tensor]]) -> Callable[P, Iterator[Tensor]]:

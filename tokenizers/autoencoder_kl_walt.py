@@ -1640,7 +1640,7 @@ class AutoencoderKLWalt(ModelMixin, AutoencoderMixin, ConfigMixin, FromOriginalM
             raise WaltError(f"latents must be floating point, got {z.dtype}")
         if not self._looks(z):
             return
-        low, high = (float(v) for v in torch.aminmax(z))
+        low, high = (float(v) for v in torch.aminmax(z.detach()))
         if not (math.isfinite(low) and math.isfinite(high)):
             raise WaltError("latents must be finite, got NaN or infinite values")
         mean, std = self.config["latents_mean"] or [0.0], self.config["latents_std"] or [1.0]

@@ -188,7 +188,8 @@ def build_objective(job: Any) -> Any:
                 raise WaltError(f"inflate: {job.inflate!r} does not fit the recipe's model: {error}") from error
         return objective
     vae, words = _encoders(job)
-    return DenoiserObjective(job, backbone(job.backbone), vae, words)
+    weights = None if job.pixels is None else job.pixels.perceptual_weights
+    return DenoiserObjective(job, backbone(job.backbone), vae, words, PerceptualLoss(weights) if weights else None)
 
 
 def _image_tokenizer(job: Any) -> Any:

@@ -76,6 +76,7 @@ def _export_arguments(add: Add) -> None:
     add("--guidance", type=float, default=2.0, help="default guidance scale of the model")
     add("--image-guidance", type=float, help="that of images, where they want another (default: the same)")
     add("--top-p", type=float, default=1.0, help="default top-p of the model")
+    add("--sketch-top-p", type=float, help="that of sketch tasks, where they want another (default: the same)")
     add(
         "--link-text", metavar="FOLDER", help="a model folder beside the output whose text parts are linked, not copied"
     )
@@ -342,6 +343,7 @@ def export(args: argparse.Namespace) -> None:
         default_guidance_scale=args.guidance,
         default_top_p=args.top_p,
         default_image_guidance_scale=args.image_guidance,
+        default_sketch_top_p=args.sketch_top_p,
     )
     output = Path(args.output)
     temporary = output.with_name(f".{output.name}.tmp")
@@ -413,7 +415,11 @@ def evaluate(args: argparse.Namespace, theatre: Any, image_network: Any) -> None
             name: pipe.default_guidance(still) if args.guidance is None else args.guidance
             for name, still in (("guidance", False), ("image_guidance", True))
         }
-        settings = {"model": fingerprint(args.model), "count": args.count, **scales, "top_p": args.top_p}
+        chances = {
+            name: pipe.default_top_p(sketch) if args.top_p is None else args.top_p
+            for name, sketch in (("top_p", False), ("sketch_top_p", True))
+        }
+        settings = {"model": fingerprint(args.model), "count": args.count, **scales, **chances}
         settings |= {"network": network.name, "network_sha256": network.fingerprint}
         write_report(args.json, figures, settings)
 
@@ -487,7 +493,9 @@ def info(folder: Path, frames: int | None, dtype: Any, device: Any) -> None:
     say(f"sketch classes ({len(classes)}): {', '.join(classes)}" if classes else "takes no sketches")
     guidance, of_images = (pipe.default_guidance(still) for still in (False, True))
     images = f" ({of_images:g} of images)" if of_images != guidance else ""
-    say(f"guidance {guidance:g}{images}, top-p {pipe.config.default_top_p:g} unless told otherwise")
+    top_p, of_sketches = (pipe.default_top_p(sketch) for sketch in (False, True))
+    sketches = f" ({of_sketches:g} with a sketch)" if of_sketches != top_p else ""
+    say(f"guidance {guidance:g}{images}, top-p {top_p:g}{sketches} unless told otherwise")
 
     begun = time.perf_counter()
     seen = {"done": 0}

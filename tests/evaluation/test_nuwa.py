@@ -14,7 +14,18 @@ from torch import Tensor
 from tests import tiny
 from walt.data.emoji import EMBEDDED_WORLD, EmojiTheatre
 from walt.data.sketches import sample_frames
-from walt.evaluation.nuwa import TASKS, Stage, detect, pixel_accuracy, psnr, stretch, table, write_report, write_sheet
+from walt.evaluation.nuwa import (
+    TASKS,
+    Stage,
+    detect,
+    overlap,
+    pixel_accuracy,
+    psnr,
+    stretch,
+    table,
+    write_report,
+    write_sheet,
+)
 from walt.evaluation.prompts import Judge
 from walt.evaluation.tracks import find_subject, name_motion
 from walt.media import read_image
@@ -56,6 +67,15 @@ def test_pixel_accuracy_reads_the_middle_of_each_cell() -> None:
     assert pixel_accuracy(detected, sketch) == 0.5
     detected[0, :32] = 2
     assert pixel_accuracy(detected, sketch) == 1.0
+
+
+def test_an_empty_ground_overlaps_nothing() -> None:
+    sketch = np.zeros((1, 128, 128), np.uint16)
+    sketch[0, :64] = 2
+    detected = np.zeros((1, 64, 64), np.uint16)
+    assert overlap(detected, sketch) == 0.0 and overlap(detected, np.zeros_like(sketch)) == 1.0
+    detected[0, 16:48] = 1  # half of the subject and as much of the ground, and of another class
+    assert overlap(detected, sketch) == pytest.approx(1 / 3)
 
 
 def test_psnr_inside_a_mask() -> None:

@@ -125,6 +125,19 @@ def test_images_may_have_a_guidance_of_their_own(pipe: NuwaPipeline) -> None:
     assert torch.equal(tokens_of(pipe, prompt="a cat", num_frames=1), both[0]) and not torch.equal(both[0], strong[0])
 
 
+def test_sketches_may_have_a_top_p_of_their_own(pipe: NuwaPipeline) -> None:
+    asked: tuple[dict[str, Any], ...] = ({"sketch": drawing(3, 0)}, {"prompt": "a cat"})
+    drawn, told = (tokens_of(pipe, **one) for one in asked)
+    likeliest = tokens_of(pipe, **asked[0], top_p=1e-6)
+    assert not torch.equal(likeliest, drawn)
+    pipe.register_to_config(default_sketch_top_p=1e-6)
+    try:
+        assert torch.equal(tokens_of(pipe, **asked[0]), likeliest)
+        assert torch.equal(tokens_of(pipe, **asked[1]), told)
+    finally:
+        pipe.register_to_config(default_sketch_top_p=None)
+
+
 def test_a_sample_depends_on_its_own_generator_alone(pipe: NuwaPipeline) -> None:
     prompts = ["a cat", "a dog jumps up", "red"]
     generators = [tiny.seeded(seed) for seed in (5, 6, 7)]

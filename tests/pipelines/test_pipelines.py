@@ -21,11 +21,12 @@ from tests import tiny
 from walt.conditioning import TEXT_TOKENS
 from walt.diffusion import make_scheduler
 from walt.errors import WaltError
+from walt.fidelity import back_project
 from walt.models.transformer_walt import WaltTransformer3DModel
 from walt.pipelines.pipeline_walt import WaltPipeline
 from walt.pipelines.pipeline_walt_cascade import WaltCascadePipeline
 from walt.pipelines.pipeline_walt_super_resolution import WaltSuperResolutionPipeline
-from walt.pipelines.sampling import back_project, decode_latents, encode_video
+from walt.pipelines.sampling import decode_latents, encode_video
 from walt.tokenizers.text import CompactTextEncoder, quantize_text_encoder
 from walt.training.objectives import TextStates
 

@@ -164,10 +164,24 @@ def detect(clip: Pixels, judge: Judge, subjects: Sequence[str]) -> Sketch:
 
 def pixel_accuracy(detected: Sketch, sketch: Sketch) -> float:
     """The share of `detected`'s pixels `(T, h, w)` whose class the sketch `(T, H, W)` has at their middle."""
+    return float((detected == _at_lines(sketch, detected)).mean())
+
+
+def overlap(detected: Sketch, sketch: Sketch) -> float:
+    """Intersection over union of what is no ground in `detected` `(T, h, w)` and in the sketch `(T, H, W)`, of whatever class.
+
+    An empty ground has 0, however small the subject is; where both are empty it is 1.
+    """
+    ours, wanted = detected > 0, _at_lines(sketch, detected) > 0
+    union = float((ours | wanted).sum())
+    return float((ours & wanted).sum()) / union if union else 1.0
+
+
+def _at_lines(sketch: Sketch, like: Sketch) -> Sketch:
+    """The sketch `(T, H, W)` at the middles of the pixels `(T, h, w)` of `like`."""
     step = max(1, sketch.shape[1] // LINES)
-    h, w = detected.shape[1:]
-    wanted = sketch[:, step // 2 :: step, step // 2 :: step][:, :h, :w]
-    return float((detected == wanted).mean())
+    h, w = like.shape[1:]
+    return sketch[:, step // 2 :: step, step // 2 :: step][:, :h, :w]
 
 
 def psnr(first: Pixels, second: Pixels, where: NDArray[np.bool_] | None = None) -> float:
@@ -223,7 +237,8 @@ def _dealt(values: Sequence[Any]) -> list[Any]:
 
 
 def sketch(stage: Stage, still: bool) -> Result:
-    """Detected pixel accuracy: what is made, segmented again, against its sketch."""
+    """Detected pixel accuracy: what is made, segmented again, against its sketch. As small subjects on a large ground flatter
+    that, also where the subject is, and which."""
     task = "sketch to image" if still else "sketch to video"
     pairs = [stage.show(scene) for scene in stage.scenes(still)]
     made = [clip for clip, _ in stage.run([{"sketch": one} for _, one in pairs])]
@@ -231,16 +246,26 @@ def sketch(stage: Stage, still: bool) -> Result:
     found = [detect(clip, stage.judge, subjects) for clip in made]
     true = [detect(clip, stage.judge, subjects) for clip, _ in pairs]
     sketches = [one for _, one in pairs]
-    ours, theirs, control = (
-        [pixel_accuracy(a, b) for a, b in zip(first, second, strict=True)]
-        for first, second in ((found, sketches), (true, sketches), (found, _dealt(sketches)))
+    empty = _mean([float((one == 0).mean()) for one in sketches]).estimate
+    figures = []
+    for measure, name, ground in (
+        (pixel_accuracy, "detected pixel accuracy", f"{empty:.3f}"),
+        (overlap, "subject's place, IoU", "0"),
+    ):
+        ours, theirs, control = (
+            _mean([measure(a, b) for a, b in zip(first, second, strict=True)])
+            for first, second in ((found, sketches), (true, sketches), (found, _dealt(sketches)))
+        )
+        against = f"sketches shuffled (nothing but ground: {ground})"
+        figures.append(Figure(task, name, len(made), ours, theirs.estimate, control.estimate, against))
+    drawn = [int(one.max()) for one in sketches]
+    named, best, control = (
+        share([int(a.max()) == b for a, b in zip(maps, wanted, strict=True)])
+        for maps, wanted in ((found, drawn), (true, drawn), (found, _dealt(drawn)))
     )
-    empty = [float((one == 0).mean()) for one in sketches]
-    best, dealt = (_mean(values).estimate for values in (theirs, control))
-    figures = [
-        Figure(task, "detected pixel accuracy", len(made), _mean(ours), best, dealt,
-               f"sketches shuffled (nothing but ground: {_mean(empty).estimate:.3f})")
-    ]  # fmt: skip
+    figures.append(
+        Figure(task, "subject as drawn", len(made), named, best.estimate, control.estimate, "sketches shuffled")
+    )
     names = classes(subjects)
     examples = [Example(task, to_colours(one, names), clip) for one, clip in zip(sketches, made, strict=True)]
     return Result(figures, examples)

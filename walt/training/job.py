@@ -309,6 +309,31 @@ class LoraJob(Frozen):
     )
 
 
+class PixelJob(Frozen):
+    """A super-resolution stage is scored on its frames too: decoded, held to the small video as in sampling, beside the true
+    ones. For a stage that has learnt its latents and is sampled in one step (diffusion.timestep_logit_normal=[20, 0])."""
+
+    reconstruction: float = Field(
+        default=1.0, ge=0, description="weight of the mean absolute error of pixels in [-1, 1]"
+    )
+    perceptual: float = Field(default=0.5, ge=0, description="weight of LPIPS")
+    perceptual_weights: str | None = Field(default=None, description="LPIPS-VGG safetensors (walt data lpips)")
+    perceptual_frames: int = Field(default=4, gt=0, description="random frames per step that the VGG sees")
+    fidelity: float = Field(default=0.6, ge=0, le=1, description="as in sampling; 0: frames as they are decoded")
+    passes: float = Field(
+        default=0.8,
+        ge=0,
+        le=1,
+        description="chance that the small video has passed the tokenizer, as what a stage before makes has; the others are "
+        "held to in full (fidelity 1), as a user's video is",
+    )
+    latent_noise: float = Field(
+        default=0.2,
+        ge=0,
+        description="most noise on the latents of such a pass, in units of their std: a stage before errs",
+    )
+
+
 class DenoiserJob(Frozen):
     kind: Literal["denoiser"] = "denoiser"
     backbone: str = Field(default="walt", description=f"the network: {', '.join(BACKBONES)}")
@@ -333,6 +358,9 @@ class DenoiserJob(Frozen):
     token_drop: TokenDropJob | None = Field(default=None, description="NaViT's token dropping; None: off")
     low_res_batches: int = Field(default=30, gt=0, description="batches that a super-resolution start is fitted to")
     diffusion: DiffusionJob = DiffusionJob()
+    pixels: PixelJob | None = Field(
+        default=None, description="a super-resolution stage's score on its frames; None: off"
+    )
     optimizer: OptimizerJob
     run: RunJob
 
@@ -454,8 +482,8 @@ def _set(values: dict[str, Any], field: str, text: str) -> None:
         if not isinstance(here, dict) or part not in here:
             known = here if isinstance(here, dict) else ()
             raise WaltError(f"unknown field {field!r}: no {part!r}{suggest(part, known)}; known: {_names(known)}")
-        if part == "lora" and here[part] is None:
-            here[part] = LoraJob().model_dump()
+        if part in ("lora", "pixels") and here[part] is None:
+            here[part] = (LoraJob() if part == "lora" else PixelJob()).model_dump()
         here = here[part]
     free = path[-1:] == ["model"]
     if not isinstance(here, dict) or (last not in here and not free):

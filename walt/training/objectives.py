@@ -35,7 +35,8 @@ from walt.data.precompute import MediaLatents
 from walt.data.scenes import Scenes
 from walt.diffusion import add_noise, draw_timesteps, make_scheduler, variance_bound, velocity, x0_from_velocity
 from walt.errors import WaltError, suggest
-from walt.latents import Grid, normalize
+from walt.fidelity import project_frames
+from walt.latents import Grid, denormalize, normalize
 from walt.models.transformer_walt import WaltPositionEmbedding
 from walt.training.job import DenoiserJob, LoraJob, MediaJob, Shape, TokenizerJob
 from walt.training.loop import Loss, Objective, Part
@@ -467,13 +468,28 @@ class DenoiserObjective(Objective):
 
     Each sample has its own timestep, noise, text dropout, given frames and (super-resolution) noise level; all are
     drawn from the step's generator. With the recipe's probability the pack is predicted twice, the second time with
-    the first estimate of the clean latents (self-conditioning).
+    the first estimate of the clean latents (self-conditioning). With `job.pixels` a super-resolution stage's estimate is
+    decoded as well, and scored on its frames.
+
+    Args:
+        job: the recipe.
+        transformer: class of the denoiser.
+        vae: the frozen tokenizer.
+        words: the text encoder of a model with text, else None.
+        perceptual: `walt.tokenizers.losses.PerceptualLoss` for a recipe with `pixels.perceptual_weights`, else None.
     """
 
     model: Any
     shardable = True
 
-    def __init__(self, job: DenoiserJob, transformer: type[Any], vae: Any, words: TextStates | None) -> None:
+    def __init__(
+        self,
+        job: DenoiserJob,
+        transformer: type[Any],
+        vae: Any,
+        words: TextStates | None,
+        perceptual: nn.Module | None = None,
+    ) -> None:
         self.job = job
         torch.manual_seed(job.run.seed)
         self.model = build_model(transformer, job.model)
@@ -491,6 +507,17 @@ class DenoiserObjective(Objective):
         self.classes = read_classes(job.classes, config.num_classes)
         if low_res_kind(config) == "time" and job.data.latents is not None:
             raise WaltError("data.latents: a temporal stage encodes both frame rates as it trains, it needs pixels")
+        if job.pixels is not None:
+            if low_res_kind(config) != "space":
+                raise WaltError("pixels: for super-resolution stages that enlarge (model.low_res_channels) only")
+            if job.data.latents is not None:
+                raise WaltError("pixels: frames are scored beside the true ones; leave data.latents out")
+            if (perceptual is None) != (job.pixels.perceptual == 0):
+                raise WaltError(
+                    "pixels.perceptual_weights: the perceptual loss needs them (walt data lpips); without it set "
+                    "pixels.perceptual=0"
+                )
+        self.perceptual = perceptual
         held = job.run.heldout_clips if job.run.heldout_every else 0
         media = isinstance(job.data, MediaJob)
         self.shards = LatentShards(Path(job.data.latents), job, held) if job.data.latents and not media else None
@@ -552,6 +579,8 @@ class DenoiserObjective(Objective):
     def to(self, device: torch.device) -> None:
         self.device = device
         self.vae.to(device)
+        if self.perceptual is not None:
+            self.perceptual.to(device)
         if self.words is not None:
             self.words.to(device)
 
@@ -658,6 +687,10 @@ class DenoiserObjective(Objective):
                 sample if sample.caption == caption else replace(sample, caption=caption, states=None)
                 for sample, caption in zip(batch, captions, strict=True)
             ]
+        passed: list[bool] = []
+        if self.job.pixels is not None:
+            passed = drop(len(batch), self.job.pixels.passes, generator)
+            batch = [self._pass(s, generator) if yes else s for s, yes in zip(batch, passed, strict=True)]
         clean = [self._latent(sample.video, sample.latent) for sample in batch]
         count = len(batch)
         steps = draw_timesteps(count, len(self.scheduler), knobs.timestep_logit_normal, generator)
@@ -673,7 +706,7 @@ class DenoiserObjective(Objective):
             # Alike on all ranks: sharded weights are gathered by all of them in every forward pass.
             chance = float(torch.rand((), generator=generator if shared is None else shared))
             twice = chance < knobs.self_conditioning_probability
-        errors, sizes = self._errors(model, clean, noise, steps, masks, told, twice)
+        errors, sizes, made = self._errors(model, clean, noise, steps, masks, told, twice)
         if knobs.loss_weighting == "token":
             weight = torch.stack(sizes).sum()
             loss = torch.stack(errors).sum() / weight
@@ -683,9 +716,68 @@ class DenoiserObjective(Objective):
         whole = [z[0].numel() // self.model.config.patch_size**2 for z in clean]
         tokens = sum(n if s.kept is None else int(s.kept.sum()) for n, s in zip(whole, batch, strict=True))
         videos = sum(z.shape[1] > 1 for z in clean)
-        figures = {"weight": weight, "tokens": tokens, "samples": count, "clips": videos, "padding": 0}
+        figures: dict[str, float | Tensor] = {"weight": weight, "tokens": tokens, "samples": count}
+        figures |= {"clips": videos, "padding": 0}
         figures["fill"] = tokens / self.job.batch_tokens
+        if self.job.pixels is not None:
+            # What is given is not made.
+            made = [z * m + x * (1 - m) for z, x, m in zip(clean, made, masks, strict=True)]
+            loss = loss + self._pixel_loss(made, batch, passed, generator, figures)
         return loss, {**figures, "forwards": 1.0 + twice}
+
+    @torch.no_grad()
+    def _pass(self, sample: Sample, generator: torch.Generator) -> Sample:
+        """The sample with its small video as the tokenizer shows it, its latents with noise of a random strength."""
+        assert self.job.pixels is not None
+        z = self._latent(sample.low_res_video, None)
+        strength = self.job.pixels.latent_noise * float(torch.rand((), generator=generator))
+        z = z + strength * torch.randn(z.shape, generator=generator).to(self.device)
+        return replace(sample, low_res_video=self._decode(z).clamp(-1, 1))
+
+    def _decode(self, latent: Tensor) -> Tensor:
+        """Frames `(3, T, H, W)` in about [-1, 1], float32, of latents `(8, t, h, w)` as the stages make them."""
+        if self.job.diffusion.latent_normalization:
+            latent = denormalize(latent, self.vae.config.latents_mean, self.vae.config.latents_std)
+        frames: Tensor = self.vae.decode(latent[None], return_dict=False)[0][0]
+        return frames.float()
+
+    def _pixel_loss(
+        self,
+        made: list[Tensor],
+        batch: list[Sample],
+        passed: list[bool],
+        generator: torch.Generator,
+        figures: dict[str, float | Tensor],
+    ) -> Tensor:
+        """The weighted loss of the frames that clean latents become in sampling; adds to the figures."""
+        knobs = self.job.pixels
+        assert knobs is not None
+        total = sum(sample.video.numel() for sample in batch if sample.video is not None)
+        loss, squared = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
+        pairs: list[tuple[Tensor, Tensor]] = []
+        for latent, sample, soft in zip(made, batch, passed, strict=True):
+            assert sample.video is not None and sample.low_res_video is not None
+            frames = self._decode(latent).transpose(0, 1)
+            small = sample.low_res_video.to(self.device).float().transpose(0, 1)
+            fidelity = knobs.fidelity if soft else 1.0
+            if knobs.fidelity:
+                frames = project_frames(frames, small, fidelity)
+            target = sample.video.to(self.device).transpose(0, 1)
+            share = target.numel() / total
+            loss = loss + knobs.reconstruction * share * (frames - target).abs().mean()
+            squared = squared + share * (frames.detach() - target).square().mean()
+            pairs.append((frames, target))
+        figures["psnr"] = -10.0 * torch.log10(squared / 4.0)
+        if self.perceptual is not None:
+            distances = []
+            for _ in range(knobs.perceptual_frames):
+                frames, target = pairs[int(torch.randint(len(pairs), (), generator=generator))]
+                place = int(torch.randint(len(target), (), generator=generator))
+                distances.append(self.perceptual(frames[place : place + 1].clamp(-1, 1), target[place : place + 1]))
+            distance = torch.cat(distances).float().mean()
+            figures["lpips"] = distance.detach()
+            loss = loss + knobs.perceptual * distance
+        return loss
 
     def _masks(self, clean: list[Tensor], batch: list[Sample], generator: torch.Generator) -> list[Tensor]:
         """`(1, t, h, w)` per sample, ones where its clean latents are given: first frames, or anything at all."""
@@ -762,9 +854,9 @@ class DenoiserObjective(Objective):
         masks: list[Tensor],
         told: dict[str, Any],
         twice: bool,
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Of each sample, the squared error of v summed over what is not given (and averaged over channels), and how
-        many latent places that is."""
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Of each sample, the squared error of v summed over what is not given (and averaged over channels), how many
+        latent places that is, and the clean latents that v says."""
         noisy = [add_noise(self.scheduler, z, e, int(t)) for z, e, t in zip(clean, noise, steps, strict=True)]
         target = [velocity(self.scheduler, z, e, int(t)) for z, e, t in zip(clean, noise, steps, strict=True)]
         timestep = steps.to(self.device)
@@ -789,7 +881,11 @@ class DenoiserObjective(Objective):
             for i, (v, z, x, t, s) in enumerate(zip(predicted, clean, noisy, steps, scored, strict=True)):
                 bound = variance_bound(self.scheduler, v[: len(z)].float(), v[len(z) :].float(), z, x, int(t))
                 errors[i] = errors[i] + self.job.diffusion.variance_weight * (bound * s).sum() / len(z)
-        return errors, [s.sum() for s in scored]
+        made = [
+            x0_from_velocity(self.scheduler, v[: len(x)].float(), x, int(t))
+            for v, x, t in zip(predicted, noisy, steps, strict=True)
+        ]
+        return errors, [s.sum() for s in scored], made
 
     def held_out(self, shape: int, number: int) -> Sample:
         """The `number`-th sample of a shape that is never trained on."""
@@ -829,7 +925,7 @@ class DenoiserObjective(Objective):
                     levels = torch.full((len(batch),), self.job.diffusion.max_noise_level // 2)
                 told = self._told(batch, clean, masks, [False] * len(batch), levels, generator)
                 steps = torch.full((len(batch),), (low + high) // 2)
-                errors, sizes = self._errors(model, clean, noise, steps, masks, told, False)
+                errors, sizes, _ = self._errors(model, clean, noise, steps, masks, told, False)
                 value = float(torch.stack(errors).sum() / torch.stack(sizes).sum())
                 found[f"{stage}/{_shape_name(shape)}/t{low}-{high - 1}"] = value
         return {**found, "loss": sum(found.values()) / len(found)}
