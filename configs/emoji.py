@@ -376,7 +376,7 @@ def super_resolution_2_finish() -> DenoiserJob:
             ),
             "pixels": PixelJob(perceptual=1.0, perceptual_weights="cache/lpips_vgg.safetensors"),
             "optimizer": first.optimizer.model_copy(update={"lr": 4e-4, "warmup_steps": 30}),
-            "run": first.run.model_copy(update={"output": "runs/emoji-sr2-finish", "seed": 23, "steps": 1200}),
+            "run": first.run.model_copy(update={"output": "runs/emoji-sr2-finish", "seed": 23, "steps": 1100}),
         }
     )
 
