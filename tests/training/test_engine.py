@@ -515,11 +515,11 @@ def test_the_recipe_of_all_tasks_trains_on_all_masks(tmp_path: Path) -> None:
     inner = objective._errors
 
     def watch(model: Any, clean: Any, noise: Any, steps: Any, masks: Any, told: Any, twice: bool) -> Any:
-        errors, sizes = inner(model, clean, noise, steps, masks, told, twice)
+        errors, sizes, made = inner(model, clean, noise, steps, masks, told, twice)
         seen.extend(masks)
         assert [float(s) for s in sizes] == [float((1 - m).sum()) for m in masks]
         assert all(m is n for m, n in zip(masks, told["frame_mask"], strict=True))
-        return errors, sizes
+        return errors, sizes, made
 
     objective._errors = watch
     for step in range(8):
