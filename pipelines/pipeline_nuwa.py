@@ -121,7 +121,7 @@ class NuwaPipeline(SamplingPipeline):
         own = self.config.default_image_guidance_scale if still else None
         return float(self.config.default_guidance_scale if own is None else own)
 
-    def default_top_p(self, sketch: bool) -> float:
+    def default_nucleus(self, sketch: bool) -> float:
         """The top-p of a call that names none, with a sketch or without."""
         own = self.config.default_sketch_top_p if sketch else None
         return float(self.config.default_top_p if own is None else own)
@@ -201,7 +201,7 @@ class NuwaPipeline(SamplingPipeline):
         Raises:
             WaltError: an argument that does not fit.
         """
-        top_p = self.default_top_p(sketch is not None) if top_p is None else top_p
+        top_p = self.default_nucleus(sketch is not None) if top_p is None else top_p
         self._check(temperature, top_k, top_p, num_videos_per_prompt, num_candidates, output_type)
         prompts = self._check_prompt(
             prompt,

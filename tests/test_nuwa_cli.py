@@ -156,6 +156,7 @@ def test_fitting_keeps_the_middle() -> None:
         (("text-to-image", "a", "-o", "x.mp4"), "must end in .png"),
         (("text-to-video", "a", "-o", "x.mp4", "--frames", "0"), "--frames must be at least 1"),
         (("text-to-video", "a", "-o", "x.mp4", "--top-p", "0"), "--top-p must be above 0"),
+        (("export", "x", "--sketch-top-p", "1.5"), "--sketch-top-p must be above 0 and at most 1, got 1.5"),
         (("text-to-video", "a", "-o", "x.mp4", "--candidates", "0"), "--candidates must be at least 1"),
         (("text-to-video", "a", "-o", "x.mp4", "--clip", "x"), "say how many with --candidates"),
         (("sketch-to-image", "s.png", "-o", "x.png", "--clip", "x"), "this task has none"),

@@ -67,6 +67,14 @@ def _common(add: Add, still: bool) -> None:
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="default: the fastest right one")
 
 
+def _check_top_p(args: argparse.Namespace, *names: str) -> None:
+    """A WaltError for one of these options that is no share of the tokens."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and not 0 < value <= 1:
+            raise WaltError(f"--{name.replace('_', '-')} must be above 0 and at most 1, got {value}")
+
+
 def _export_arguments(add: Add) -> None:
     add("output", help="the folder to write")
     add("--transformer", default="runs/nuwa-emoji-recall/final", help="trained NUWA folder")
@@ -138,6 +146,7 @@ def prepare(args: argparse.Namespace) -> None:
     from walt.cli import model_folder
 
     if args.task == "export":
+        _check_top_p(args, "top_p", "sketch_top_p")
         return
     from walt.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, check_output
 
@@ -160,8 +169,7 @@ def prepare(args: argparse.Namespace) -> None:
             raise WaltError(f"{name} must be at least {low}, got {value}")
     if args.fps is not None and not args.fps > 0:
         raise WaltError(f"--fps must be positive, got {args.fps}")
-    if args.top_p is not None and not 0 < args.top_p <= 1:
-        raise WaltError(f"--top-p must be above 0 and at most 1, got {args.top_p}")
+    _check_top_p(args, "top_p")
     if args.clip is not None and not hasattr(args, "prompt"):
         raise WaltError("--clip scores a prompt, and this task has none")
     if args.clip is not None and args.candidates == 1:
@@ -416,7 +424,7 @@ def evaluate(args: argparse.Namespace, theatre: Any, image_network: Any) -> None
             for name, still in (("guidance", False), ("image_guidance", True))
         }
         chances = {
-            name: pipe.default_top_p(sketch) if args.top_p is None else args.top_p
+            name: pipe.default_nucleus(sketch) if args.top_p is None else args.top_p
             for name, sketch in (("top_p", False), ("sketch_top_p", True))
         }
         settings = {"model": fingerprint(args.model), "count": args.count, **scales, **chances}
@@ -493,7 +501,7 @@ def info(folder: Path, frames: int | None, dtype: Any, device: Any) -> None:
     say(f"sketch classes ({len(classes)}): {', '.join(classes)}" if classes else "takes no sketches")
     guidance, of_images = (pipe.default_guidance(still) for still in (False, True))
     images = f" ({of_images:g} of images)" if of_images != guidance else ""
-    top_p, of_sketches = (pipe.default_top_p(sketch) for sketch in (False, True))
+    top_p, of_sketches = (pipe.default_nucleus(sketch) for sketch in (False, True))
     sketches = f" ({of_sketches:g} with a sketch)" if of_sketches != top_p else ""
     say(f"guidance {guidance:g}{images}, top-p {top_p:g}{sketches} unless told otherwise")
 

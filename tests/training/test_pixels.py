@@ -86,7 +86,7 @@ def test_frames_are_scored_as_sampling_makes_them(tmp_path: Path) -> None:
     assert float(torch.as_tensor(figures["psnr"])) == pytest.approx(expected, abs=0.1)
 
 
-def test_small_videos_pass_the_tokenizer_as_often_as_asked(tmp_path: Path) -> None:
+def test_a_small_video_passes_the_tokenizer(tmp_path: Path) -> None:
     objective = built(job(tmp_path))
     (sample, *_) = objective.batch(0, 0)
     passed = objective._pass(sample, torch.Generator().manual_seed(0))
