@@ -221,6 +221,27 @@ def emoji_recall() -> NuwaJob:
     )
 
 
+def emoji_predict() -> NuwaJob:
+    """`emoji_recall` goes on, mostly with clips of which the first frames are given."""
+    first = emoji_recall()
+    return first.model_copy(
+        update={
+            "init": "runs/nuwa-emoji-recall/final",
+            "data": DataJob(seed=53),
+            "continued": 0.9,
+            "tasks": NuwaTasks(
+                text_to_image=NuwaTask(batch=1),
+                video_to_video=NuwaTask(batch=1.6),
+                text_to_video=NuwaTask(batch=0.5),
+                sketch_to_image=NuwaTask(batch=0.2),
+                sketch_to_video=NuwaTask(batch=0.2),
+            ),
+            "optimizer": first.optimizer.model_copy(update={"lr": 6e-4}),
+            "run": first.run.model_copy(update={"output": "runs/nuwa-emoji-predict", "steps": 4200, "seed": 13}),
+        }
+    )
+
+
 RECIPES = {
     "nuwa_870m": nuwa_870m,
     "nuwa_256": nuwa_256,
@@ -231,4 +252,5 @@ RECIPES = {
     "emoji_clips": emoji_clips,
     "emoji_turns": emoji_turns,
     "emoji_recall": emoji_recall,
+    "emoji_predict": emoji_predict,
 }

@@ -810,6 +810,7 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tasks", metavar="A,B", help="nuwa: only these of its tasks, by the names of `walt nuwa`")
     parser.add_argument("--guidance", type=float, help="nuwa: guidance scale (default: the model's)")
     parser.add_argument("--top-p", type=float, help="nuwa: sampling among the likeliest tokens (default: the model's)")
+    parser.add_argument("--first", type=int, default=0, help="nuwa: number of the first held-out scene (default: 0)")
     parser.add_argument("--batch", type=int, default=8, help="prompts: clips sampled at a time")
     parser.add_argument(
         "--dtype",

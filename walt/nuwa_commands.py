@@ -382,6 +382,8 @@ def evaluate_prepare(args: argparse.Namespace) -> None:
     args.count = 16 if args.count is None else args.count
     if args.count < 2:
         raise WaltError(f"--count must be at least 2, got {args.count}")
+    if args.first < 0:
+        raise WaltError(f"--first must be at least 0, got {args.first}")
     names = list(TASKS) if args.tasks is None else [name.strip() for name in args.tasks.split(",")]
     for name in names:
         if name not in TASKS:
@@ -409,7 +411,7 @@ def evaluate(args: argparse.Namespace, theatre: Any, image_network: Any) -> None
     pipe = load_nuwa(args.model, None, choose_device("auto"))
     judge = Judge.learn(theatre, image_network, *model_size(pipe))
     network = load_feature_network(args.network, args.features)
-    stage = Stage(pipe, theatre, judge, network, args.count, args.guidance, args.top_p)
+    stage = Stage(pipe, theatre, judge, network, args.count, args.guidance, args.top_p, args.first)
     results = []
     for name in args.tasks:
         console.print(name, style="dim")
@@ -427,7 +429,7 @@ def evaluate(args: argparse.Namespace, theatre: Any, image_network: Any) -> None
             name: pipe.default_nucleus(sketch) if args.top_p is None else args.top_p
             for name, sketch in (("top_p", False), ("sketch_top_p", True))
         }
-        settings = {"model": fingerprint(args.model), "count": args.count, **scales, **chances}
+        settings = {"model": fingerprint(args.model), "count": args.count, "first": args.first, **scales, **chances}
         settings |= {"network": network.name, "network_sha256": network.fingerprint}
         write_report(args.json, figures, settings)
 

@@ -98,6 +98,7 @@ def test_motion_is_told_from_every_fourth_frame(theatre: EmojiTheatre, motion: s
 def test_every_task_gives_its_figures(theatre: EmojiTheatre, judge: Judge, tmp_path: Path) -> None:
     pipe = tiny.nuwa_pipeline(sample_size=(4, 8, 8))
     stage = Stage(pipe, theatre, judge, None, count=2)
+    assert replace(stage, first=1).scenes()[0] == stage.scenes()[1]
     results = {name: task(stage) for name, task in TASKS.items()}
     figures = [figure for result in results.values() for figure in result.figures]
     kept = [figure for figure in figures if figure.measure == "given tokens kept"]

@@ -104,12 +104,14 @@ def test_plan_counts_parameters_and_operations(parts: Path) -> None:
 def test_token_noise_hides_neighbours_from_some_samples(parts: Path) -> None:
     made = objective(parts, token_noise=0.5)
     tokens = torch.zeros(400, 2, 4, 4, dtype=torch.long)
-    seen = made._noisy(tokens, torch.Generator().manual_seed(0))
+    seen = made._noisy(tokens, [0] * 400, torch.Generator().manual_seed(0))
     changed = (seen != tokens).flatten(1).float().mean(dim=1)
     assert 0.4 < float((changed == 0).float().mean()) < 0.62 and float(changed.max()) > 0.85
     assert int(seen.min()) == 0 and int(seen.max()) == made.model.config.vocab_size - 1
     clean = objective(parts)
-    assert clean._noisy(tokens, torch.Generator()) is tokens
+    assert clean._noisy(tokens, [0] * 400, torch.Generator()) is tokens
+    later = made._noisy(tokens, [1] * 400, torch.Generator().manual_seed(0))  # given frames stay as they are
+    assert not later[:, 0].any() and torch.equal(later[:, 1], seen[:, 1])
 
 
 def test_clips_that_turn_are_told_so_and_lose_only_after_the_turn(parts: Path) -> None:
@@ -120,7 +122,7 @@ def test_clips_that_turn_are_told_so_and_lose_only_after_the_turn(parts: Path) -
     made.model.eval()
     batch = made.batch(0, 0)
     rows = [made._tokens(sample.data, False) for sample in batch]
-    turned, shown, given = made._turned(batch, rows, [False] * 8, torch.Generator().manual_seed(3))
+    turned, shown, given = made._begun(batch, rows, [False] * 8, torch.Generator().manual_seed(3))
     backwards = [row.backwards for row in rows]
     assert [bool(n) for n in given] == [bool(text) for text in backwards] and 0 < sum(map(bool, given)) < 8
     for old, new, told_so, text, n in zip(rows, shown, turned, backwards, given, strict=True):
@@ -134,7 +136,7 @@ def test_clips_that_turn_are_told_so_and_lose_only_after_the_turn(parts: Path) -
         # the loss drew which captions are lost before it drew the turns
         generator = torch.Generator().manual_seed(3)
         torch.rand(8, generator=generator)
-        turned, shown, given = made._turned(batch, rows, [False] * 8, generator)
+        turned, shown, given = made._begun(batch, rows, [False] * 8, generator)
         expected = 0.0
         for sample, row, n in zip(turned, shown, given, strict=True):
             told = made.model.encode_condition(text=made.words([sample.data.caption]))
@@ -142,6 +144,33 @@ def test_clips_that_turn_are_told_so_and_lose_only_after_the_turn(parts: Path) -
             picked = logits.log_softmax(-1).gather(-1, row.video[..., None])
             expected -= float(picked[n:].mean()) / 8
     assert float(seen["text_to_video"]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_clips_that_go_on_lose_only_after_what_is_given(parts: Path) -> None:
+    """Of a clip without a text some first frames are given, one at least and never all; other tasks are as before."""
+    tasks = NuwaTasks(
+        **{name: NuwaTask(batch=8 * (name in ("video_to_video", "text_to_video"))) for name in NuwaTasks.model_fields}
+    )
+    clip = NuwaClip(frames=4, frame_step=2, height=32, width=32)
+    made = objective(parts, continued=1.0, condition_dropout=0.0, tasks=tasks, clip=clip)
+    made.model.eval()
+    batch = made.batch(0, 0)
+    with torch.no_grad():
+        _, seen = made.loss(made.model, batch, torch.Generator().manual_seed(3))
+        rows = [made._tokens(sample.data, False) for sample in batch]
+        generator = torch.Generator().manual_seed(3)
+        torch.rand(len(batch), generator=generator)  # which captions are lost was drawn first
+        same, shown, given = made._begun(batch, rows, [False] * len(batch), generator)
+        assert same == batch and shown == rows
+        expected = 0.0
+        for sample, row, n in zip(batch, rows, given, strict=True):
+            assert (1 <= n < 4) if sample.task == "video_to_video" else n == 0
+            if sample.task == "video_to_video":
+                logits = made.model(row.video[None], made.model.encode_condition(text=[None]))[0].double()
+                picked = logits.log_softmax(-1).gather(-1, row.video[..., None])
+                expected -= float(picked[n:].mean()) / 8
+    assert len(set(given)) > 2
+    assert float(seen["video_to_video"]) == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("frames", [3, 4, 5, 10])
@@ -235,6 +264,7 @@ def test_faults(parts: Path) -> None:
         ({"tokenizer": "none"}, "tokenizer: no model in 'none'"),
         ({"turns": 0.5}, "turns: a clip of 2 frames cannot turn, it needs 3"),
         ({"turns": 0.5, "tokens": "somewhere"}, "turns: the theatre alone knows"),
+        ({"continued": 0.5, "clip": NuwaClip(frames=1, height=32, width=32)}, "continued: a clip of 1 frame has none"),
         ({"data": data(fps=16)}, "data.fps: .*clip.frame_step"),
         ({"data": data(clip_subjects=("sun",))}, "data.clip_subjects: .*every subject"),
         ({"data": data(latents="x")}, "data.latents: NUWA is trained on tokens"),
@@ -255,6 +285,7 @@ def test_faults(parts: Path) -> None:
         "nuwa.emoji_clips",
         "nuwa.emoji_turns",
         "nuwa.emoji_recall",
+        "nuwa.emoji_predict",
     ],
 )
 def test_recipes_are_complete(name: str) -> None:

@@ -6,6 +6,7 @@ sampling (`draw_size`) and token dropping (`draw_kept`) are options of a recipe,
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -117,7 +118,8 @@ class Packer:
       attention cost that has room; then all others, largest first, each where it leaves the least room. Which samples
       a pack holds hence follows the stream, not their size, and the samples behind fill the gaps.
 
-    Then gaps are closed and costs evened out by exchanging samples, among packs and with those that wait. The oldest
+    Then gaps are closed, costs evened out and token counts made round by exchanging samples, among packs and with those
+    that wait. The oldest
     sample always goes with the next round, so that none waits for more than `look_ahead` rounds.
 
     The packs are a pure function of the settings and the stream, and the state between two samples is a JSON value:
@@ -131,6 +133,8 @@ class Packer:
             the fuller the packs and the more even the costs; a mix of images and clips passes 99 % with these.
         method: "best_fit" or "first_fit".
         oversize: a sample larger than the budget is an error ("error"), or is left out, logged and counted ("report").
+        multiple: packs hold a multiple of so many tokens where that can be had by an exchange: matrix products of other
+            row counts are slower, by up to 5 % in float32 and 9 % in bfloat16 on a CPU with AVX-512. 1: any number.
 
     Raises:
         WaltError: a setting out of range.
@@ -146,10 +150,11 @@ class Packer:
         look_ahead: int | None = None,
         method: Literal["best_fit", "first_fit"] = "best_fit",
         oversize: Literal["error", "report"] = "error",
+        multiple: int = 8,
     ) -> None:
         if look_ahead is None and isinstance(ranks, int):
             look_ahead = max(64, 16 * ranks)
-        for name, value in (("budget", budget), ("ranks", ranks), ("look_ahead", look_ahead)):
+        for name, value in (("budget", budget), ("ranks", ranks), ("look_ahead", look_ahead), ("multiple", multiple)):
             if not isinstance(value, int) or value < 1:
                 raise WaltError(f"{name}: {value!r} given, an integer of at least 1 needed")
         for name, choice, allowed in (("method", method, self.METHODS), ("oversize", oversize, ("error", "report"))):
@@ -163,9 +168,11 @@ class Packer:
             "look_ahead": look_ahead,
             "method": method,
             "oversize": oversize,
+            "multiple": multiple,
         }
         assert look_ahead is not None
         self.budget, self.ranks, self.look_ahead, self.method = budget, ranks, look_ahead, method
+        self.multiple = multiple
         self.report_oversize = oversize == "report"
         self._waiting: list[Item] = []
         self._tokens = 0  # of all that wait
@@ -290,6 +297,8 @@ class Packer:
                 draft.put(i, draft.tightest_with_room(i))
         draft.close_gaps()
         draft.even_costs()
+        draft.align(self.multiple)
+        draft.even_costs(self.multiple)
         taken = {i for pack in draft.packs for i in pack}
         self._waiting = [item for i, item in enumerate(self._waiting) if i not in taken]
         packs = [
@@ -358,8 +367,9 @@ class _Draft:
                 self._move(best[1], rank, None)
                 self._move(best[2], None, rank)
 
-    def even_costs(self) -> None:
-        """Exchanges one dear sample for cheaper ones of about as many tokens, while that brings the costs together.
+    def even_costs(self, multiple: int = 1) -> None:
+        """Exchanges one dear sample for cheaper ones of about as many tokens, a `multiple` more or fewer, while that brings
+        the costs together.
 
         From the costliest pack to the cheapest, from the costliest to those that wait, or from those to the cheapest;
         packs stay as full as they are, up to 1/256 of the budget.
@@ -373,7 +383,9 @@ class _Draft:
             # The costliest with those that wait and the cheapest few; the cheapest with those and the costliest few.
             pairs: list[tuple[int | None, int | None]] = [(high, None), (None, low), (high, low)]
             pairs += [(high, r) for r in ranks[1:4] if r != high] + [(r, low) for r in ranks[-4:-1] if r != low]
-            exchanges = [found for here, there in pairs if (found := self._exchange(here, there, mean)) is not None]
+            exchanges = [
+                found for here, there in pairs if (found := self._exchange(here, there, mean, multiple)) is not None
+            ]
             if not exchanges:
                 return
             _, here, there, a, group = min(exchanges, key=lambda found: found[0])
@@ -383,8 +395,51 @@ class _Draft:
             for b in group:
                 self._move(b, self.HELD, here)
 
+    def align(self, multiple: int) -> None:
+        """Exchanges samples with those that wait until each pack's tokens are a multiple, where one for one, one for two or
+        two for one will do; it may cost 1/256 of the budget. Of several ways the one that leaves the costs most even."""
+        for rank, room in enumerate(self.room):
+            over = (self.budget - room) % multiple
+            gains = [gain for gain in range(room, -self._few - 1, -1) if (over + gain) % multiple == 0]
+            ways = self._swaps(rank, gains) if over else []
+            if not ways:
+                continue
+            mean = sum(self.costs) / len(self.packs)
+
+            def uneven(way: tuple[list[int], list[int]], rank: int = rank, mean: float = mean) -> float:
+                gone, come = way
+                change = sum(_cost(self.waiting[i]) for i in come) - sum(_cost(self.packs[rank][i]) for i in gone)
+                return abs(self.costs[rank] + change - mean)
+
+            gone, come = min(ways, key=uneven)
+            for i in come:
+                self._move(i, None, self.HELD)
+            for i in gone:
+                self._move(i, rank, None)
+            for i in come:
+                self._move(i, self.HELD, rank)
+
+    def _swaps(self, rank: int, gains: list[int]) -> list[tuple[list[int], list[int]]]:
+        """Samples of a pack and of those that wait, whose exchange adds one of the `gains` to the pack's tokens."""
+        oldest = 0  # goes with this round
+        mine = _distinct({i: item for i, item in self.packs[rank].items() if i != oldest})
+        others = _distinct(self.waiting)
+        sizes: dict[int, list[int]] = {}
+        for i, item in others.items():
+            sizes.setdefault(item.tokens, []).append(i)
+        ways = [([a], [b]) for a in mine for gain in gains for b in sizes.get(mine[a].tokens + gain, [])]
+        if ways:
+            return ways
+        for a, gain in itertools.product(mine, gains):
+            whole = mine[a].tokens + gain
+            ways += [([a], [b, c]) for b in others for c in sizes.get(whole - others[b].tokens, []) if b < c]
+        for a, b in itertools.combinations(mine, 2):
+            whole = mine[a].tokens + mine[b].tokens
+            ways += [([a, b], [c]) for gain in gains for c in sizes.get(whole + gain, [])]
+        return ways
+
     def _exchange(
-        self, here: int | None, there: int | None, mean: float
+        self, here: int | None, there: int | None, mean: float, multiple: int
     ) -> tuple[float, int | None, int | None, int, list[int]] | None:
         """The best item to take from here for a group from there; None when none brings the costs together.
 
@@ -398,7 +453,8 @@ class _Draft:
             seen.add((dear.tokens, _cost(dear)))
             group = self._cheaper(there, dear, self._slack(here))
             items = [self._side(there)[b] for b in group]
-            if dear.tokens - sum(item.tokens for item in items) > self._slack(there):
+            less = dear.tokens - sum(item.tokens for item in items)
+            if less > self._slack(there) or less % multiple:
                 continue
             gain = _cost(dear) - sum(_cost(item) for item in items)
             total = change = 0.0
@@ -442,6 +498,14 @@ class _Draft:
 
     def _at(self, rank: int | None) -> dict[int, Item]:
         return self.held if rank == self.HELD else self._side(rank)
+
+
+def _distinct(items: dict[int, Item]) -> dict[int, Item]:
+    """The first of every size and cost."""
+    first: dict[tuple[int, float], int] = {}
+    for i in sorted(items):
+        first.setdefault((items[i].tokens, _cost(items[i])), i)
+    return {i: items[i] for i in first.values()}
 
 
 def _cost(item: Item) -> float:

@@ -66,8 +66,8 @@ class Stage:
     """What the tasks are played on.
 
     pipe: a NuwaPipeline. theatre: of the split "heldout". judge: of that theatre, at the model's size. network: of the
-    kernel distance; None leaves it out. count: scenes per task. guidance, top_p: of sampling, None: the model's. step:
-    frames between two of a clip's.
+    kernel distance; None leaves it out. count: scenes per task. guidance, top_p: of sampling, None: the model's. first: the
+    number of the first scene. step: frames between two of a clip's.
     """
 
     pipe: Any
@@ -77,6 +77,7 @@ class Stage:
     count: int
     guidance: float | None = None
     top_p: float | None = None
+    first: int = 0
     step: int = 4
     batch: int = 8
 
@@ -87,7 +88,8 @@ class Stage:
         return most[1] * ratio, most[2] * ratio
 
     def scenes(self, still: bool = False) -> list[Scene]:
-        return [self.theatre.scene(seed, 1 if still else SCENE_FRAMES) for seed in range(self.count)]
+        seeds = range(self.first, self.first + self.count)
+        return [self.theatre.scene(seed, 1 if still else SCENE_FRAMES) for seed in seeds]
 
     def show(self, scene: Scene) -> tuple[Pixels, Sketch]:
         """A scene's frames and sketches as in training."""
@@ -425,8 +427,8 @@ def video_manipulation(stage: Stage) -> Result:
     """From its third frame on, a clip that goes one way is made anew after a prompt of the other way."""
     edit_from = 2
     scenes: list[Scene] = []
-    seed = 0
-    while len(scenes) < stage.count and seed < 100 * stage.count:
+    seed = stage.first
+    while len(scenes) < stage.count and seed < stage.first + 100 * stage.count:
         scene = stage.theatre.scene(seed, SCENE_FRAMES)
         scenes += [scene] if scene.motion in STRAIGHT else []
         seed += 1

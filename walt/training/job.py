@@ -426,6 +426,13 @@ class NuwaJob(Frozen):
         description="share of text_to_video clips that turn back from some frame on, after the caption of the opposite "
         "motion; the loss is of the frames from there on (text-guided video manipulation)",
     )
+    continued: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="share of video_to_video clips of which some first frames (one to all but one, at random) are given: the "
+        "loss is of the frames after them (video prediction)",
+    )
     tokens: str | None = Field(
         default=None, description="folder where tokens of the theatre's scenes are kept, made once; None: on the fly"
     )

@@ -74,6 +74,8 @@ def _check_fields(job: NuwaJob) -> None:
         )
     if job.turns and job.clip.frames < 3:
         raise WaltError(f"turns: a clip of {job.clip.frames} frames cannot turn, it needs 3")
+    if job.continued and job.clip.frames < 2:
+        raise WaltError(f"continued: a clip of {job.clip.frames} frame has none to go on with, it needs 2")
     if isinstance(job.data, DataJob) and (job.data.fps != FPS or job.data.clip_subjects):
         name = "clip_subjects" if job.data.clip_subjects else "fps"
         raise WaltError(f"data.{name}: NUWA's clips show the theatre's every subject, clip.frame_step sets their rate")
@@ -182,7 +184,7 @@ class NuwaObjective(Objective):
     ) -> tuple[Tensor, dict[str, float | Tensor]]:
         encoded = [self._tokens(sample.data, TASKS[sample.task].condition == "sketch") for sample in batch]
         lost = drop(len(batch), self.job.condition_dropout, generator)
-        batch, encoded, given = self._turned(batch, encoded, lost, generator)
+        batch, encoded, given = self._begun(batch, encoded, lost, generator)
         seen: dict[str, float | Tensor] = {"samples": len(batch), "tokens": sum(row.video.numel() for row in encoded)}
         losses: dict[str, list[Tensor]] = {name: [] for name in self.tasks}
         groups: dict[tuple[str, Kind], list[int]] = {}
@@ -199,7 +201,8 @@ class NuwaObjective(Objective):
                 told["sketch"] = torch.stack([row.sketch for row in rows if row.sketch is not None])
             else:
                 told["text"] = self._texts([(batch[i], lost[i]) for i in members])
-            values = token_loss(model(self._noisy(tokens, generator), **told), tokens, [given[i] for i in members])
+            known = [given[i] for i in members]
+            values = token_loss(model(self._noisy(tokens, known, generator), **told), tokens, known)
             for i, value in zip(members, values, strict=True):
                 losses[batch[i].task].append(value)
         total = torch.zeros((), device=self.device)
@@ -213,17 +216,20 @@ class NuwaObjective(Objective):
             seen[name] = self.last_seen[name] = mean.detach()
         return total, seen
 
-    def _turned(
+    def _begun(
         self, batch: list[Sample], encoded: list[Tokens], lost: list[bool], generator: torch.Generator
     ) -> tuple[list[Sample], list[Tokens], list[int]]:
-        """`turns` of the clips with a text turn back; with it of how many frames of each sample there is no loss."""
+        """The samples with the number of first frames that each is given, for which there is no loss: `continued` of the
+        clips without a text go on from some of theirs, `turns` of those with one turn back after them."""
         given = [0] * len(batch)
-        if not self.job.turns:
+        if not (self.job.turns or self.job.continued):
             return batch, encoded, given
         batch, encoded = list(batch), list(encoded)
         for i, (sample, row) in enumerate(zip(batch, encoded, strict=True)):
-            chosen = float(torch.rand((), generator=generator)) < self.job.turns
-            if sample.task == "text_to_video" and chosen and row.backwards and not lost[i]:
+            chance = float(torch.rand((), generator=generator))
+            if sample.task == "video_to_video" and chance < self.job.continued:
+                given[i] = int(torch.randint(1, len(row.video), (), generator=generator))
+            elif sample.task == "text_to_video" and chance < self.job.turns and row.backwards and not lost[i]:
                 given[i], order = turn(len(row.video), generator)
                 encoded[i] = replace(row, video=row.video[order], caption=row.backwards)
                 batch[i] = replace(sample, data=encoded[i])
@@ -241,9 +247,9 @@ class NuwaObjective(Objective):
             total += self.counter((s, h, w, int(TASKS[sample.task].condition == "sketch")))
         return total
 
-    def _noisy(self, tokens: Tensor, generator: torch.Generator) -> Tensor:
+    def _noisy(self, tokens: Tensor, given: Sequence[int], generator: torch.Generator) -> Tensor:
         """What the model sees of `tokens` `(B, s, h, w[, S])`: of `token_noise` of the samples a part, from none to all
-        of it, is random codes.
+        of it, is random codes; frames that are `given` stay as they are.
 
         Neighbours foretell most tokens, so that the condition decides but a few of them: where a background begins, or a
         subject. Where neighbours say nothing, every token must be told from the condition.
@@ -253,6 +259,7 @@ class NuwaObjective(Objective):
         some, rate = torch.rand(2, len(tokens), generator=generator)
         rate = rate * (some < self.job.token_noise)
         places = torch.rand(tokens.shape[:4], generator=generator) < rate[:, None, None, None]
+        places &= torch.arange(tokens.shape[1])[None, :, None, None] >= torch.tensor(given)[:, None, None, None]
         codes = torch.randint(int(self.model.config.vocab_size), tokens.shape, generator=generator)
         places = places if tokens.ndim == 4 else places[..., None]
         return torch.where(places.to(self.device), codes.to(self.device), tokens)
