@@ -201,7 +201,7 @@ def emoji_turns() -> NuwaJob:
 
 def emoji_recall() -> NuwaJob:
     """`emoji_turns` goes on, mostly with stills, which it had half forgotten: 21 of 32 show the subject asked for after it, and
-    17 of 32 videos still turn. The embedded weights."""
+    17 of 32 videos still turn."""
     first = emoji_turns()
     return first.model_copy(
         update={
@@ -242,6 +242,26 @@ def emoji_predict() -> NuwaJob:
     )
 
 
+def emoji_finish() -> NuwaJob:
+    """`emoji_predict` goes on with all tasks, stills above all: it had lost some of them. The embedded weights."""
+    first = emoji_predict()
+    return first.model_copy(
+        update={
+            "init": "runs/nuwa-emoji-predict/final",
+            "data": DataJob(seed=59),
+            "tasks": NuwaTasks(
+                text_to_image=NuwaTask(batch=3),
+                video_to_video=NuwaTask(batch=1),
+                text_to_video=NuwaTask(batch=0.8),
+                sketch_to_image=NuwaTask(batch=0.4),
+                sketch_to_video=NuwaTask(batch=0.6),
+            ),
+            "optimizer": first.optimizer.model_copy(update={"lr": 5e-4}),
+            "run": first.run.model_copy(update={"output": "runs/nuwa-emoji-finish", "steps": 1000, "seed": 17}),
+        }
+    )
+
+
 RECIPES = {
     "nuwa_870m": nuwa_870m,
     "nuwa_256": nuwa_256,
@@ -253,4 +273,5 @@ RECIPES = {
     "emoji_turns": emoji_turns,
     "emoji_recall": emoji_recall,
     "emoji_predict": emoji_predict,
+    "emoji_finish": emoji_finish,
 }

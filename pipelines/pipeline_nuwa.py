@@ -71,8 +71,11 @@ class NuwaPipeline(SamplingPipeline):
         frame_rate: frames per second that the model was trained on.
         default_guidance_scale, default_top_p: of sampling, unless a call says otherwise.
         default_image_guidance_scale: that of images, where they want another than videos; None: the same.
+        default_context_guidance_scale: how hard new frames follow given ones in prediction, where nothing else says what to
+            make.
         default_sketch_top_p: that of sketch tasks; None: the same. A sketch says where everything is, so that little is open
             but a ground whose colour must be one throughout.
+        default_prediction_top_p: that of prediction; None: the same.
     """
 
     model_cpu_offload_seq = "text_encoder->vq_seg->transformer->vq"
@@ -95,6 +98,8 @@ class NuwaPipeline(SamplingPipeline):
         default_top_p: float = 1.0,
         default_image_guidance_scale: float | None = None,
         default_sketch_top_p: float | None = None,
+        default_context_guidance_scale: float = 1.0,
+        default_prediction_top_p: float | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -108,6 +113,8 @@ class NuwaPipeline(SamplingPipeline):
             default_top_p=default_top_p,
             default_image_guidance_scale=default_image_guidance_scale,
             default_sketch_top_p=default_sketch_top_p,
+            default_context_guidance_scale=default_context_guidance_scale,
+            default_prediction_top_p=default_prediction_top_p,
         )
         self.vae_scale_factor_spatial = int(vq.spatial_compression_ratio) if vq is not None else 8
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor_spatial, do_resize=False)
@@ -121,9 +128,10 @@ class NuwaPipeline(SamplingPipeline):
         own = self.config.default_image_guidance_scale if still else None
         return float(self.config.default_guidance_scale if own is None else own)
 
-    def default_nucleus(self, sketch: bool) -> float:
-        """The top-p of a call that names none, with a sketch or without."""
+    def default_nucleus(self, sketch: bool = False, prediction: bool = False) -> float:
+        """The top-p of a call that names none: with a sketch, of a prediction, or of another task."""
         own = self.config.default_sketch_top_p if sketch else None
+        own = self.config.default_prediction_top_p if prediction else own
         return float(self.config.default_top_p if own is None else own)
 
     @torch.no_grad()
@@ -140,6 +148,7 @@ class NuwaPipeline(SamplingPipeline):
         width: int | None = None,
         num_frames: int | None = None,
         guidance_scale: float | None = None,
+        context_guidance_scale: float | None = None,
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -176,9 +185,13 @@ class NuwaPipeline(SamplingPipeline):
             num_frames: frames of the result, 1 for an image; `config.num_frames` by default.
             guidance_scale: 1 for no guidance; by default `config.default_guidance_scale`, of images
                 `config.default_image_guidance_scale`.
+            context_guidance_scale: of videos: how hard every frame follows those before it, as a guidance away from taking
+                it for a still; 1 for no more than the model says. By default `config.default_context_guidance_scale` of a
+                prediction (a video is given, and no prompt or sketch), else 1.
             temperature: of sampling, above 0; 0 takes the likeliest token.
             top_k, top_p: sampling among the k likeliest tokens, or the likeliest ones that sum to p;
-                `config.default_top_p` by default, with a sketch `config.default_sketch_top_p`.
+                `config.default_top_p` by default, with a sketch `config.default_sketch_top_p`, of a prediction
+                `config.default_prediction_top_p`.
             num_videos_per_prompt: results per condition.
             num_candidates: samples per result, of which the best by `ranker` is returned; the first candidate is what
                 `num_candidates=1` gives.
@@ -201,7 +214,11 @@ class NuwaPipeline(SamplingPipeline):
         Raises:
             WaltError: an argument that does not fit.
         """
-        top_p = self.default_nucleus(sketch is not None) if top_p is None else top_p
+        predicts = video is not None and prompt is None and prompt_embeds is None and sketch is None
+        top_p = self.default_nucleus(sketch is not None, predicts) if top_p is None else top_p
+        if context_guidance_scale is None:
+            context_guidance_scale = float(self.config.default_context_guidance_scale) if predicts else 1.0
+        check_range("context_guidance_scale", context_guidance_scale, 0)
         self._check(temperature, top_k, top_p, num_videos_per_prompt, num_candidates, output_type)
         prompts = self._check_prompt(
             prompt,
@@ -255,6 +272,7 @@ class NuwaPipeline(SamplingPipeline):
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
+            context_guidance_scale=context_guidance_scale,
         )
         frames = None if output_type == "latent" and (num_candidates == 1 or ranker is None) else self.decode(tokens)
         scores = None

@@ -214,7 +214,7 @@ def attend_gathered(query: Tensor, pairs: Tensor, index: Tensor, mask: Tensor, s
         pairs: keys and values `(R, slots, 2, N, d)`.
         index: `(W * K,)` the slots that each of the W positions picks.
         mask: `(R * W, 1, 1, K)` bool, not all False anywhere.
-        some: `(W, 1, 1)` bool, False for a position whose result is zero; None for no such.
+        some: `(R, W, 1, 1)` bool, False for a position whose result is zero; None for no such.
 
     Returns:
         As `query`.

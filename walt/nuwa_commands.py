@@ -51,6 +51,9 @@ def _common(add: Add, still: bool) -> None:
     add("--model", metavar="FOLDER", help="a NUWA folder (default: the embedded one)")
     add("--seed", type=int, default=0, help="the same seed gives the same result (default: 0)")
     add("--guidance", type=float, metavar="SCALE", help="1 for none (default: the model's)")
+    if not still:
+        help_ = "how hard frames follow those before them (default: the model's, without a prompt or sketch, else 1)"
+        add("--context-guidance", type=float, metavar="SCALE", help=help_)
     add("--temperature", type=float, default=1.0, help="of sampling; 0 takes the likeliest token (default: 1)")
     add("--top-k", type=int, metavar="K", help="sample among the K likeliest tokens (default: all)")
     add(
@@ -77,14 +80,16 @@ def _check_top_p(args: argparse.Namespace, *names: str) -> None:
 
 def _export_arguments(add: Add) -> None:
     add("output", help="the folder to write")
-    add("--transformer", default="runs/nuwa-emoji-recall/final", help="trained NUWA folder")
+    add("--transformer", default="runs/nuwa-emoji-finish/final", help="trained NUWA folder")
     add("--vq", default="runs/emoji-vq/final", help="VQ folder")
     add("--vq-seg", default="runs/emoji-vq-seg/final", help="VQ-Seg folder")
     add("--text", default="cache", help="folder with text_encoder/ and tokenizer/")
     add("--guidance", type=float, default=2.0, help="default guidance scale of the model")
     add("--image-guidance", type=float, help="that of images, where they want another (default: the same)")
+    add("--context-guidance", type=float, default=1.0, help="default of how hard predicted frames follow given ones")
     add("--top-p", type=float, default=1.0, help="default top-p of the model")
     add("--sketch-top-p", type=float, help="that of sketch tasks, where they want another (default: the same)")
+    add("--prediction-top-p", type=float, help="that of prediction, where it wants another (default: the same)")
     add(
         "--link-text", metavar="FOLDER", help="a model folder beside the output whose text parts are linked, not copied"
     )
@@ -146,7 +151,9 @@ def prepare(args: argparse.Namespace) -> None:
     from walt.cli import model_folder
 
     if args.task == "export":
-        _check_top_p(args, "top_p", "sketch_top_p")
+        _check_top_p(args, "top_p", "sketch_top_p", "prediction_top_p")
+        if not 0 <= args.context_guidance < math.inf:
+            raise WaltError(f"--context-guidance must be at least 0, got {args.context_guidance}")
         return
     from walt.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, check_output
 
@@ -163,6 +170,7 @@ def prepare(args: argparse.Namespace) -> None:
         ("--from", getattr(args, "edit_from", None), 1),
         ("--top-k", args.top_k, 1),
         ("--guidance", args.guidance, 0),
+        ("--context-guidance", getattr(args, "context_guidance", None), 0),
         ("--temperature", args.temperature, 0),
     ):
         if value is not None and not value >= low:
@@ -293,6 +301,7 @@ def run(args: argparse.Namespace) -> None:
             output = pipe(
                 **inputs,
                 guidance_scale=args.guidance,
+                context_guidance_scale=getattr(args, "context_guidance", None),
                 temperature=args.temperature,
                 top_k=args.top_k,
                 top_p=args.top_p,
@@ -352,6 +361,8 @@ def export(args: argparse.Namespace) -> None:
         default_top_p=args.top_p,
         default_image_guidance_scale=args.image_guidance,
         default_sketch_top_p=args.sketch_top_p,
+        default_context_guidance_scale=args.context_guidance,
+        default_prediction_top_p=args.prediction_top_p,
     )
     output = Path(args.output)
     temporary = output.with_name(f".{output.name}.tmp")
@@ -425,10 +436,13 @@ def evaluate(args: argparse.Namespace, theatre: Any, image_network: Any) -> None
             name: pipe.default_guidance(still) if args.guidance is None else args.guidance
             for name, still in (("guidance", False), ("image_guidance", True))
         }
-        chances = {
-            name: pipe.default_nucleus(sketch) if args.top_p is None else args.top_p
-            for name, sketch in (("top_p", False), ("sketch_top_p", True))
-        }
+        tasks: tuple[tuple[str, dict[str, bool]], ...] = (
+            ("top_p", {}),
+            ("sketch_top_p", {"sketch": True}),
+            ("prediction_top_p", {"prediction": True}),
+        )
+        chances = {name: pipe.default_nucleus(**of) if args.top_p is None else args.top_p for name, of in tasks}
+        scales["context_guidance"] = pipe.config.default_context_guidance_scale
         settings = {"model": fingerprint(args.model), "count": args.count, "first": args.first, **scales, **chances}
         settings |= {"network": network.name, "network_sha256": network.fingerprint}
         write_report(args.json, figures, settings)
@@ -503,9 +517,11 @@ def info(folder: Path, frames: int | None, dtype: Any, device: Any) -> None:
     say(f"sketch classes ({len(classes)}): {', '.join(classes)}" if classes else "takes no sketches")
     guidance, of_images = (pipe.default_guidance(still) for still in (False, True))
     images = f" ({of_images:g} of images)" if of_images != guidance else ""
-    top_p, of_sketches = (pipe.default_nucleus(sketch) for sketch in (False, True))
+    top_p, of_sketches = pipe.default_nucleus(), pipe.default_nucleus(sketch=True)
     sketches = f" ({of_sketches:g} with a sketch)" if of_sketches != top_p else ""
+    context, ahead = pipe.config.default_context_guidance_scale, pipe.default_nucleus(prediction=True)
     say(f"guidance {guidance:g}{images}, top-p {top_p:g}{sketches} unless told otherwise")
+    say(f"of predictions: context guidance {context:g}, top-p {ahead:g}")
 
     begun = time.perf_counter()
     seen = {"done": 0}

@@ -239,6 +239,32 @@ def test_guidance() -> None:
     assert torch.equal((unguided + 4.0 * (given - unguided)).argmax(-1), strong)
 
 
+def test_context_guidance_leads_away_from_stills() -> None:
+    """Greedy tokens are the likeliest of alone + c (null - alone) + g (given - null), alone being every frame by itself."""
+    net = model()
+    condition, null = net.encode_condition(words(5)), net.encode_condition()
+    options: dict[str, Any] = {"temperature": 0, "samples_per_condition": 2}
+    plain = net.generate(SIZE, condition, **options)
+    assert torch.equal(net.generate(SIZE, condition, context_guidance_scale=1.0, **options), plain)
+
+    def alone(tokens: Tensor, told: Condition) -> Tensor:
+        return torch.cat([net(frame, told) for frame in tokens.split(1, dim=1)], dim=1)
+
+    for wavefront in (True, False):
+        led = net.generate(SIZE, condition, context_guidance_scale=3.0, wavefront=wavefront, **options)[:1]
+        still = alone(led, condition)
+        assert torch.equal((still + 3.0 * (net(led, condition) - still)).argmax(-1), led)
+        assert not torch.equal(led, plain[:1])
+        both: dict[str, Any] = {"null_condition": null, "guidance_scale": 4.0, "context_guidance_scale": 2.0}
+        led = net.generate(SIZE, condition, wavefront=wavefront, **both, **options)[1:]
+        still, unguided, given = alone(led, null), net(led, null), net(led, condition)
+        assert torch.equal((still + 2.0 * (unguided - still) + 4.0 * (given - unguided)).argmax(-1), led)
+    stills = net.generate(SIZE, condition, context_guidance_scale=0.0, **options)
+    assert torch.equal(stills[:1], net.generate((1, *SIZE[1:]), condition, temperature=0).repeat(1, SIZE[0], 1, 1))
+    image = net.generate((1, *SIZE[1:]), condition, context_guidance_scale=3.0, **options)
+    assert torch.equal(image, net.generate((1, *SIZE[1:]), condition, **options))  # nothing comes before it
+
+
 def test_known_tokens_are_kept_and_seen() -> None:
     net = model()
     condition = net.encode_condition(words(4, 4))
@@ -395,6 +421,7 @@ def test_bad_input() -> None:
         ),
         "temperature: ": lambda: net.generate(SIZE, condition, temperature=-1.0),
         "top_k: ": lambda: net.generate(SIZE, condition, top_k=0),
+        "context_guidance_scale: -1": lambda: net.generate(SIZE, condition, context_guidance_scale=-1.0),
         "top_p: ": lambda: net.generate(SIZE, condition, top_p=1.5),
         "samples_per_condition: ": lambda: net.generate(SIZE, condition, samples_per_condition=0),
         "known and known_mask": lambda: net.generate(SIZE, condition, known=tokens),

@@ -138,6 +138,24 @@ def test_sketches_may_have_a_top_p_of_their_own(pipe: NuwaPipeline) -> None:
         pipe.register_to_config(default_sketch_top_p=None)
 
 
+def test_predictions_may_follow_what_is_given_harder(pipe: NuwaPipeline) -> None:
+    """The model's context guidance is of videos that go on, unless a prompt says how."""
+    asked: tuple[dict[str, Any], ...] = ({"video": picture(0, 1)}, {"video": picture(0, 1), "prompt": "a cat"})
+    plain, told = (tokens_of(pipe, **one) for one in asked)
+    hard = tokens_of(pipe, **asked[0], context_guidance_scale=20.0)
+    assert not torch.equal(hard, plain) and torch.equal(hard[:, 0], plain[:, 0])
+    pipe.register_to_config(default_context_guidance_scale=20.0)
+    try:
+        assert torch.equal(tokens_of(pipe, **asked[0]), hard)
+        assert torch.equal(tokens_of(pipe, **asked[0], context_guidance_scale=1.0), plain)
+        assert torch.equal(tokens_of(pipe, **asked[1]), told)
+        pipe.register_to_config(default_prediction_top_p=1e-6)
+        assert torch.equal(tokens_of(pipe, **asked[0]), tokens_of(pipe, **asked[0], top_p=1e-6))
+        assert torch.equal(tokens_of(pipe, **asked[1]), told)
+    finally:
+        pipe.register_to_config(default_context_guidance_scale=1.0, default_prediction_top_p=None)
+
+
 def test_a_sample_depends_on_its_own_generator_alone(pipe: NuwaPipeline) -> None:
     prompts = ["a cat", "a dog jumps up", "red"]
     generators = [tiny.seeded(seed) for seed in (5, 6, 7)]
@@ -293,6 +311,7 @@ def test_conventions(pipe: NuwaPipeline, tmp_path: Path) -> None:
         ({"video": picture(0, 3), "num_frames": 2}, "num_frames=2 is less than the 3 frames given"),
         ({"prompt": "a", "temperature": -1}, "temperature must be"),
         ({"prompt": "a", "top_p": 0}, "top_p must be"),
+        ({"prompt": "a", "context_guidance_scale": -0.5}, "context_guidance_scale must be"),
         ({"prompt": "a", "top_k": 0}, "top_k must be"),
         ({"prompt": ["a", "b"], "sketch": None, "video": torch.stack([picture(0, 1)] * 3)}, "2 prompts and 3 images or vid"),
         ({"prompt": "a", "output_type": "gif"}, "output_type must be one of"),

@@ -286,6 +286,7 @@ def test_faults(parts: Path) -> None:
         "nuwa.emoji_turns",
         "nuwa.emoji_recall",
         "nuwa.emoji_predict",
+        "nuwa.emoji_finish",
     ],
 )
 def test_recipes_are_complete(name: str) -> None:

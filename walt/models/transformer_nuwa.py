@@ -541,6 +541,7 @@ class NuwaTransformer3DModel(HubCardMixin, ModelMixin, ConfigMixin, PeftAdapterM
         *,
         null_condition: Condition | None = None,
         guidance_scale: float = 1.0,
+        context_guidance_scale: float = 1.0,
         known: Tensor | None = None,
         known_mask: Tensor | None = None,
         temperature: float = 1.0,
@@ -564,6 +565,10 @@ class NuwaTransformer3DModel(HubCardMixin, ModelMixin, ConfigMixin, PeftAdapterM
             condition: of `encode_condition`, for B conditions.
             null_condition: what guidance leads away from, for B conditions or one; usually `encode_condition()`.
             guidance_scale: logits are null + scale * (given - null); 1 decodes without the null condition.
+            context_guidance_scale: how hard frames follow those before them; 1 for no more than the model says. Where
+                both scales are used, logits are alone + context scale * (null - alone) + scale * (given - null); alone is
+                the model that takes every frame for a still, under the null condition, or under the given one where
+                guidance does not use the null one.
             known: tokens to keep, `(B, s, h, w)` or `(B, s, h, w, S)`; also for B * samples_per_condition.
             known_mask: `(B, s, h, w)` bool, True where `known` holds. Known tokens are contents like any others: what
                 comes after them in raster order and near them sees them.
@@ -583,6 +588,8 @@ class NuwaTransformer3DModel(HubCardMixin, ModelMixin, ConfigMixin, PeftAdapterM
         Raises:
             WaltError: an argument out of its range, or one that does not fit the model.
         """
+        if not 0 <= context_guidance_scale < math.inf:
+            raise WaltError(f"context_guidance_scale: {context_guidance_scale} given, 0 or more needed")
         _check_sampling(shape, guidance_scale, null_condition, temperature, top_k, top_p, samples_per_condition)
         batch, device, length = len(condition), self.bos.device, math.prod(shape)
         videos = batch * samples_per_condition
@@ -597,36 +604,45 @@ class NuwaTransformer3DModel(HubCardMixin, ModelMixin, ConfigMixin, PeftAdapterM
                     f"null_condition: {len(null_condition)} samples given for {batch} conditions, 1 or as many"
                 )
             null = null_condition if len(null_condition) == batch else null_condition.expand(batch)
-            condition = Condition.cat([condition, null])
+            branches = [condition, null]
+        else:
+            branches = [condition]
+        led = context_guidance_scale != 1.0 and shape[0] > 1
+        if led:
+            branches.append(branches[-1])
+        condition = Condition.cat(branches) if len(branches) > 1 else condition
+        scales = [guidance_scale] * guided + [context_guidance_scale] * led
 
         rule = Rule(shape, shape, radii(self._nearness().extent, shape), causal=True, axial=self._axial())
         plan = _DecodePlan.make(rule, ~fixed.all(0).cpu(), wavefront, device)
-        state = _Decoding(self, plan, condition, samples_per_condition, shape)
-        positions = self.pos_embed(shape).flatten(0, 2)
+        state = _Decoding(self, plan, condition, samples_per_condition, shape, videos if led else 0)
+        positions = self.pos_embed(shape).flatten(0, 2)[None].expand(videos * len(branches), -1, -1)
+        if led:
+            still = self.pos_embed((1, *shape[1:])).flatten(0, 2).repeat(shape[0], 1)
+            positions = torch.cat([positions[videos:], still.expand(videos, -1, -1)])
         some_fixed = bool(fixed.any())
         for step in plan.steps:
             content = self._embed_codes(
                 tokens.index_select(1, step.content)[..., 0] if subcodes == 1 else tokens.index_select(1, step.content)
             )
-            content = content + positions.index_select(0, step.content)
-            if guided:
-                content = content.repeat(2, 1, 1)
-            query = (self.bos + positions.index_select(0, step.query)).expand(len(content), -1, -1)
+            content = content.repeat(len(branches), 1, 1) + positions.index_select(1, step.content)
+            query = self.bos + positions.index_select(1, step.query)
             hidden = self.head.state(state.run(torch.cat([content, query], 1), step))
             for i in range(subcodes):
                 if not len(step.query):
                     break
                 logits = self.head.logits(hidden, i).float()
-                if guided:
-                    given, null_logits = logits.chunk(2)
-                    logits = null_logits + guidance_scale * (given - null_logits)
+                if scales:
+                    *better, logits = logits.chunk(len(branches))
+                    for scale, one, less in reversed(list(zip(scales, better, [*better[1:], logits], strict=True))):
+                        logits = logits + scale * (one - less)
                 chosen = _choose(logits, noise[:, :, i].index_select(1, step.query), temperature, top_k, top_p)
                 if some_fixed:
                     old = tokens[:, :, i].index_select(1, step.query)
                     chosen = torch.where(fixed.index_select(1, step.query), old, chosen)
                 tokens[:, :, i].index_copy_(1, step.query, chosen)
                 if i + 1 < subcodes:
-                    hidden = self.head.told(hidden, i, chosen.repeat(2, 1) if guided else chosen)
+                    hidden = self.head.told(hidden, i, chosen.repeat(len(branches), 1))
             if callback is not None and callback(step.done, length):
                 break
         out = tokens.unflatten(1, shape)
@@ -669,6 +685,7 @@ class _Step:
     slots: Tensor  # (Wc,) where in the ring their keys and values go
     index: Tensor  # (W, K) slots of what each of them sees
     seen: Tensor  # (W, K) bool
+    same: Tensor  # (W, K) bool: seen, and of its own frame
     done: int  # positions that are known after this step
 
 
@@ -698,7 +715,10 @@ class _DecodePlan:
         ring = int(torch.where(seen, ends[:, None] - number[table.clamp(min=0)], 1).max())
         slots = number % ring
         near = torch.where(seen, slots[table.clamp(min=0)], 0)
-        strictly = seen & (table != torch.arange(length)[:, None])
+        places = torch.arange(length)[:, None]
+        strictly = seen & (table != places)
+        frame = rule.size[1] * rule.size[2]
+        same = table // frame == places // frame
 
         steps = []
         content = order[0][:0]
@@ -714,6 +734,7 @@ class _DecodePlan:
                         slots[content].to(device),
                         torch.cat([near[content], near[query]]).to(device),
                         torch.cat([seen[content], strictly[query]]).to(device),
+                        torch.cat([seen[content] & same[content], strictly[query] & same[query]]).to(device),
                         int(ends[wave[0]]) if i < last else length,
                     )
                 )
@@ -725,11 +746,18 @@ class _Decoding:
     """The caches of one call of `generate`: a ring of the contents' keys and values, and those of the conditions."""
 
     def __init__(
-        self, model: NuwaTransformer3DModel, plan: _DecodePlan, condition: Condition, samples: int, shape: Grid
+        self,
+        model: NuwaTransformer3DModel,
+        plan: _DecodePlan,
+        condition: Condition,
+        samples: int,
+        shape: Grid,
+        alone: int = 0,
     ) -> None:
+        """The last `alone` rows see nothing of other frames."""
         self.blocks = cast(list[NuwaDecoderBlock], list(model.decoder_blocks))
         self.conditions, self.samples = len(condition), samples
-        self.rows = self.conditions * samples
+        self.rows, self.alone = self.conditions * samples, alone
         heads, like = model.config.num_attention_heads, model.bos
         size = (self.rows, plan.ring, 2, heads, model.config.attention_head_dim)
         self.ring = [like.new_zeros(size) for _ in self.blocks]
@@ -802,11 +830,12 @@ class _Seen:
     """Index and mask of the neighbours of some positions, in the form that attention takes: the same in every layer."""
 
     def __init__(self, state: _Decoding, step: _Step, part: slice) -> None:
-        seen = step.seen[part]
         self.index = step.index[part].flatten()
-        some = seen.any(1)
-        self.mask = (seen | ~some[:, None]).repeat(state.rows, 1)[:, None, None]
-        self.some = some[:, None, None]
+        parts = [(step.seen[part], state.rows - state.alone), (step.same[part], state.alone)]
+        seen = torch.cat([mask[None].expand(rows, -1, -1) for mask, rows in parts if rows])
+        some = seen.any(2, keepdim=True)
+        self.mask = (seen | ~some).flatten(0, 1)[:, None, None]
+        self.some = some[..., None]
         if state.sketch:
             positions = torch.cat([step.content, step.query])[part]
             table = state.sketch_table.index_select(0, positions)
