@@ -362,6 +362,16 @@ def test_automatic_choice() -> None:
     assert choose_backend("flex", torch.zeros(1), plan, False) == "flex"
 
 
+def test_blocked_products_where_they_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32: windows long enough for a product by itself, and not so long that their scores take gigabytes."""
+    monkeypatch.setattr("walt.attention.product_is_faster", lambda x: True)
+    plan = plan_windows(GRIDS, (None, 2, 2))
+    with torch.no_grad():
+        chosen = [choose_backend(None, torch.zeros(1), plan, False, length) for length in (100, 300, 2240, 8960)]
+    assert chosen == ["native", "walt_blocked", "walt_blocked", "native"]
+    assert choose_backend(None, torch.zeros(1), plan, False, 300) == "native"  # with gradients it pays later
+
+
 @pytest.mark.parametrize("backend", ["walt_windows", "walt_blocked"])
 @pytest.mark.parametrize("call", ["bool", "2d", "causal", "grouped", "float"])
 def test_the_dense_backends_serve_other_models(backend: str, call: str) -> None:

@@ -477,7 +477,7 @@ def choose_backend(
     """The backend of one call: the given one, else diffusers' active one, else the fastest that can run it.
 
     Automatic means: on CUDA in half precision one variable-length call where a pack has windows of several lengths;
-    on a CPU the blocked form, in bfloat16 with matrix units for it, and in float32 for windows of a `length` from which
+    on a CPU the blocked form, in bfloat16 with matrix units for it, and in float32 for windows of a `length` for which
     `product` pays; torch's SDPA over windows otherwise.
 
     Raises:
@@ -490,7 +490,8 @@ def choose_backend(
             return AttentionBackendName("walt_varlen")
         if query.device.type == "cpu" and query.dtype == torch.bfloat16 and has_bfloat16_units(query.device):
             return AttentionBackendName("walt_blocked")
-        if length >= (400 if torch.is_grad_enabled() else 200) and not biased and product_is_faster(query):
+        pays = (400 if torch.is_grad_enabled() else 200) <= length <= _LONGEST
+        if pays and not biased and product_is_faster(query):
             return AttentionBackendName("walt_blocked")
         return active
     if biased and active.value in NO_BIAS:
@@ -501,6 +502,11 @@ def choose_backend(
     if active.value in ("walt_varlen", "flash_varlen") and not query.is_cuda:
         raise WaltError(f"attention backend {active.value!r} runs on CUDA only, the tensors are on {query.device.type}")
     return active
+
+
+_LONGEST = 2896
+"""Tokens of a window whose float32 scores, of one head, are 32 MB. Longer ones' are mapped anew by glibc at every use, unless
+it keeps what is freed (`walt.heap`), and would take gigabytes."""
 
 
 @lru_cache(maxsize=1)

@@ -632,10 +632,10 @@ class NuwaTransformer3DModel(HubCardMixin, ModelMixin, ConfigMixin, PeftAdapterM
                 if not len(step.query):
                     break
                 logits = self.head.logits(hidden, i).float()
-                if scales:
-                    *better, logits = logits.chunk(len(branches))
-                    for scale, one, less in reversed(list(zip(scales, better, [*better[1:], logits], strict=True))):
-                        logits = logits + scale * (one - less)
+                *better, less = logits.chunk(len(branches))
+                logits = less
+                for scale, one in zip(reversed(scales), reversed(better), strict=True):
+                    logits, less = logits + scale * (one - less), one
                 chosen = _choose(logits, noise[:, :, i].index_select(1, step.query), temperature, top_k, top_p)
                 if some_fixed:
                     old = tokens[:, :, i].index_select(1, step.query)
