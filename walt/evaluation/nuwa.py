@@ -349,12 +349,13 @@ def prediction(stage: Stage) -> Result:
     if stage.network is not None and len(real) >= 8:
         true, new, tokens, still = (_features(stage.network, clips) for clips in (real, made, through, copied))
         kernel = f"{stage.network.kernel} (lower is better)"
+        flat = mmd_interval(still, tokens)
         figures += [
             Figure(name, kernel, len(real), mmd_interval(new, true), mmd_interval(tokens, true).estimate,
                    mmd_interval(still, true).estimate, "last given frame copied; real: through the tokenizer"),
             # A tokenizer of single frames flickers: what it does to real clips is no fault of what predicts its tokens.
             Figure(name, f"{kernel}, both through the tokenizer", len(real), mmd_interval(new, tokens), None,
-                   mmd_interval(still, tokens).estimate, "last given frame copied"),
+                   flat.estimate, f"last given frame copied ({flat.low:.3g} to {flat.high:.3g})"),
         ]  # fmt: skip
     return Result(figures, [Example(name, clip[:given], one) for clip, one in zip(real, made, strict=True)])
 
