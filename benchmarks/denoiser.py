@@ -10,6 +10,7 @@ seconds, so that other load on the machine does not count.
     python benchmarks/denoiser.py --quick                    a minute: 5x16x16, forward
     python benchmarks/denoiser.py --latents 5x64x112:2 --layers 2 --repeats 2
     python benchmarks/denoiser.py --width 1024 --layers 2 --dtype bfloat16 --models "walt windowed"
+    python benchmarks/denoiser.py                            on a GPU: training steps of W.A.L.T.-L (training_step.py)
     python benchmarks/denoiser.py --plot docs/step_time.png  step time against tokens, windowed and full, in both types
 bfloat16 (--dtype bfloat16) means something only where the processor has matrix units for it; elsewhere it is emulated.
 """
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import training_step
 from measure import Goal, finish, interleaved, matmul_rate, own_clock, peak_memory
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
@@ -262,13 +264,18 @@ def main() -> int:
     parser.add_argument("--backward", action="store_true", help="also forward + backward")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--memory", action="store_true", help="also peak memory (one more step of each)")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--device", help="of the comparison; none given and a GPU there: benchmarks/training_step.py instead"
+    )
     parser.add_argument("--quick", action="store_true", help="5x16x16 and the forward pass alone")
     parser.add_argument("--plot", type=Path, help="only draw step time against tokens to this PNG")
     parser.add_argument("--plot-sizes", default="5x8x8,5x16x16,5x24x24,5x32x32,5x40x40", help="latents, patch 1")
     parser.add_argument("--plot-dtypes", default="float32,bfloat16")
     parser.add_argument("--json", help="write the goals to this file")
     args = parser.parse_args()
+    if args.device is None and args.plot is None and torch.cuda.is_available():
+        return training_step.main([] if args.json is None else ["--json", args.json])
+    args.device = args.device or "cpu"
     torch.manual_seed(0)
     if args.plot is not None:
         plot(args.plot, args)

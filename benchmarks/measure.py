@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json as _json
 import multiprocessing
 import resource
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,6 +48,28 @@ def interleaved(
             if repeat >= 0:
                 best[name] = min(best[name], clock() - start)
     return best
+
+
+def median_seconds(run: Callable[[], object], repeats: int = 10, warmup: int = 3, device: str = "cuda") -> float:
+    """Median seconds of a run. On a GPU by its own events, so that the host may be ahead, as it is in training."""
+    if not device.startswith("cuda"):
+        times = []
+        for repeat in range(-warmup, repeats):
+            start = time.perf_counter()
+            run()
+            if repeat >= 0:
+                times.append(time.perf_counter() - start)
+        return statistics.median(times)
+    for _ in range(warmup):
+        run()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    torch.cuda.synchronize()
+    events[0].record()
+    for event in events[1:]:
+        run()
+        event.record()
+    torch.cuda.synchronize()
+    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events)) / 1e3
 
 
 def peak_memory(run: Callable[[], object], warm: Callable[[], object] | None = None) -> int:
@@ -95,10 +119,12 @@ def _peak(run: Callable[[], object], warm: Callable[[], object] | None, send: An
 
 
 def matmul_rate(dtype: torch.dtype, device: str = "cpu") -> float:
-    """This machine's FLOP/s in a large matrix product of that type: the best of five by torch, and on a CPU by oneDNN,
-    which in float32 may be twice as fast."""
+    """This machine's FLOP/s in a large matrix product of that type, of random numbers: on a GPU the median of ten, else the
+    best of five by torch, and on a CPU by oneDNN, which in float32 may be twice as fast."""
     size = 8192 if device != "cpu" else 1536
-    a = torch.randn(size, size, dtype=torch.float32).to(device, dtype)
+    a = torch.randn(size, size, device=device).to(dtype)
+    if device.startswith("cuda"):
+        return 2.0 * size**3 / median_seconds(lambda: a @ a, repeats=10, warmup=5)
     runs: dict[str, Callable[[], object]] = {"torch": lambda: a @ a}
     if device == "cpu" and torch.backends.mkldnn.is_available():
         runs["oneDNN"] = lambda: torch.ops.mkldnn._linear_pointwise(a, a, None, "none", [], "")

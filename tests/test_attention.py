@@ -319,6 +319,31 @@ def test_bias_runs_blocked_with_its_gradient_and_is_refused_by_one_call_backends
         planned(plan, q, k, v)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="flash attention exists on CUDA only")
+@pytest.mark.parametrize("lengths", [None, (3, 2, 0, 3, 1)])
+def test_the_compiled_operator_has_the_gradients_of_flash_attention(lengths: tuple[int, ...] | None) -> None:
+    torch.manual_seed(0)
+    plan = plan_windows(GRIDS, (None, 3, 3), (0, 1, 1), identity_images=True, contexts=lengths)
+    first, texts = plan.singles, sum(lengths or ())
+    sizes = [plan.tokens - first] * 2 + [plan.tokens] + [texts] * (2 if texts else 0)
+    values = [torch.randn(n, 2, 64).to(torch.bfloat16) for n in sizes]
+    results = []
+    for device, dtype in (("cpu", torch.float64), ("cuda", torch.bfloat16)):
+        placed = plan.to(device)
+
+        def attend(*x: Tensor, placed: WindowPlan = placed) -> Tensor:
+            keys, values = x[3:] if len(x) > 3 else (None, None)
+            return window_attention(x[0], x[1], x[2], placed, context_key=keys, context_value=values)
+
+        call = torch.compile(attend, backend="aot_eager", fullgraph=True) if device == "cuda" else attend
+        given = [x.to(device, dtype).requires_grad_() for x in values]
+        out = call(*given)
+        results.append([out, *torch.autograd.grad(out.square().sum(), given)])
+    for exact, found in zip(*results, strict=True):
+        assert float((found.double().cpu() - exact).norm() / exact.norm()) < 2e-2
+    torch._dynamo.reset()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="variable-length kernels exist on CUDA only")
 @pytest.mark.parametrize("backend", ["walt_varlen", "flex", None])
 def test_one_call_backends_on_cuda(backend: str | None) -> None:

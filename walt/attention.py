@@ -216,23 +216,22 @@ def _edges(size: int, window: int | None, shift: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise([0, *range(shift or window, size, window), size]))
 
 
+def _moved(x: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on the device. Only from pinned memory does the copy not block."""
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+
+
 @lru_cache(maxsize=512)
 def _plan_on(plan: WindowPlan, device: torch.device) -> WindowPlan:
-    def move(index: Tensor | None) -> Tensor | None:
-        if index is None:
-            return None
-        if device.type == "cuda":
-            index = index.pin_memory()  # only from pinned memory does the copy not block
-        return index.to(device, non_blocking=True)
-
+    order, inverse, context_index = plan.order, plan.inverse, plan.context_index
     with torch.inference_mode(False):
         return WindowPlan(
             plan.tokens,
             plan.groups,
             plan.singles,
-            move(plan.order),
-            move(plan.inverse),
-            move(plan.context_index),
+            None if order is None else _moved(order, device),
+            None if inverse is None else _moved(inverse, device),
+            None if context_index is None else _moved(context_index, device),
             tuple(_offsets_on(g.shape, device) for g in plan.groups if g.shape is not None),
         )
 
@@ -381,12 +380,11 @@ def window_attention(
         given = "" if backend is None else str(AttentionBackendName(backend).value)
         result: Tensor = torch.ops.walt.window_attention(
             query, key, value, context_key, context_value, plan.handle, given
-        )
+        )[0]
         return result
     # Split, not sliced: the gradient of a split is one concatenation, that of slices a sum of padded copies.
-    rows = [group.windows * group.length for group in plan.groups]
-    values = value.split([plan.singles, *rows]) if plan.singles else (value[:0], *value.split(rows))
-    out = [values[0]] if plan.singles else []
+    lone, value = value.split([plan.singles, len(value) - plan.singles]) if plan.singles else (value[:0], value)
+    out = [lone] if plan.singles else []
     if not plan.groups:
         # Nothing attends (images only): empty rows keep queries, keys and bias in the graph, so their gradients are
         # zero rather than absent and a data-parallel reducer does not wait for them.
@@ -394,8 +392,13 @@ def window_attention(
         out.append((empty if bias is None else empty + bias((1, 1, 1))[0, :, 0]).to(value.dtype))
         return out[0] if len(out) == 1 else torch.cat(out)
     name = choose_backend(backend, query, plan, bias is not None)
-    windows = []
-    for i, (group, q, k, v) in enumerate(zip(plan.groups, query.split(rows), key.split(rows), values[1:], strict=True)):
+    if name in _ONE_CALL:
+        key, value, _ = _with_contexts(plan, key, value, context_key, context_value)
+        out.append(_ONE_CALL[name](query, key, value, plan))
+        return out[0] if len(out) == 1 else torch.cat(out)
+    rows = [group.windows * group.length for group in plan.groups]
+    parts = zip(plan.groups, query.split(rows), key.split(rows), value.split(rows), strict=True)
+    for i, (group, q, k, v) in enumerate(parts):
         size = (group.windows, group.length)
         q, k, v = q.unflatten(0, size), k.unflatten(0, size), v.unflatten(0, size)
         if group.context_length:
@@ -404,21 +407,12 @@ def window_attention(
             index = plan.context_index[group.context_start :][: group.windows * group.context_length]
             k = torch.cat([k, context_key.index_select(0, index).unflatten(0, size)], dim=1)
             v = torch.cat([v, context_value.index_select(0, index).unflatten(0, size)], dim=1)
-        if name in _ONE_CALL:
-            windows.append((k.flatten(0, 1), v.flatten(0, 1)))
-            continue
         mask = None
         if bias is not None and plan.offsets:
             mask = bias(group.shape, plan.offsets[i], group.length).to(q.dtype)
         own = choose_backend(backend, query, plan, bias is not None, group.length)
         y = dispatch_attention_fn(q, k, v, attn_mask=mask, backend=own)
         out.append(y.flatten(0, 1))
-    if name in _ONE_CALL:
-        if any(group.context_length for group in plan.groups):
-            key, value = (torch.cat(parts) for parts in zip(*windows, strict=True))
-        else:
-            value = value[plan.singles :]
-        out.append(_ONE_CALL[name](query, key, value, plan))
     return out[0] if len(out) == 1 else torch.cat(out)
 
 
@@ -529,7 +523,7 @@ def _bounds(plan: WindowPlan, device: torch.device) -> tuple[Tensor, Tensor, int
             for n in (queries, keys)
         ]
         if device.type == "cuda":
-            starts = [start.pin_memory().to(device, non_blocking=True) for start in starts]
+            starts = [_moved(start, device) for start in starts]
     return starts[0], starts[1], max(queries), max(keys)
 
 
@@ -577,7 +571,9 @@ def _block_mask(plan: WindowPlan, device: torch.device) -> Any:
         def same(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
             return of_query[i] == of_key[j]
 
-        return create_block_mask(same, None, None, len(of_query), len(of_key), device=str(device))
+        # Compiled it never holds the whole mask, of queries times keys.
+        compiled = device.type == "cuda"
+        return create_block_mask(same, None, None, len(of_query), len(of_key), device=str(device), _compile=compiled)
 
 
 _ONE_CALL: dict[Any, Callable[[Tensor, Tensor, Tensor, WindowPlan], Tensor]] = {
@@ -748,13 +744,22 @@ _OPAQUE = ("native", "walt_windows", "walt_blocked", "flash_varlen", "walt_varle
 
 library.define(
     "walt::window_attention",
-    "(Tensor query, Tensor key, Tensor value, Tensor? context_key, Tensor? context_value, Tensor plan, str backend) -> Tensor",
+    "(Tensor query, Tensor key, Tensor value, Tensor? context_key, Tensor? context_value, Tensor plan, str backend)"
+    " -> (Tensor, Tensor)",
 )
 library.define(
     "walt::window_attention_backward",
-    "(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? context_key, Tensor? context_value, Tensor plan)"
-    " -> Tensor[]",
+    "(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? context_key, Tensor? context_value, Tensor plan,"
+    " Tensor out, Tensor sums) -> Tensor[]",
 )
+
+
+def _flash_runs(query: Tensor, backend: str) -> bool:
+    """Whether the operator is flash attention's forward and backward pass. Known when a graph is traced, so not by the active
+    backend: where that is another at last, the result is its own and the gradient still flash attention's."""
+    half, size = query.dtype in (torch.float16, torch.bfloat16), query.shape[-1]
+    known = query.is_cuda and half and size % 8 == 0 and size <= 256 and backend in ("", "native", "walt_varlen")
+    return known and _has_varlen()
 
 
 @library.impl("walt::window_attention", "CompositeExplicitAutograd")
@@ -766,23 +771,64 @@ def _attend(
     context_value: Tensor | None,
     plan: Tensor,
     backend: str,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
+    """The result and, of flash attention, the logarithms of the sums of its weights `(N, queries)`."""
+    windows = _PLANS[int(plan)]
+    flash = _flash_runs(query, backend)
+    if flash and windows.groups:
+        keys, values, _ = _with_contexts(windows, key, value[windows.singles :], context_key, context_value)
+        first_query, first_key, most_queries, most_keys = _bounds(windows, query.device)
+        found, sums, *_ = torch.ops.aten._flash_attention_forward(
+            query.contiguous(), keys, values, first_query, first_key, most_queries, most_keys, 0.0, False, False
+        )
+        if choose_backend(backend or None, query, windows, False) in (AttentionBackendName.NATIVE, "walt_varlen"):
+            return torch.cat([value[: windows.singles], found]) if windows.singles else found, sums
+    else:
+        sums = query.new_empty((query.shape[1], query.shape[0]) if flash else 0, dtype=torch.float32)
     out = window_attention(
-        query,
-        key,
-        value,
-        _PLANS[int(plan)],
-        context_key=context_key,
-        context_value=context_value,
-        backend=backend or None,
+        query, key, value, windows, context_key=context_key, context_value=context_value, backend=backend or None
     )
     # An operator may not return its input, which a pack of images alone would.
-    return out.clone() if out.data_ptr() == value.data_ptr() else out.contiguous()
+    return (out.clone() if out.data_ptr() == value.data_ptr() else out.contiguous()), sums
 
 
 @library.register_fake("walt::window_attention")
-def _attend_fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(value, memory_format=torch.contiguous_format)
+def _attend_fake(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    shape = (query.shape[1], query.shape[0]) if _flash_runs(query, others[-1]) else 0
+    out = torch.empty_like(value, memory_format=torch.contiguous_format)
+    return out, query.new_empty(shape, dtype=torch.float32)
+
+
+def _with_contexts(
+    plan: WindowPlan, key: Tensor, value: Tensor, context_key: Tensor | None, context_value: Tensor | None
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Keys and values of the windows of all groups end to end, each window's text behind its tokens; and, with texts, where in
+    `[tokens, texts]` each of them is from."""
+    if not any(group.context_length for group in plan.groups):
+        return key.contiguous(), value.contiguous(), []
+    assert plan.context_index is not None and context_key is not None and context_value is not None
+    index = _key_index(plan, key.device)
+    keys, values = torch.cat([key, context_key]), torch.cat([value, context_value])
+    return keys.index_select(0, index), values.index_select(0, index), [index]
+
+
+@lru_cache(maxsize=64)
+def _key_index(plan: WindowPlan, device: torch.device) -> Tensor:
+    """`(keys,)`: the place of every key in tokens that attend and texts, end to end."""
+    assert plan.context_index is not None
+    tokens = plan.tokens - plan.singles
+    with torch.inference_mode(False):
+        own = torch.arange(tokens, device=device)
+        texts = plan.context_index + tokens
+        parts = []
+        for group in plan.groups:
+            start = group.start - plan.singles
+            rows = own[start : start + group.windows * group.length].view(group.windows, -1)
+            if group.context_length:
+                text = texts[group.context_start :][: group.windows * group.context_length]
+                rows = torch.cat([rows, text.view(group.windows, -1)], dim=1)
+            parts.append(rows.flatten())
+        return torch.cat(parts)
 
 
 @library.impl("walt::window_attention_backward", "CompositeExplicitAutograd")
@@ -794,9 +840,15 @@ def _attend_gradients(
     context_key: Tensor | None,
     context_value: Tensor | None,
     plan: Tensor,
+    out: Tensor,
+    sums: Tensor,
 ) -> list[Tensor]:
-    """Of query, key, value (and context key, value), by matrix products over a few windows at a time."""
+    """Of query, key, value (and context key, value): flash attention's, else by matrix products over a few windows at a
+    time."""
     windows = _PLANS[int(plan)]
+    if sums.numel() and windows.groups:
+        return _flash_gradients(grad, query, key, value, context_key, context_value, windows, out, sums)
+    block_bytes = 2**28 if query.is_cuda else BLOCK_BYTES  # launches cost more there than what leaves the cache
     dq, dk, dv = torch.zeros_like(query), torch.zeros_like(key), grad.clone(memory_format=torch.contiguous_format)
     contexts = [torch.zeros_like(x) for x in (context_key, context_value) if x is not None]
     at = 0
@@ -812,7 +864,7 @@ def _attend_gradients(
             wide = (group.windows, group.context_length)
             k = torch.cat([k, context_key.index_select(0, index).unflatten(0, wide)], dim=1)
             v = torch.cat([v, context_value.index_select(0, index).unflatten(0, wide)], dim=1)
-        one, two, three, _ = _block_gradients(q, k, v, g, None, query.shape[-1] ** -0.5, BLOCK_BYTES)
+        one, two, three, _ = _block_gradients(q, k, v, g, None, query.shape[-1] ** -0.5, block_bytes)
         dq[here], dk[here], dv[there] = (x[:, : group.length].flatten(0, 1) for x in (one, two, three))
         if index is not None:
             for total, part in zip(contexts, (two, three), strict=True):
@@ -821,18 +873,55 @@ def _attend_gradients(
     return [dq, dk, dv, *contexts]
 
 
+def _flash_gradients(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    context_key: Tensor | None,
+    context_value: Tensor | None,
+    plan: WindowPlan,
+    out: Tensor,
+    sums: Tensor,
+) -> list[Tensor]:
+    first = plan.singles
+    keys, values, index = _with_contexts(plan, key, value[first:], context_key, context_value)
+    first_query, first_key, most_queries, most_keys = _bounds(plan, query.device)
+    state = torch.empty(2, dtype=torch.uint64, device=query.device)  # of dropout, which there is none of
+    dq, dk, dv = torch.ops.aten._flash_attention_backward(
+        grad[first:].contiguous(), query.contiguous(), keys, values, out[first:], sums,
+        first_query, first_key, most_queries, most_keys, 0.0, False, state, query.new_empty(0),
+    )  # fmt: skip
+    contexts: list[Tensor] = []
+    if context_key is not None and context_value is not None:
+        tokens, sizes = len(key), [len(key), len(context_key)]
+        wide = [torch.zeros(sum(sizes), *x.shape[1:], dtype=torch.float32, device=x.device) for x in (key, value)]
+        if index:  # a text is in many windows
+            found = [x.index_add_(0, index[0], y.float()).to(query.dtype) for x, y in zip(wide, (dk, dv), strict=True)]
+            (dk, one), (dv, two) = (x.split(sizes) for x in found)
+        else:
+            one, two = (x[tokens:].to(query.dtype) for x in wide)
+        # Operators may return no two views of one tensor.
+        dk, dv, contexts = dk.clone(), dv.clone(), [one.clone(), two.clone()]
+    return [dq, dk, torch.cat([grad[:first], dv]) if first else dv, *contexts]
+
+
 @library.register_fake("walt::window_attention_backward")
 def _attend_gradients_fake(grad: Tensor, *inputs: Any) -> list[Tensor]:
-    query, key, value, context_key, context_value, _ = inputs
+    query, key, value, context_key, context_value, *_ = inputs
     own = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)]
     return own + [torch.empty_like(x) for x in (context_key, context_value) if x is not None]
 
 
-def _attend_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:6])
+def _attend_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    sums = output[1]
+    ctx.mark_non_differentiable(sums)
+    # Where they are not used they are not kept either.
+    kept = output if _flash_runs(inputs[0], inputs[6]) else (sums, sums)
+    ctx.save_for_backward(*inputs[:6], *kept)
 
 
-def _attend_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _attend_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     found = torch.ops.walt.window_attention_backward(grad, *ctx.saved_tensors)
     contexts = found[3:] if len(found) > 3 else (None, None)
     return found[0], found[1], found[2], contexts[0], contexts[1], None, None
@@ -893,7 +982,7 @@ def _offsets(shape: Grid) -> Tensor:
 @lru_cache(maxsize=64)
 def _offsets_on(shape: Grid, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
-        return _offsets(shape).to(device)
+        return _moved(_offsets(shape), device)
 
 
 @lru_cache(maxsize=64)
@@ -923,4 +1012,4 @@ def _rotation_of(grid: Grid, head_dim: int, device: torch.device, theta: float) 
             frequency = theta ** -(torch.arange(n, dtype=torch.float32, device="cpu") / max(n, 1))
             angles.append(place[:, axis, None] * frequency)
         angle = torch.cat(angles, dim=1)[:, None]
-        return angle.cos().to(device), angle.sin().to(device)
+        return _moved(angle.cos(), device), _moved(angle.sin(), device)

@@ -361,7 +361,7 @@ def _samples(objective: Any, model: Any) -> list[Tensor]:
         return objective.vae.decode(latent[None]).sample.float().clamp(-1, 1)
 
     rows = []
-    packed = [sample for step in range(4) for sample in objective.batch(step, 0)]
+    packed = [sample for step in range(4) for sample in objective.drawn(objective.batch(step, 0))]
     packed = [sample for sample in packed if sample.start == 0] or packed  # of a recipe of later chunks alone those
     latents = [objective._latent(sample.video, sample.latent) for sample in packed]
     order = sorted(range(len(packed)), key=lambda i: -latents[i].shape[1])[:4]
@@ -446,6 +446,8 @@ def encode(args: argparse.Namespace) -> None:
     job, counts = args.job, args.counts
     device = _rank_device()
     vae = load_vae(job.tokenizer).eval().to(device)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # latents are kept in float16
 
     def encoder(video: Tensor) -> Tensor:
         with torch.no_grad():
@@ -457,7 +459,7 @@ def encode(args: argparse.Namespace) -> None:
         def told(done: int, total: int) -> None:
             progress.update(task, completed=done, total=total)
 
-        write_latents(job, Path(args.output), counts, encoder, told)
+        write_latents(job, Path(args.output), counts, encoder, told, device)
     Console().print(f"wrote {args.output}", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -534,7 +536,13 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--all",
         action="store_true",
-        help="emoji: every subject, not just the embedded world's; check: decode every frame, not just headers",
+        help="emoji: every subject, not just those of --world; check: decode every frame, not just headers",
+    )
+    parser.add_argument(
+        "--world",
+        choices=("embedded", "large"),
+        default="embedded",
+        help="emoji: the eight subjects of the embedded models, or 64 (default: embedded)",
     )
     parser.add_argument("--index", default="cache/index", help="check: where to keep what is found (data.index)")
     parser.add_argument("--caption", help="check: field of the captions")
@@ -608,15 +616,16 @@ def _check(args: argparse.Namespace, console: Console) -> None:
 
 
 def _emoji(args: argparse.Namespace, console: Console) -> Path:
-    from walt.data.emoji import EMBEDDED_WORLD, build_cache
+    from walt.data.emoji import EMBEDDED_WORLD, LARGE_WORLD, build_cache
 
+    subjects = {"embedded": EMBEDDED_WORLD, "large": LARGE_WORLD}[args.world].subjects
     folder = Path(args.folder or "cache/emoji")
     with _progress() as progress:
         task = progress.add_task("sprites", total=None)
         build_cache(
             folder,
             source=args.source,
-            subjects=None if args.all else EMBEDDED_WORLD.subjects,
+            subjects=None if args.all else subjects,
             progress=lambda done, total, name: progress.update(task, completed=done, total=total, description=name),
         )
     return folder
@@ -775,6 +784,12 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
         "walt's or a causal one of diffusers",
     )
     parser.add_argument("--source", default="cache/emoji", help="sprites (walt data emoji)")
+    parser.add_argument(
+        "--world",
+        choices=("embedded", "large"),
+        default="embedded",
+        help="whose held-out scenes: those of the eight embedded subjects, or of 64 (default: embedded)",
+    )
     parser.add_argument("--weights", default="cache/lpips_vgg.safetensors", help="LPIPS weights (walt data lpips)")
     parser.add_argument(
         "-n",
@@ -1022,9 +1037,10 @@ def _steps(args: argparse.Namespace, pipe: Any, stages: int) -> list[int]:
 
 
 def _held_out(args: argparse.Namespace) -> Any:
-    from walt.data.emoji import EMBEDDED_WORLD, EmojiTheatre
+    from walt.data.emoji import EMBEDDED_WORLD, LARGE_WORLD, EmojiTheatre
 
-    return EmojiTheatre(args.source, split="heldout", world=EMBEDDED_WORLD)
+    world = {"embedded": EMBEDDED_WORLD, "large": LARGE_WORLD}[args.world]
+    return EmojiTheatre(args.source, split="heldout", world=world)
 
 
 def _evaluate_stages(args: argparse.Namespace, pipe: Any) -> None:

@@ -100,10 +100,12 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, swish: bool = False) 
 def modulate(x: Tensor, scale: Tensor, shift: Tensor, lengths: Lengths, samples: Tensor | None = None) -> Tensor:
     """`x (L, D)` times 1 + scale plus shift, each `(B, D)`; the result has the widest dtype of the three.
 
-    `samples (L,)`, the sample of every token, is what a compiled graph uses in place of `lengths`: it is data.
+    `samples` (of `sample_index`) is what a compiled graph uses in place of `lengths`: it is data. So does an accelerator,
+    where samples differ in length: a launch for each would cost more.
     """
-    if samples is not None and torch.compiler.is_compiling():
-        return x * (1 + scale.index_select(0, samples)) + shift.index_select(0, samples)
+    if samples is not None and _by_index(x, lengths):
+        rows, gain, shifts = _spread(samples, x, scale, shift)
+        return (rows * (1 + gain) + shifts).to(_widest(x, scale, shift)).reshape(x.shape)
     x, scale, shift = _promoted(x, scale, shift)
     result: Tensor = _Modulate.apply(x, scale, shift, lengths)
     return result
@@ -111,11 +113,47 @@ def modulate(x: Tensor, scale: Tensor, shift: Tensor, lengths: Lengths, samples:
 
 def gated_add(x: Tensor, y: Tensor, gate: Tensor, lengths: Lengths, samples: Tensor | None = None) -> Tensor:
     """`x + gate * y` with `x`, `y` `(L, D)` and `gate (B, D)`; the result has the widest dtype of the three."""
-    if samples is not None and torch.compiler.is_compiling():
-        return x + gate.index_select(0, samples) * y
+    if samples is not None and _by_index(x, lengths):
+        rows, gates = _spread(samples, y, gate)
+        return (x.reshape(rows.shape) + gates * rows).to(_widest(x, y, gate)).reshape(x.shape)
     x, y, gate = _promoted(x, y, gate)
     result: Tensor = _GatedAdd.apply(x, y, gate, lengths)
     return result
+
+
+STEP = 16
+"""Tokens that share a row of `sample_index`, where all samples are multiples of it."""
+
+
+def sample_index(lengths: Lengths) -> Tensor:
+    """The sample of every token, `(L,)` int64 on the CPU; where no sample ends between them, of every `STEP`: `(L / STEP, 1)`.
+
+    The gradient of what is spread by it is then a sum within the steps and a sixteenth of the scattered additions.
+    """
+    step = STEP if all(n % STEP == 0 for n in lengths) else 1
+    counts = torch.tensor([n // step for n in lengths], device="cpu")
+    index = torch.arange(len(lengths), device="cpu").repeat_interleave(counts)
+    return index[:, None] if step > 1 else index
+
+
+def _by_index(x: Tensor, lengths: Lengths) -> bool:
+    return torch.compiler.is_compiling() or (x.device.type not in ("cpu", "meta") and len(set(lengths)) > 1)
+
+
+def _spread(samples: Tensor, x: Tensor, *vectors: Tensor) -> tuple[Tensor, ...]:
+    """`x` and for its rows the `(B, D)` vectors of their samples, at least in float32: their gradients are long sums."""
+    index = samples.flatten()
+    wide = [v.to(torch.promote_types(v.dtype, torch.float32)).index_select(0, index) for v in vectors]
+    if samples.ndim == 1:
+        return x, *wide
+    return x.unflatten(0, (samples.shape[0], STEP)), *(v[:, None] for v in wide)
+
+
+def _widest(*tensors: Tensor) -> torch.dtype:
+    dtype = tensors[0].dtype
+    for x in tensors[1:]:
+        dtype = torch.promote_types(dtype, x.dtype)
+    return dtype
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -147,9 +185,7 @@ _CHUNK = 2**17
 
 
 def _promoted(*tensors: Tensor) -> tuple[Tensor, ...]:
-    dtype = tensors[0].dtype
-    for x in tensors[1:]:
-        dtype = torch.promote_types(dtype, x.dtype)
+    dtype = _widest(*tensors)
     return tuple(x.to(dtype) for x in tensors)
 
 

@@ -6,7 +6,8 @@ video. Letters: C channels, t h w latent frames and size (in tokens for a `Grid`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 
 import torch
 from einops import rearrange
@@ -34,18 +35,27 @@ def pack(latents: Sequence[Tensor], patch: int) -> tuple[Tensor, tuple[Grid, ...
     """
     if not len(latents):
         raise WaltError("latents: nothing to pack, give at least one sample (C, t, h, w)")
-    pieces, grids = [], []
     for i, z in enumerate(latents):
         if z.ndim != 4:
             raise WaltError(f"latents[{i}]: shape {tuple(z.shape)} given, (C, t, h, w) needed")
         if z.shape[0] != latents[0].shape[0]:
             raise WaltError(f"latents[{i}]: {z.shape[0]} channels, but latents[0] has {latents[0].shape[0]}")
-        t, h, w = z.shape[1:]
+        h, w = z.shape[2:]
         if h % patch or w % patch or not z.numel():
             raise WaltError(f"latents[{i}]: size {h}x{w} given, positive multiples of the patch size {patch} needed")
-        pieces.append(rearrange(z, "c t (h p) (w q) -> (t h w) (c p q)", p=patch, q=patch))
-        grids.append((t, h // patch, w // patch))
-    return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)), tuple(grids)
+    return pack_beside([latents], patch)
+
+
+def pack_beside(pieces: Sequence[Sequence[Tensor]], patch: int) -> tuple[Tensor, tuple[Grid, ...]]:
+    """`pack` of samples whose channels come in pieces: `pieces[j][i]` is `(C_j, t, h, w)` of sample i, checked before."""
+    first = pieces[0]
+    parts = []
+    for run in runs(first):
+        stacks = [stacked(piece[run]) for piece in pieces]
+        z = stacks[0] if len(stacks) == 1 else torch.cat(stacks, dim=1)
+        parts.append(rearrange(z, "b c t (h p) (w q) -> (b t h w) (c p q)", p=patch, q=patch))
+    grids = tuple((z.shape[1], z.shape[2] // patch, z.shape[3] // patch) for z in first)
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)), grids
 
 
 def unpack(tokens: Tensor, grids: Sequence[Grid], patch: int) -> list[Tensor]:
@@ -55,10 +65,40 @@ def unpack(tokens: Tensor, grids: Sequence[Grid], patch: int) -> list[Tensor]:
         raise WaltError(
             f"tokens: shape {tuple(tokens.shape)} given, ({sum(lengths)}, multiple of {patch**2}) needed by the grids"
         )
-    return [
-        rearrange(x, "(t h w) (c p q) -> c t (h p) (w q)", t=t, h=h, w=w, p=patch, q=patch)
-        for x, (t, h, w) in zip(tokens.split(lengths), grids, strict=True)
-    ]
+    found = [(run, grids[run.start]) for run in runs_of(grids)]
+    sizes = [(run.stop - run.start) * t * h * w for run, (t, h, w) in found]
+    latents: list[Tensor] = []
+    for x, (_, (t, h, w)) in zip(tokens.split(sizes), found, strict=True):
+        z = rearrange(x, "(b t h w) (c p q) -> b c t (h p) (w q)", t=t, h=h, w=w, p=patch, q=patch)
+        latents += z.unbind()
+    return latents
+
+
+def runs(samples: Sequence[Tensor]) -> list[slice]:
+    """Neighbours of one shape: what is done to all of them at once costs an accelerator one launch, not one each."""
+    return runs_of([tuple(x.shape) for x in samples])
+
+
+def runs_of(keys: Sequence[tuple[int, ...]]) -> list[slice]:
+    """Neighbours of one key."""
+    edges = [0, *(i for i in range(1, len(keys)) if keys[i] != keys[i - 1]), len(keys)]
+    return [slice(a, b) for a, b in itertools.pairwise(edges) if a < b]
+
+
+def stacked(samples: Tensor | Sequence[Tensor]) -> Tensor:
+    """`(B, ...)` of samples of one shape; of a single one a view."""
+    return samples[0][None] if len(samples) == 1 else torch.stack(list(samples))
+
+
+def by_runs(function: Callable[..., Tensor], *lists: Sequence[Tensor]) -> list[Tensor]:
+    """`function` of samples, run by run: of `(B, ...)` stacks it gives a stack, of which every sample is a view.
+
+    The lists have equal runs.
+    """
+    result: list[Tensor] = []
+    for run in runs(lists[0]):
+        result += function(*(stacked(values[run]) for values in lists)).unbind()
+    return result
 
 
 def token_counts(grids: Sequence[Grid]) -> list[int]:
@@ -96,6 +136,6 @@ def _statistics(latents: Tensor, mean: Sequence[float], std: Sequence[float]) ->
             f"latents: shape {tuple(latents.shape)} given with {len(mean)} means and {len(std)} deviations, "
             "(..., C, t, h, w) with C of each needed"
         )
-    m = torch.tensor(mean, dtype=latents.dtype, device=latents.device).view(-1, 1, 1, 1)
-    s = torch.tensor(std, dtype=latents.dtype, device=latents.device).view(-1, 1, 1, 1)
+    both = torch.tensor([[*mean], [*std]], dtype=latents.dtype, device="cpu").view(2, -1, 1, 1, 1)
+    m, s = both.to(latents.device, non_blocking=True)
     return m, s

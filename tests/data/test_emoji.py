@@ -18,25 +18,34 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import walt.data
+from walt.cli import main
 from walt.data.emoji import (
     ANIMATIONS,
     COLOURS,
     EMBEDDED_WORLD,
+    GROUPS,
+    LARGE_WORLD,
+    LEFT_OUT,
+    MOST_OF,
     MOTIONS,
     NAMES,
     OPPOSITES,
     EmojiTheatre,
+    Sprite,
     World,
     _place,
     build_cache,
     describe,
+    draw_subjects,
     held_out,
     held_out_pairs,
+    is_plain,
     noun,
     read_index,
 )
 from walt.data.fetch import PINS
 from walt.data.scenes import Scenes
+from walt.data.scenes import world as world_of
 from walt.errors import WaltError
 from walt.training.job import DataJob, Shape
 
@@ -166,6 +175,111 @@ def test_the_embedded_world_is_plain(theatre: EmojiTheatre) -> None:
     assert words["subjects"] == list(SMALL)
     assert "flies up" in words["motions"]
     assert words["sizes"] == words["relations"] == []
+
+
+# --------------------------------------------------------------------------------------------------- subjects
+
+
+def test_the_subjects_of_the_large_world() -> None:
+    names = LARGE_WORLD.subjects
+    assert len(names) == len(set(names)) == 64
+    assert names[:8] == EMBEDDED_WORLD.subjects
+    assert replace(LARGE_WORLD, subjects=names[:8]) == EMBEDDED_WORLD
+    assert all(map(is_plain, names)) and not set(names) & set(LEFT_OUT)
+    for kind, others in (("motions", LARGE_WORLD.motions), ("backgrounds", LARGE_WORLD.backgrounds)):
+        pairs = held_out_pairs(LARGE_WORLD)[kind]
+        assert max(Counter(subject for subject, _ in pairs).values()) <= 2
+        share = Counter(other for _, other in pairs)
+        assert all(0 < share[other] < len(names) / 4 for other in others)
+
+
+@pytest.mark.parametrize(("flags", "count"), [([], 8), (["--world", "large"], 64), (["--all"], None)])
+def test_the_command_builds_the_world_it_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], count: int | None
+) -> None:
+    built: list[Any] = []
+    monkeypatch.setattr("walt.data.emoji.build_cache", lambda folder, **told: built.append(told["subjects"]))
+    assert main(["data", "emoji", str(tmp_path), *flags]) == 0
+    assert [None if subjects is None else len(subjects) for subjects in built] == [count]
+
+
+def test_a_recipe_names_its_world() -> None:
+    assert world_of(DataJob()) == EMBEDDED_WORLD
+    assert world_of(DataJob(world="large")) == LARGE_WORLD
+    assert world_of(DataJob(world="full")) == World()
+
+
+@pytest.mark.parametrize(
+    "label", ["rocket", "red heart", "octopus", "Christmas tree", "grinning cat", "cloud with rain"]
+)
+def test_plain_names(label: str) -> None:
+    assert is_plain(label)
+
+
+@pytest.mark.parametrize(
+    "label",
+    ["one o\u2019clock", "one-thirty", "man: bald", "waving hand: dark skin tone", "ZZZ", "OK hand", "musical notes",
+     "people hugging", "person running", "face with open mouth", "T-Rex", "keycap: 1"],
+)  # fmt: skip
+def test_names_that_read_badly(label: str) -> None:
+    assert not is_plain(label)
+
+
+def named(count: int, **changes: Any) -> dict[str, Sprite]:
+    """An index of `count` names in each of five groups, "<group> a", "<group> b", ...; and "sun" and "frog"."""
+    one = Sprite("", "", "", (), "", 24, 96, (0, 0, 96, 96), "")
+    groups = ("smileys", "people", "animals", "food", "flags")
+    labels = {f"{group[:-1]} {chr(97 + i) * 2}": group for group in groups for i in range(count)}
+    rows = {**labels, "sun": "food", "frog": "animals"}
+    return {
+        label: replace(one, label=label, hexcode=f"{i:04x}", group=group, **changes)
+        for i, (label, group) in enumerate(rows.items())
+    }
+
+
+def test_subjects_are_drawn_by_seed_from_every_group() -> None:
+    index = named(20)
+    drawn = draw_subjects(index, 40, seed=3, keep=("sun", "frog"))
+    assert drawn[:2] == ("sun", "frog") and len(set(drawn)) == 40
+    assert drawn == draw_subjects(dict(reversed(index.items())), 40, seed=3, keep=("sun", "frog"))
+    assert drawn[:20] == draw_subjects(index, 20, seed=3, keep=("sun", "frog"))
+    assert drawn != draw_subjects(index, 40, seed=4, keep=("sun", "frog"))
+    assert [index[name].group for name in drawn[2:12]] == sorted(
+        ("smileys", "people", "animals", "food", "flags"), key=GROUPS.index
+    ) * 2  # fmt: skip
+    counts = Counter(index[name].group for name in drawn)
+    assert {group: counts[group] for group in MOST_OF} == MOST_OF
+    for kind in (EMBEDDED_WORLD.motions, EMBEDDED_WORLD.backgrounds):
+        assert all(sum(held_out(name, other) for other in kind) <= 2 for name in drawn)
+
+
+def test_a_skipped_name_leaves_the_others_in_their_order() -> None:
+    index = named(20)
+    drawn = draw_subjects(index, 30)
+    left = draw_subjects(index, 30, skip=drawn[3:4])
+    group = index[drawn[3]].group
+    assert drawn[3] not in left
+    for other in GROUPS:
+        before, after = ([name for name in names if index[name].group == other] for names in (drawn, left))
+        if other == group:
+            before.remove(drawn[3])
+        assert before == after[: len(before)]
+
+
+def test_subjects_that_are_never_drawn() -> None:
+    index = named(6)
+    held = {name for name in index if sum(held_out(name, motion) for motion in MOTIONS) > 2}
+    short = {**index, "animal aa": replace(index["animal aa"], frames=7)}
+    odd = {**short, "twelve o\u2019clock": replace(index["sun"], label="twelve o\u2019clock", hexcode="ffff")}
+    fit = len(index) - 1 - len(held)
+    drawn = draw_subjects(odd, fit)
+    assert not set(drawn) & {"animal aa", "twelve o\u2019clock", *held}
+    with pytest.raises(WaltError, match=f"count: only {fit} subjects of the index fit, {fit + 1} are asked for"):
+        draw_subjects(odd, fit + 1)
+    with pytest.raises(WaltError, match="keep: 'son' is not known"):
+        draw_subjects(index, 4, keep=("son",))
+    with pytest.raises(WaltError, match="skip: 'son' is not known"):
+        draw_subjects(index, 4, skip=("son",))
 
 
 # --------------------------------------------------------------------------------------------------- held out

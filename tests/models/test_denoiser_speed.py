@@ -73,6 +73,31 @@ def test_chains_have_the_gradients_of_their_formulas(lengths: tuple[int, ...]) -
     assert torch.autograd.gradcheck(fused.add_frames, (mixed, frames, time))
 
 
+@pytest.mark.parametrize("lengths", [(16, 48, 32), (16, 30, 2)])
+def test_compiled_chains_spread_by_index(lengths: tuple[int, ...]) -> None:
+    """With and without steps of equal samples; in bfloat16 the gradients of the vectors are summed in float32."""
+    torch.manual_seed(0)
+    x, y = torch.randn(2, sum(lengths), 6, dtype=torch.float64)
+    scale, shift = torch.randn(2, 3, 6, dtype=torch.float64)
+    index = fused.sample_index(lengths)
+    assert (index.ndim == 2) == (lengths == (16, 48, 32))
+
+    def chains(index: Tensor | None, x: Tensor, y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        return fused.gated_add(x, fused.modulate(y, scale, shift, lengths, index), shift, lengths, index)
+
+    compiled = torch.compile(chains, backend="aot_eager", fullgraph=True)
+    for dtype, most in ((torch.float64, 1e-12), (torch.bfloat16, 0.02)):
+        results = []
+        for call, own, samples in ((chains, torch.float64, None), (compiled, dtype, index)):
+            given = [z.to(dtype).to(own).requires_grad_() for z in (x, y, scale, shift)]
+            out = call(samples, *given)
+            assert out.dtype == own
+            results.append([out, *torch.autograd.grad(out.sum(), given)])
+        for exact, found in zip(*results, strict=True):
+            assert float((found.double() - exact).norm() / exact.norm()) < most
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-8)])
 def test_gelu_is_the_tanh_form(dtype: torch.dtype, most: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against torch's in float64; `most` is relative to the value where that is above 1."""

@@ -13,11 +13,14 @@ from torch import Tensor, nn
 from walt.configs.walt import MODELS, PAPER_PARAMETERS
 from walt.diffusion import make_scheduler, x0_from_velocity
 from walt.errors import WaltError
+from walt.latents import Grid
 from walt.models.transformer_walt import (
+    LocalMixing,
     WaltAttention,
     WaltPositionEmbedding,
     WaltSpatioTemporalBlock,
     WaltTransformer3DModel,
+    _neighbours,
 )
 
 TINY: dict[str, Any] = {
@@ -509,3 +512,23 @@ def test_low_res_start_is_the_least_squares_upsampler() -> None:
 def test_preconditioning_refuses(fields: dict[str, Any]) -> None:
     with pytest.raises(WaltError, match="sigma_data"):
         WaltTransformer3DModel(**{**TINY, **fields})
+
+
+@pytest.mark.parametrize(
+    "grids", [((5, 4, 6),) * 3, ((5, 4, 6), (5, 4, 6), (1, 4, 6)), ((5, 4, 6), (1, 3, 3), (5, 4, 6))]
+)
+def test_local_mixing_as_shifted_sums(grids: tuple[Grid, ...]) -> None:
+    """What is compiled for a GPU is the convolution, with its gradients."""
+    torch.manual_seed(0)
+    mixing = LocalMixing(16)
+    torch.nn.init.normal_(mixing.space.weight)
+    torch.nn.init.normal_(mixing.time)
+    x = torch.randn(sum(t * h * w for t, h, w in grids), 16, requires_grad=True)
+    leaves = (x, mixing.space.weight, mixing.time)
+    found = []
+    for mixed in (None, _neighbours):
+        mixing._mixed = mixed
+        y = mixing(x, grids)
+        found.append((y.detach(), *torch.autograd.grad(y.square().sum(), leaves)))
+    for a, b in zip(*found, strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-5 * float(a.abs().max()))

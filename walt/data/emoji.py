@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
 import random
 import re
 import tarfile
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -187,6 +188,39 @@ EMBEDDED_WORLD = World(
     far=(0.34, 0.34),
     grid=8,
 )
+"""Of the eight subjects that the embedded models know."""
+
+LEFT_OUT = (
+    "sparkling heart",  # as red heart: the judge's features (walt/evaluation/prompts.py) have a cosine above 0.6
+    "spouting whale",  # as whale
+    "black flag",  # as white flag
+    "nauseated face",  # as crying face, like the next four
+    "face with tongue",
+    "weary face",
+    "smiling face",
+    "worried face",
+    "bomb",  # bursts: its size falls to a fifth within a loop
+    "party popper",  # its confetti hides what it does
+    "hourglass done",  # no plain noun
+)
+"""Names that came up in the draw of `LARGE_WORLD` and were passed over."""
+
+LARGE_WORLD = replace(
+    EMBEDDED_WORLD,
+    subjects=(
+        "rocket", "frog", "penguin", "red heart", "ghost", "whale", "sun", "hatching chick", "heart on fire",
+        "zombie", "otter", "tropical drink", "hut", "crystal ball", "telephone receiver", "triangular flag",
+        "clown face", "tongue", "blowfish", "tumbler glass", "flying saucer", "teddy bear", "spiral calendar",
+        "white flag", "weary cat", "health worker", "pig nose", "teacup without handle", "monorail",
+        "Christmas tree", "camera with flash", "chequered flag", "crying face", "man guard", "shrimp",
+        "birthday cake", "alarm clock", "pirate flag", "crying cat", "man with veil", "panda", "beer mug",
+        "taxi", "skull", "bone", "octopus", "cocktail glass", "umbrella", "poodle", "locomotive", "owl", "fire",
+        "horse face", "closed umbrella", "bison", "articulated lorry", "guide dog", "snowman without snow",
+        "bug", "tractor", "monkey", "cloud with snow", "sloth", "passenger ship",
+    ),
+)  # fmt: skip
+"""Of 64 subjects over the emoji groups, by `draw_subjects(index, 64, seed=0, keep=EMBEDDED_WORLD.subjects, skip=LEFT_OUT)`
+of a full cache."""
 
 
 def held_out(subject: str, other: str) -> bool:
@@ -199,6 +233,74 @@ def held_out_pairs(world: World = EMBEDDED_WORLD) -> dict[str, list[list[str]]]:
     """The held-out pairs of a world with named subjects: {"motions": [[subject, motion]], "backgrounds": [...]}."""
     kinds = {"motions": world.motions, "backgrounds": world.backgrounds}
     return {kind: [[s, o] for s in world.subjects for o in names if held_out(s, o)] for kind, names in kinds.items()}
+
+
+MOST_OF = {"smileys": 8, "people": 6}
+"""Faces and people look much alike: of these groups no more subjects."""
+MOST_HELD_OUT = 2
+LEAST_FRAMES = 8
+
+
+def draw_subjects(
+    index: Mapping[str, Sprite],
+    count: int,
+    seed: int = 0,
+    keep: Sequence[str] = (),
+    skip: Collection[str] = (),
+    world: World = EMBEDDED_WORLD,
+) -> tuple[str, ...]:
+    """`count` subjects of a full cache: `keep` first, then one of each emoji group in turn.
+
+    A group's names are put in an order by `seed` (by `random()` alone) and taken from its beginning, without those
+
+    - of which more than two motions or more than two backgrounds of `world` are held out;
+    - that do not read as one plain thing, see `is_plain`;
+    - whose loop has less than eight frames, or that are not animated;
+    - in `skip`: names that look too much like one that is already there.
+
+    Which other names are left out changes nothing about a group's order. `MOST_OF` bounds what some groups give, `keep`
+    included.
+
+    Raises:
+        WaltError: `keep` or `skip` has a name that the index lacks; there are less than `count` subjects.
+    """
+    _known("keep", keep, index)
+    _known("skip", skip, index)
+    rng = random.Random(f"walt-subjects-{seed}")
+    queues: dict[str, list[str]] = {group: [] for group in GROUPS}
+    for label, sprite in sorted(index.items(), key=lambda item: item[1].hexcode):
+        if sprite.group in queues:
+            queues[sprite.group].append(label)
+    for group, names in queues.items():
+        left = [names.pop(int(rng.random() * len(names))) for _ in range(len(names))]
+        queues[group] = [n for n in left if n not in keep and n not in skip and _fit(index[n], world)]
+    chosen = list(keep)
+    given = Counter(index[name].group for name in keep)
+    while len(chosen) < count:
+        ready = [g for g, names in queues.items() if names and given[g] < MOST_OF.get(g, count)]
+        if not ready:
+            raise WaltError(f"count: only {len(chosen)} subjects of the index fit, {count} are asked for")
+        for group in ready[: count - len(chosen)]:
+            chosen.append(queues[group].pop(0))
+            given[group] += 1
+    return tuple(chosen)
+
+
+def is_plain(label: str) -> bool:
+    """Whether a caption reads well with it: one thing, named by up to three words of plain letters, doing nothing.
+
+    So neither "one o\u2019clock" nor "man: bald" nor "ZZZ", "musical notes", "people hugging" or "person running".
+    """
+    words = label.split(" ")
+    if not re.fullmatch(r"[A-Za-z]?[a-z]+( [a-z]+){0,2}", label) or words[0] in ("people", "men", "women"):
+        return False
+    plural = words[-1].endswith("s") and not words[-1].endswith(("ss", "us", "os"))
+    return not plural and not any(word.endswith("ing") for word in words[1:])
+
+
+def _fit(sprite: Sprite, world: World) -> bool:
+    lost = [sum(held_out(sprite.label, other) for other in names) for names in (world.motions, world.backgrounds)]
+    return sprite.frames >= LEAST_FRAMES and max(lost) <= MOST_HELD_OUT and is_plain(sprite.label)
 
 
 # --------------------------------------------------------------------------------------------------- the scene
@@ -326,6 +428,7 @@ class EmojiTheatre:
         self.subjects = chosen
         self.world = replace(world, subjects=chosen)
         self._sprites: OrderedDict[str, NDArray[np.uint8]] = OrderedDict()
+        self._firsts: dict[str, int] | None = None  # of each subject's pictures, see `picture`
 
     # -- scenes
 
@@ -466,6 +569,23 @@ class EmojiTheatre:
         strip = self.sprite(scene.actors[0].subject)
         return _place(scene.actors[0], t, scene.frames, strip.shape[1], strip.shape[2], height, width)
 
+    def boxes(
+        self, scene: Scene, actor: int, times: Sequence[float], height: int, width: int
+    ) -> list[tuple[float, float, float, float]]:
+        """Where an actor is at some times, in frames of the scene, whole or not, as in `box`."""
+        one = scene.actors[actor]
+        h, w = self.sprite(one.subject).shape[1:3]
+        return [_place(one, t, scene.frames, h, w, height, width) for t in times]
+
+    def picture(self, scene: Scene, actor: int, t: int) -> int:
+        """Which picture of the theatre's an actor shows in frame t: the frames of all subjects' loops, end to end."""
+        if self._firsts is None:
+            lengths = [self.index[subject].frames for subject in self.subjects]
+            self._firsts = dict(zip(self.subjects, itertools.accumulate([0, *lengths]), strict=False))
+        one = scene.actors[actor]
+        count = self.index[one.subject].frames
+        return self._firsts[one.subject] + (int(one.phase * count) + t) % count
+
     def render(
         self,
         scene: Scene,
@@ -511,7 +631,7 @@ class EmojiTheatre:
         if subject not in self._sprites:
             _known("subject", (subject,), self.index)
             self._sprites[subject] = read_sprite(self.folder, self.index[subject])
-            if len(self._sprites) > 64:
+            if len(self._sprites) > 128:
                 self._sprites.popitem(last=False)
         self._sprites.move_to_end(subject)
         return self._sprites[subject]

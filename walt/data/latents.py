@@ -23,6 +23,7 @@ from torch import Tensor
 
 from walt.data.emoji import FPS
 from walt.data.scenes import Scenes, world
+from walt.data.stage import Stage
 from walt.errors import WaltError
 from walt.training.job import DataJob, DenoiserJob, Shape
 
@@ -57,6 +58,7 @@ def write_latents(
     counts: Sequence[int],
     encode: Callable[[Tensor], Tensor],
     progress: Callable[[int, int], None] | None = None,
+    device: torch.device | str = "cpu",
 ) -> None:
     """Encodes `counts[i]` clips of the recipe's i-th shape into `output`; shards that are there are kept.
 
@@ -66,6 +68,7 @@ def write_latents(
         counts: clips per shape.
         encode: raw latents `(B, 8, t, h, w)` of video `(B, 3, T, H, W)`.
         progress: called with (done, total) clips of this rank.
+        device: draws the scenes of a recipe with `data.draw` "device", a shard at once.
 
     Under torchrun the ranks share the shards out; whoever finds all of them there writes the index.
     """
@@ -73,10 +76,11 @@ def write_latents(
         raise WaltError(f"count: {len(job.shapes)} numbers needed, one per shape of the recipe, got {len(counts)}")
     data = _theatre(job)
     scenes = Scenes(data)
+    stage = Stage(scenes.theatre, device) if data.draw == "device" else None
     twins = job.model.get("low_res_channels") is not None
     output.mkdir(parents=True, exist_ok=True)
     index = output / "index.json"
-    recipe = data.model_dump(mode="json", exclude={"kind", "latents", "source"})
+    recipe = data.model_dump(mode="json", exclude={"kind", "latents", "source", "draw"})
     if data.fps == FPS:
         del recipe["fps"]  # folders that are older than the field hold this rate
     if not data.clip_subjects:
@@ -106,11 +110,12 @@ def write_latents(
             # Each shape has a part of the scenes for itself, so that stills and clips together show more of the world,
             # and no held-out clip of one shape is trained on as another.
             first = place * (data.scenes // len(job.shapes))
-            clips = [scenes.clip(first + number, shape, twins) for number in numbers]
-            tensors = {"latents": torch.cat([encode(clip.video[None]).half().cpu() for clip in clips])}
+            make = scenes.clip if stage is None else scenes.layout
+            clips = [make(first + number, shape, twins) for number in numbers]
+            tensors = {"latents": _encoded([clip.video for clip in clips], encode, stage)}
             if twins:
-                low = [clip.low_res for clip in clips]
-                tensors["low_res"] = torch.cat([encode(x[None]).half().cpu() for x in low if x is not None])
+                low = [clip.low_res for clip in clips if clip.low_res is not None]
+                tensors["low_res"] = _encoded(low, encode, stage)
             captions = [clip.caption for clip in clips]
             temporary = path.with_suffix(".tmp")
             save_file(tensors, temporary, {"captions": json.dumps(captions)})
@@ -120,6 +125,12 @@ def write_latents(
             progress(done, total)
     if all(path.exists() for *_, path in parts):
         _write_index(index, {**known, "shards": rows})
+
+
+def _encoded(clips: Sequence[Any], encode: Callable[[Tensor], Tensor], stage: Stage | None) -> Tensor:
+    """Raw latents `(N, 8, t, h, w)` float16 of clips of one shape; drawn on a device they are encoded together."""
+    videos = [clip[None] for clip in clips] if stage is None else [stage.draw(clips)]
+    return torch.cat([encode(video).half().cpu() for video in videos]).contiguous()
 
 
 class LatentShards:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from walt.data.emoji import EMBEDDED_WORLD, FPS, EmojiTheatre, Scene, World
+from walt.data.emoji import EMBEDDED_WORLD, FPS, LARGE_WORLD, EmojiTheatre, Scene, World
 from walt.data.sketches import draw_sketch
+from walt.data.stage import Layout, lay_out
 from walt.training.job import DataJob, Shape
 
 SCENE_FRAMES = 29
@@ -25,9 +27,18 @@ class Clip:
     caption: str
 
 
+@dataclass(frozen=True)
+class Laid:
+    """A `Clip` that a `walt.data.stage.Stage` is to draw."""
+
+    video: Layout
+    low_res: Layout | None
+    caption: str
+
+
 def world(job: DataJob) -> World:
     """The world that a recipe names."""
-    return EMBEDDED_WORLD if job.world == "embedded" else World()
+    return {"embedded": EMBEDDED_WORLD, "large": LARGE_WORLD, "full": World()}[job.world]
 
 
 def to_video(frames: np.ndarray) -> Tensor:
@@ -56,6 +67,13 @@ class Scenes:
         twin = self._render(scene, shape, 2, crop) if low_res else None
         return Clip(video, twin, scene.caption)
 
+    def layout(self, number: int, shape: Shape, low_res: bool = False, align: int = 16) -> Laid:
+        """`clip`, not drawn yet."""
+        scene, crop = self._scene(number, shape, align)
+        video = self._lay_out(scene, shape, 1, crop)
+        twin = self._lay_out(scene, shape, 2, crop) if low_res else None
+        return Laid(video, twin, scene.caption)
+
     def sketch(self, number: int, shape: Shape, align: int = 16) -> Tensor:
         """The class map int64 `(T, H, W)` of the `number`-th clip: 0 the background, then the theatre's subjects."""
         scene, crop = self._scene(number, shape, align)
@@ -71,9 +89,20 @@ class Scenes:
         return scene, self._cut(scene, number, shape, align) if shape.cut else None
 
     def _render(self, scene: Scene, shape: Shape, shrink: int, crop: tuple[int, int, int, int] | None) -> Tensor:
-        part = None if crop is None else (crop[0] // shrink, crop[1] // shrink, crop[2] // shrink, crop[3] // shrink)
-        size = (shape.height // shrink, shape.width // shrink)
-        return to_video(self.theatre.render(scene, *size, shape.start, shape.frames, crop=part, rate=self.rate)[0])
+        return to_video(self.theatre.render(scene, **self._window(shape, shrink, crop))[0])
+
+    def _lay_out(self, scene: Scene, shape: Shape, shrink: int, crop: tuple[int, int, int, int] | None) -> Layout:
+        return lay_out(self.theatre, scene, **self._window(shape, shrink, crop))
+
+    def _window(self, shape: Shape, shrink: int, crop: tuple[int, int, int, int] | None) -> dict[str, Any]:
+        return {
+            "height": shape.height // shrink,
+            "width": shape.width // shrink,
+            "start": shape.start,
+            "frames": shape.frames,
+            "crop": None if crop is None else tuple(side // shrink for side in crop),
+            "rate": self.rate,
+        }
 
     def _cut(self, scene: Scene, number: int, shape: Shape, align: int) -> tuple[int, int, int, int]:
         rng = random.Random(number)

@@ -16,6 +16,7 @@ from diffusers.models.attention import FeedForward
 from torch import Tensor
 
 from walt.errors import WaltError, suggest
+from walt.latents import by_runs
 from walt.linear import mlp
 
 Samples = Tensor | Sequence[Tensor]
@@ -149,7 +150,7 @@ def conditions(
             raise WaltError("frame_latents and frame_mask: only one given, both or neither needed")
         mask = samples("frame_mask", frame_mask, [(1, *s[1:]) for s in same], noisy)
         given = samples("frame_latents", frame_latents, same, noisy)
-        pieces += [[z * m for z, m in zip(given, mask, strict=True)], mask]
+        pieces += [by_runs(torch.mul, given, mask), mask]
     elif frame_latents is not None or frame_mask is not None:
         raise WaltError("frame_latents: given, but the model was built with frame_conditioning=False")
     return pieces

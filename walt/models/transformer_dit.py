@@ -26,7 +26,7 @@ from walt.card import HubCardMixin
 from walt.dropping import dropped_lengths, kept_tokens
 from walt.errors import WaltError
 from walt.fused import gated_add, modulate
-from walt.latents import Grid, pack, positions, unpack
+from walt.latents import Grid, pack_beside, positions, unpack
 from walt.models.backbone import (
     Samples,
     check_labels,
@@ -241,7 +241,7 @@ class DiTTransformer3DModel(HubCardMixin, ModelMixin, ConfigMixin, PeftAdapterMi
         check_latents(noisy, config.in_channels, config.patch_size)
         batch, dtype, device = len(noisy), noisy[0].dtype, noisy[0].device
         pieces = [noisy, *conditions(config, noisy, frame_latents, frame_mask, self_conditioning)]
-        tokens, grids = pack([torch.cat(parts) for parts in zip(*pieces, strict=True)], config.patch_size)
+        tokens, grids = pack_beside(pieces, config.patch_size)
         place = _place(grids, self.patch_embed.out_features, config.positions, device)
         dropped = kept_tokens(grids, kept, device)
         if dropped is not None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from walt.card import HubCardMixin
 from walt.dropping import dropped_lengths, kept_tokens
 from walt.errors import WaltError
-from walt.latents import Grid, pack, unpack
+from walt.latents import Grid, pack_beside, unpack
 from walt.models.backbone import (
     Samples,
     check_labels,
@@ -170,7 +170,7 @@ class UViTTransformer3DModel(HubCardMixin, ModelMixin, ConfigMixin, PeftAdapterM
         check_latents(noisy, config.in_channels, config.patch_size)
         batch, dtype, device = len(noisy), noisy[0].dtype, noisy[0].device
         pieces = [noisy, *conditions(config, noisy, frame_latents, frame_mask, self_conditioning)]
-        tokens, grids = pack([torch.cat(parts) for parts in zip(*pieces, strict=True)], config.patch_size)
+        tokens, grids = pack_beside(pieces, config.patch_size)
         tables = {grid: self._table(grid) for grid in dict.fromkeys(grids)}
         place = torch.cat([tables[grid] for grid in grids])
         dropped = kept_tokens(grids, kept, device)

@@ -6,8 +6,9 @@ Inside, a pack is always `(L, D)`; a `(B, C, t, h, w)` batch is a pack of equal 
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any
@@ -29,8 +30,8 @@ from walt.card import HubCardMixin
 from walt.diffusion import signal_level
 from walt.dropping import Kept, drop_from_plan, dropped_lengths, kept_tokens
 from walt.errors import WaltError
-from walt.fused import add_frames, gated_add, norm_modulate, norm_rotate
-from walt.latents import Grid, pack, token_counts, unpack
+from walt.fused import add_frames, gated_add, norm_modulate, norm_rotate, sample_index
+from walt.latents import Grid, by_runs, pack_beside, runs, runs_of, stacked, token_counts, unpack
 from walt.linear import project
 from walt.models.backbone import (
     MLP,
@@ -56,7 +57,7 @@ class Layout:
     cross_plan: WindowPlan | None
     rotation: tuple[Tensor, Tensor] | None  # cosines and sines in the order of `plan`
     dropped: Kept | None = None  # token dropping: which tokens of `grids` there are
-    samples: Tensor | None = None  # (L,) int64, the sample of every token
+    samples: Tensor | None = None  # the sample of every token, as `sample_index` has it
     padding: int = 0  # context parallelism: rows that the MLP's tokens lack to divide over the ranks
 
 
@@ -188,6 +189,8 @@ class LocalMixing(nn.Module):
     No token sees another sample. It starts as the identity.
     """
 
+    _mixed: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.space = nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False)
@@ -195,8 +198,14 @@ class LocalMixing(nn.Module):
 
     def forward(self, x: Tensor, grids: tuple[Grid, ...]) -> Tensor:
         """`(L, D)` of a pack of `grids` to `(L, D)`."""
-        if len(set(grids)) == 1:
-            return self._mix(x.view(len(grids), *grids[0], -1)).flatten(0, 3)
+        found = runs_of(grids)
+        if len(found) == len(set(grids)):  # equal grids lie side by side
+            sizes = [(run.stop - run.start) * math.prod(grids[run.start]) for run in found]
+            mixed = [
+                self._mix(part.view(run.stop - run.start, *grids[run.start], -1)).flatten(0, 3)
+                for run, part in zip(found, x.split(sizes), strict=True)
+            ]
+            return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
         parts: list[Tensor] = list(x.split(list(token_counts(grids))))
         for grid in dict.fromkeys(grids):
             places = [i for i, other in enumerate(grids) if other == grid]
@@ -211,9 +220,40 @@ class LocalMixing(nn.Module):
 
     def _mix(self, y: Tensor) -> Tensor:
         """`(B, t, h, w, D)`."""
+        if self._mixed is not None:
+            return self._mixed(y, self.space.weight, self.time)
         mixed = self.space(y.flatten(0, 1).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).unflatten(0, y.shape[:2])
         # A lone frame has no neighbour in time, but `time` must have its gradient, of zeros: FSDP reduces it on all ranks.
         return add_frames(mixed, y, self.time)
+
+    def compile_apart(self) -> None:
+        """Compiles the mixing as graphs of its own: those of a block would be made anew for every set of grids.
+
+        On a GPU as shifted sums, which become one kernel, where a depthwise convolution and its gradients are slow.
+        """
+        self._mixed = _compiled_neighbours()
+
+
+def _neighbours(y: Tensor, weight: Tensor, time: Tensor) -> Tensor:
+    """`LocalMixing._mix` of `(B, t, h, w, D)` with `weight` `(D, 1, 3, 3)` and `time` `(2, D)`, in plain sums."""
+    _, _, h, w, _ = y.shape
+    around = F.pad(y, (0, 0, 1, 1, 1, 1))
+    mixed = torch.zeros_like(y)
+    for row, column in itertools.product(range(3), range(3)):
+        mixed = mixed + around[:, :, row : row + h, column : column + w] * weight[:, 0, row, column]
+    return add_frames(mixed, y, time)
+
+
+@lru_cache(maxsize=1)
+def _compiled_neighbours() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    compiled: Callable[[Tensor, Tensor, Tensor], Tensor] = torch.compile(_neighbours)
+    return compiled
+
+
+@torch.compiler.disable
+def _mix_apart(local: LocalMixing, x: Tensor, layout: Layout) -> Tensor:
+    """`local` of a pack, outside of the graph that calls it: it needs the grids, which differ from pack to pack."""
+    return local(x, layout.grids) if layout.dropped is None else local.among(x, layout.grids, layout.dropped)
 
 
 class _WaltBlock(nn.Module):
@@ -278,7 +318,9 @@ class _WaltBlock(nn.Module):
         if self.cross_attn is not None and self.norm_cross is not None:
             x = x + self.cross_attn(self.norm_cross(x), encoder_hidden_states, layout.cross_plan, text_pair=text_pair)
         y = norm_modulate(self.norm2, x, scale2, shift2, layout.lengths, layout.samples)
-        if self.local is not None:
+        if self.local is not None and self.local._mixed is not None:
+            y = _mix_apart(self.local, y, layout)
+        elif self.local is not None:
             dropped = layout.dropped
             y = self.local(y, layout.grids) if dropped is None else self.local.among(y, layout.grids, dropped)
         y = self.ff(F.pad(y, (0, 0, 0, layout.padding)))[: len(y)] if layout.padding else self.ff(y)
@@ -668,7 +710,7 @@ class WaltTransformer3DModel(
         pieces += conditions(self.config, noisy, frame_latents, frame_mask, self_conditioning)
         large = self._low_resolution(noisy, low_res_hidden_states)
         pieces += large
-        tokens, grids = pack([torch.cat(parts) for parts in zip(*pieces, strict=True)], self.config.patch_size)
+        tokens, grids = pack_beside(pieces, self.config.patch_size)
         dropped = kept_tokens(grids, kept, device)
         x = self.patch_embed(tokens if dropped is None else dropped.take(tokens))
         if self.pos_embed is not None:
@@ -690,8 +732,7 @@ class WaltTransformer3DModel(
             if text_cache is not None:
                 text_cache.states, text_cache.lengths = text, text_lengths
         if self.config.pooled_text and text is not None and text_lengths is not None:
-            pooled = [part.sum(dim=0) / max(1, len(part)) for part in text.split(text_lengths)]
-            embedding = embedding + torch.stack(pooled)
+            embedding = embedding + _pooled(text, text_lengths)
         modulation = self.adaln(F.silu(embedding)) if self.adaln is not None else None
 
         layouts: dict[tuple[int, int], Layout] = {}
@@ -706,7 +747,9 @@ class WaltTransformer3DModel(
                 x = block(x, text, embedding, modulation, layouts[kind], pair)
 
         scale, shift = self.adaln_out(F.silu(embedding)).chunk(2, dim=-1)
-        x = self.proj_out(norm_modulate(self.norm_out, x, scale, shift, dropped_lengths(grids, dropped))).to(dtype)
+        lengths = dropped_lengths(grids, dropped)
+        x = norm_modulate(self.norm_out, x, scale, shift, lengths, _samples_of(lengths, device))
+        x = self.proj_out(x).to(dtype)
         out = unpack(x if dropped is None else dropped.put_back(x), grids, self.config.patch_size)
         if self.config.sigma_data is not None:
             levels = per_sample("timestep", timestep, batch, device)
@@ -763,9 +806,7 @@ class WaltTransformer3DModel(
                 )
         sizes = [(channels, z.shape[1], z.shape[2] // scale, z.shape[3] // scale) for z in noisy]
         small = samples("low_res_hidden_states", low_res, sizes, noisy)
-        if len(set(sizes)) == 1:  # one convolution for all frames of a uniform batch
-            return [list(self._upsample(torch.stack(list(small))))]
-        return [[self._upsample(z[None])[0] for z in small]]
+        return [by_runs(self._upsample, small)]
 
     def _upsample(self, small: Tensor) -> Tensor:
         """`(B, C, t, h, w)` -> `(B, C, t, scale*h, scale*w)`."""
@@ -819,16 +860,17 @@ class WaltTransformer3DModel(
                 conv.weight.copy_(weight.reshape(conv.weight.shape))
 
     def _spread(self, small: Tensor) -> Tensor:
-        """Expected distance of the clean latents from `_upsample(small)`, `(C, t, h, w)` -> `(1, t, scale*h, scale*w)`.
+        """Expected distance of the clean latents from `_upsample`, `(B, C, t, h, w)` -> `(B, 1, t, scale*h, scale*w)`.
 
         It follows the low-resolution latents' own contrast, the root mean square difference from the eight neighbours:
         where they are flat nothing is missing, and neither the network nor the noise may disturb them.
         """
-        frames = small.float().transpose(0, 1)
+        frames = small.float().transpose(1, 2).flatten(0, 1)
         rows = F.unfold(F.pad(frames, (1, 1, 1, 1), mode="replicate"), 3).unflatten(1, (-1, 9))
         contrast = (rows - rows[:, :, 4:5]).square().sum(dim=2).div(8).mean(dim=1).sqrt()
         spread = float(self.config.sigma_data) * contrast.unflatten(1, small.shape[-2:]) + 0.01
-        return F.interpolate(spread[None], scale_factor=self.config.low_res_scale, mode="nearest")
+        large = F.interpolate(spread[:, None], scale_factor=self.config.low_res_scale, mode="nearest")
+        return large.unflatten(0, (len(small), -1)).transpose(1, 2)
 
     def _precondition(
         self,
@@ -843,17 +885,17 @@ class WaltTransformer3DModel(
         v = (signal sigma (1 - s^2) x - sigma m) / (sigma^2 + s^2 signal^2); at sigma = 1 it is -m. The network gives m,
         or with low-resolution latents (m - their upsampling) / s.
         """
-        signal = signal_level(timestep.float())
+        signal = signal_level(timestep.float())[:, None, None, None, None]
         sigma = (1 - signal.square()).sqrt()
-        result = []
-        for i, (m, x, a, b) in enumerate(zip(out, noisy, signal, sigma, strict=True)):
+        result: list[Tensor] = []
+        for run in runs(noisy):
+            m, x, a, b = stacked(out[run]), stacked(noisy[run]), signal[run], sigma[run]
+            spread: Tensor | float = float(self.config.sigma_data)
             if low_res is not None:
-                spread = self._spread(low_res[i])
-                m = large[0][i] + spread.to(m.dtype) * m
-            else:
-                spread = torch.as_tensor(float(self.config.sigma_data), device=x.device)
-            scale = b / (b.square() + spread.square() * a.square())
-            result.append((a * (1 - spread.square()) * scale).to(x.dtype) * x - scale.to(x.dtype) * m)
+                spread = self._spread(stacked(low_res[run]))
+                m = stacked(large[0][run]) + spread.to(m.dtype) * m
+            scale = b / (b.square() + spread**2 * a.square())
+            result += ((a * (1 - spread**2) * scale).to(x.dtype) * x - scale.to(x.dtype) * m).unbind()
         return result
 
     def _embedding(
@@ -898,10 +940,22 @@ def _place(plan: WindowPlan, kept: Kept | None, device: torch.device, group: Any
 
 @lru_cache(maxsize=512)
 def _samples_of(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """`(L,)`: the sample of every token, made on the host and copied without blocking."""
+    """The sample of every token, made on the host and copied without blocking."""
     with torch.inference_mode(False):
-        index = torch.arange(len(lengths), device="cpu").repeat_interleave(torch.tensor(lengths, device="cpu"))
+        index = sample_index(lengths)
         return index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index.to(device)
+
+
+def _pooled(text: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """The mean text state of every sample, `(B, D)`, of `(S, D)`."""
+    if text.device.type in ("cpu", "meta"):
+        return torch.stack([part.sum(dim=0) / max(1, len(part)) for part in text.split(lengths)])
+    # On an accelerator a product: not a launch per sample, and the same sum every time.
+    share = torch.zeros(len(lengths), sum(lengths), device="cpu")
+    for i, (end, length) in enumerate(zip(itertools.accumulate(lengths), lengths, strict=True)):
+        share[i, end - length : end] = 1 / max(1, length)
+    with torch.autocast(text.device.type, enabled=False):
+        return (share.pin_memory().to(text.device, non_blocking=True) @ text.float()).to(text.dtype)
 
 
 def _half(window: Window) -> Grid:

@@ -43,7 +43,9 @@ class DataJob(Frozen):
 
     kind: Literal["emoji"] = "emoji"
     source: str = "cache/emoji"
-    world: Literal["embedded", "full"] = "embedded"
+    world: Literal["embedded", "large", "full"] = Field(
+        default="embedded", description="eight subjects, 64 over the emoji groups, or whatever the sprites are of"
+    )
     subjects: tuple[str, ...] = Field(default=(), description="only these; (): the world's")
     clip_subjects: tuple[str, ...] = Field(
         default=(), description="clips show only these, stills all; (): all (benchmarks/joint.py)"
@@ -51,6 +53,10 @@ class DataJob(Frozen):
     seed: int = Field(default=0, ge=0, lt=SEEDS)
     scenes: int = Field(default=1_000_000, gt=0, description="distinct scene seeds, cycled")
     fps: Literal[8, 16] = Field(default=8, description="frame rate; shapes count their frames in it")
+    draw: Literal["host", "device"] = Field(
+        default="host",
+        description="who draws the scenes: Pillow, clip by clip, or the device that trains, many at once (walt.data.stage)",
+    )
     latents: str | None = Field(
         default=None, description="folder of precomputed latents (walt encode); None: on the fly"
     )
@@ -135,6 +141,10 @@ class RunJob(Frozen):
     cpu_offload: bool = Field(default=False, description="fsdp: weights, gradients and moments wait in host memory")
     precision: Literal["no", "bf16"] = "no"
     gradient_checkpointing: bool = False
+    compile: bool = Field(
+        default=False,
+        description="compile the network's repeated blocks: a minute or more at the start, then faster steps on a GPU",
+    )
     ema_decay: float = Field(default=0.999, ge=0, lt=1, description="0: no average is kept")
     spike_factor: float = Field(
         default=20.0, ge=0, description="skip a step whose gradient norm is this many times the usual; 0: never"

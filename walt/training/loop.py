@@ -8,6 +8,7 @@ after a resume, on any number of ranks, are exactly those of a run that was neve
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -15,10 +16,10 @@ import resource
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Generator, Iterator
-from functools import lru_cache
+from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from safetensors import SafetensorError
@@ -27,6 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from walt.errors import Terminated, WaltError
 from walt.training import checkpoint
+from walt.training.compiled import compile_network, compile_parts, eager
 from walt.training.job import Job, OptimizerJob
 from walt.training.optimizers import Average, Guard, averaged, learning_rate, make_optimizer, warm
 from walt.training.ranks import Ranks, Reducer, scalar
@@ -36,6 +38,8 @@ __all__ = ["Loss", "Objective", "Part", "averaged", "learning_rate", "train"]
 
 
 OPEN_FILES = 2**16
+
+Number = float | Tensor
 
 
 class Part(NamedTuple):
@@ -146,6 +150,10 @@ def train(job: Job, objective: Objective, sheet: Sheet | None = None, resume: bo
         objective.model.enable_gradient_checkpointing()
     trainers = {name: _Trainer(part, ranks) for name, part in objective.parts().items()}
     model = trainers["model"].module
+    if run.compile:
+        compile_network(model)
+    elif ranks.device.type == "cuda":
+        compile_parts(model)
     objective.to(ranks.device)
     average = Average(run.ema_decay, trainers["model"].trained)
     guard = Guard(run)
@@ -163,7 +171,7 @@ def train(job: Job, objective: Objective, sheet: Sheet | None = None, resume: bo
     rate = _rate(ranks.device, run.precision)
     report = Report(job, output, start, ranks.main, rate and rate * ranks.world)
     writer = checkpoint.Writer(output, ranks, run.keep_checkpoints, run.checkpoint_async, report.say)
-    batches = iter(_loader(objective, start, run.steps, ranks.lanes, run.workers))
+    batches = _Batches(_loader(objective, start, run.steps, ranks.lanes, run.workers, ranks.device), ranks.device)
     for trainer in trainers.values():
         trainer.module.train()
 
@@ -185,20 +193,20 @@ def train(job: Job, objective: Objective, sheet: Sheet | None = None, resume: bo
         if resumed:
             held, drawn = ranks.agree((held and done not in report.held, drawn and not path.exists()))
         if held:
-            with report.time("other"), averaged(average, model), torch.no_grad(), ranks.autocast():
+            with report.time("other"), eager(run.compile), averaged(average, model), torch.no_grad(), ranks.autocast():
                 figures = objective.heldout(model)
             report.heldout(done, figures)
         if sheet is not None and drawn:
             # Sharded weights are gathered by all ranks, so all of them draw.
             if ranks.main or ranks.sharded:
-                with report.time("other"), averaged(average, model):
+                with report.time("other"), eager(run.compile), averaged(average, model):
                     sheet(objective, model, path if ranks.main else None)
             if ranks.main:
                 report.sheet(path, done)
 
     stop = _Stop()
     try:
-        with stop:
+        with stop, _matrix_products(ranks.device, run.precision):
             if start:
                 look(start, resumed=True)
             for step in range(start, run.steps):
@@ -220,8 +228,11 @@ def train(job: Job, objective: Objective, sheet: Sheet | None = None, resume: bo
                             # Backward costs two forwards; what a pack predicts beforehand comes on top.
                             figures.add({"flops": forward * (2 + figures.last.get("forwards", 1.0))}, 1.0)
                 with report.time("compute"):
-                    means, stopping = _meet(ranks, trainers, figures, stop.asked)
-                    norms = {name: trainer.norm() for name, trainer in trainers.items() if trainer.weight}
+                    scaled = _scale(ranks, trainers)
+                if step + 1 < run.steps:
+                    batches.fetch(report, step + 1)
+                with report.time("compute"):
+                    means, norms, stopping = _meet(ranks, trainers, figures, scaled, stop.asked)
                 refused = guard.refuses({name: trainer.loss for name, trainer in trainers.items()}, norms)
                 with report.time("optimizer"):
                     if refused is None:
@@ -270,6 +281,18 @@ def train(job: Job, objective: Objective, sheet: Sheet | None = None, resume: bo
         report.close()
 
 
+@contextlib.contextmanager
+def _matrix_products(device: torch.device, precision: str) -> Iterator[None]:
+    """Context: on a GPU, what a bfloat16 run leaves in float32 is multiplied in TF32, which is still finer."""
+    before = torch.get_float32_matmul_precision()
+    if device.type == "cuda" and precision == "bf16":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 class _Trainer:
     """One part of an objective with its optimizer, for one step at a time."""
 
@@ -282,8 +305,8 @@ class _Trainer:
         self.optimizer = make_optimizer(self.job, list(self.trained.values()), ranks.run.precision == "bf16")
         self.reducer: Reducer = ranks.reducer(self.module)
         self.lr = self.job.lr
-        self.loss = self.total = 0.0
-        self.weight = 0.0
+        self.packs: list[tuple[Number, Number]] = []  # total and weight of each pack of a step
+        self.loss = self.weight = 0.0
 
     def warm(self, part: str, held: set[str]) -> None:
         """Gives the optimizer the state that a checkpoint holds for `part`: none for what had no gradient yet."""
@@ -297,7 +320,7 @@ class _Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
         self.optimizer.zero_grad()
-        self.total = self.weight = 0.0
+        self.packs = []
 
     def backward(self, losses: Iterator[Loss | None], last: bool, figures: _Figures, weighted: bool) -> None:
         """Forward and backward of this part on one pack; gradients meet after the last one."""
@@ -309,20 +332,27 @@ class _Trainer:
             total = self.reducer(loss.total)
             # FSDP's gathered parameters are not the trained ones; it has one part, whose backward pass is all there is.
             total.backward(inputs=None if self.ranks.sharded else list(self.trained.values()))
-        weight = float(loss.weight)
-        self.total += float(loss.total.detach())
-        self.weight += weight
+        weight = _unread(loss.weight)
+        self.packs.append((_unread(loss.total), weight))
         figures.add(loss.figures, weight if weighted else 1.0)
 
-    def norm(self) -> float:
-        """Divides the summed gradients by the weight of all packs, clips them, and returns their norm before that."""
+    def clip(self, weight: Number) -> Number:
+        """Divides the summed gradients by the weight of all packs, clips them, and returns their norm before that.
+
+        One factor does both, and waits for the device only where ranks have met already.
+        """
         grads = [p.grad for p in self.trained.values() if p.grad is not None]
         # DDP and FSDP take the mean over ranks of sums over packs.
-        torch._foreach_mul_(grads, self.ranks.world / self.weight)
-        norm = scalar(torch.nn.utils.get_total_norm(grads))
+        scale = self.ranks.world / weight
+        norm: Number = torch.nn.utils.get_total_norm(grads)
+        if self.ranks.world > 1:
+            norm = scalar(norm)
+        norm = norm * scale
         share = self.job.clip_norm / (norm + 1e-6)
-        if share < 1:
-            torch._foreach_mul_(grads, share)
+        if isinstance(share, Tensor):
+            torch._foreach_mul_(grads, (share.clamp(max=1.0) * scale).to(grads[0]))
+        else:
+            torch._foreach_mul_(grads, min(share, 1.0) * scale)
         return norm
 
     def step(self) -> None:
@@ -334,36 +364,94 @@ class _Figures:
     """A step's figures on this rank: counts added up, the others averaged by the weight of their pack."""
 
     def __init__(self) -> None:
-        self.counts: dict[str, float] = dict.fromkeys(COUNTS, 0.0)
-        self.sums: dict[str, float] = {}
-        self.weights: dict[str, float] = {}
-        self.last: dict[str, float] = {}
+        self.seen: list[tuple[str, Number, Number]] = []  # name, value and weight; they stay where they are
+        self.last: dict[str, Number] = {}
 
-    def add(self, figures: dict[str, float | Tensor], weight: float) -> None:
+    def add(self, figures: dict[str, float | Tensor], weight: Number) -> None:
         for name, value in figures.items():
-            number = self.last[name] = float(value)
-            if name in self.counts:
-                self.counts[name] += number
+            self.last[name] = _unread(value)
+            self.seen.append((name, self.last[name], weight))
+
+    def sums(self, numbers: Iterator[float]) -> tuple[dict[str, float], dict[str, float]]:
+        """Counts and means, once `numbers` gives the value and weight of each of `seen`."""
+        counts: dict[str, float] = dict.fromkeys(COUNTS, 0.0)
+        sums: dict[str, float] = {}
+        weights: dict[str, float] = {}
+        for name, _, _ in self.seen:
+            value, weight = next(numbers), next(numbers)
+            if name in counts:
+                counts[name] += value
             else:
-                self.sums[name] = self.sums.get(name, 0.0) + number * weight
-                self.weights[name] = self.weights.get(name, 0.0) + weight
-
-    def means(self) -> dict[str, float]:
-        return {name: value / self.weights[name] for name, value in self.sums.items()}
+                sums[name] = sums.get(name, 0.0) + value * weight
+                weights[name] = weights.get(name, 0.0) + weight
+        return counts, {name: value / weights[name] for name, value in sums.items()}
 
 
-def _meet(ranks: Ranks, trainers: dict[str, _Trainer], figures: _Figures, stop: bool) -> tuple[dict[str, float], bool]:
-    """Sums losses, weights and counts over ranks; returns the figures of the step, and whether any rank is to stop."""
-    counted = [name for name in COUNTS if figures.counts[name]] if ranks.world == 1 else list(COUNTS)
-    values = [float(stop), *(figures.counts[name] for name in counted)]
+def _unread(value: Number) -> Number:
+    """A number of a pack to keep until the step ends: on a GPU, reading it would wait for all that is queued there."""
+    if isinstance(value, Tensor):
+        value = value.detach()
+        return value if value.is_cuda else float(value)
+    return float(value)
+
+
+def _read(values: Sequence[Number]) -> list[float]:
+    """The numbers on the host, all that lie on the device in one transfer."""
+    groups: dict[Any, list[int]] = {}
+    for i, value in enumerate(values):
+        if isinstance(value, Tensor):
+            groups.setdefault(value.dtype, []).append(i)
+    found = [0.0 if isinstance(value, Tensor) else float(value) for value in values]
+    if groups:
+        rows = [torch.stack([cast(Tensor, values[i]).reshape(()) for i in group]) for group in groups.values()]
+        places = [i for group in groups.values() for i in group]
+        for i, number in zip(places, torch.cat([row.double() for row in rows]).tolist(), strict=True):
+            found[i] = number
+    return found
+
+
+def _scale(ranks: Ranks, trainers: dict[str, _Trainer]) -> dict[str, Number]:
+    """Scales and clips the gradients of the parts that did not rest; returns their norms.
+
+    Nothing here waits for the device. Several ranks must know all their weights first: `_meet` does it for them.
+    """
+    if ranks.world > 1:
+        return {}
+    weights: dict[str, Number] = {
+        name: sum(weight for _, weight in trainer.packs) for name, trainer in trainers.items() if trainer.packs
+    }
+    return {name: trainers[name].clip(w) for name, w in weights.items() if isinstance(w, Tensor) or w}
+
+
+def _meet(
+    ranks: Ranks, trainers: dict[str, _Trainer], figures: _Figures, norms: dict[str, Number], stop: bool
+) -> tuple[dict[str, float], dict[str, float], bool]:
+    """Reads what the step has left on the device, and sums losses, weights and counts over ranks.
+
+    Returns the figures of the step, the gradient norm of each part that did not rest, and whether any rank is to stop.
+    """
+    parts = {name: trainer for name, trainer in trainers.items() if trainer.packs}
+    waiting: list[Number] = [*norms.values()]
+    for trainer in parts.values():
+        waiting += [number for pack in trainer.packs for number in pack]
+    waiting += [number for _, value, weight in figures.seen for number in (value, weight)]
+    numbers = iter(_read(waiting))
+    found = {name: next(numbers) for name in norms}
+    sums = dict.fromkeys(trainers, (0.0, 0.0))
+    for name, trainer in parts.items():
+        pairs = [(next(numbers), next(numbers)) for _ in trainer.packs]
+        sums[name] = sum(total for total, _ in pairs), sum(weight for _, weight in pairs)
+    counts, means = figures.sums(numbers)
+    counted = [name for name in COUNTS if counts[name]] if ranks.world == 1 else list(COUNTS)
+    stopped, *values = ranks.sum([float(stop), *(counts[name] for name in counted), *itertools.chain(*sums.values())])
+    counts, rest = dict(zip(counted, values, strict=False)), iter(values[len(counted) :])
     for trainer in trainers.values():
-        values += [trainer.total, trainer.weight]
-    stopped, *values = ranks.sum(values)
-    counts, sums = values[: len(counted)], iter(values[len(counted) :])
-    for trainer in trainers.values():
-        trainer.total, trainer.weight = next(sums), next(sums)
-        trainer.loss = trainer.total / trainer.weight if trainer.weight else 0.0
-    return {**figures.means(), **{n: v for n, v in zip(counted, counts, strict=True) if v}}, stopped > 0
+        total, trainer.weight = next(rest), next(rest)
+        trainer.loss = total / trainer.weight if trainer.weight else 0.0
+    if ranks.world > 1:
+        found = {name: scalar(trainer.clip(trainer.weight)) for name, trainer in parts.items() if trainer.weight}
+    found = {name: norm for name, norm in found.items() if trainers[name].weight}
+    return {**means, **{name: count for name, count in counts.items() if count}}, found, stopped > 0
 
 
 class _Stop:
@@ -450,17 +538,60 @@ class _Packs(Dataset[Any]):
             return error
 
 
-def _loader(objective: Objective, start: int, stop: int, lanes: range, workers: int) -> Iterator[Any]:
+def _loader(
+    objective: Objective,
+    start: int,
+    stop: int,
+    lanes: range,
+    workers: int,
+    device: torch.device = torch.device("cpu"),  # noqa: B008
+) -> Iterator[Any]:
     packs = _Packs(objective, start, stop, lanes)
     if workers:
         _allow_open_files()
+    cuda = device.type == "cuda"
     loader: DataLoader[Any] = DataLoader(
-        packs, batch_size=None, shuffle=False, num_workers=workers, worker_init_fn=_outlive_sigterm
+        packs,
+        batch_size=None,
+        shuffle=False,
+        num_workers=workers,
+        worker_init_fn=_outlive_sigterm,
+        prefetch_factor=4 if workers and cuda else None,  # steps are short and packs take unlike times
+        pin_memory=bool(workers) and cuda,  # in a thread; of what is no tensor nothing is changed
     )
     for batch in loader:
         if isinstance(batch, WaltError):
             raise batch
         yield batch
+
+
+class _Batches:
+    """The packs in order. While a GPU computes the host would wait for it, and has the next pack ready instead."""
+
+    def __init__(self, packs: Iterator[Any], device: torch.device) -> None:
+        self.packs, self.device = packs, device
+        self.ready: list[Callable[[], Any]] = []
+
+    def __next__(self) -> Any:
+        return self.ready.pop()() if self.ready else next(self.packs)
+
+    def fetch(self, report: Report, step: int) -> None:
+        """Has the first pack of `step` ready. What goes wrong with it is raised when its turn comes."""
+        if self.device.type != "cuda":
+            return
+        queued = torch.cuda.Event()
+        queued.record()
+        # Time in which the GPU was busy to the end was no wait.
+        with report.waiting(step, lambda: not queued.query()):
+            try:
+                pack = next(self.packs)
+                self.ready.append(lambda: pack)
+            except Exception as error:
+                self.ready.append(partial(_throw, error))
+
+
+def _throw(error: Exception) -> None:
+    raise error
 
 
 def _allow_open_files() -> None:
@@ -493,7 +624,7 @@ def _same_recipe(folder: Path, state: dict[str, Any], job: Job, packs: int) -> N
     """A run folder continues its own recipe; only how long, where and how it is watched may change."""
     free = {"steps", "packs", "parallel", "cpu_offload", "checkpoint_every", "checkpoint_async", "keep_checkpoints"}
     free |= {"log_every", "sheet_every", "heldout_every", "heldout_clips", "workers", "wandb", "tensorboard", "output"}
-    free |= {"spike_factor", "max_skips", "gradient_checkpointing"}
+    free |= {"spike_factor", "max_skips", "gradient_checkpointing", "compile"}
 
     def fixed(values: dict[str, Any]) -> dict[str, Any]:
         plain = json.loads(json.dumps(values))

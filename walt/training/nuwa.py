@@ -68,6 +68,8 @@ def _check_fields(job: NuwaJob) -> None:
         raise WaltError("run.heldout_every: NUWA has no held-out loss (walt evaluate nuwa measures it); set it to 0")
     if job.data.latents is not None:
         raise WaltError("data.latents: NUWA is trained on tokens, which tokens=FOLDER keeps; leave it out")
+    if isinstance(job.data, DataJob) and job.data.draw != "host":
+        raise WaltError('data.draw: scenes of NUWA are drawn on the host; set it to "host"')
     if job.turns and (not isinstance(job.data, DataJob) or job.tokens is not None):
         raise WaltError(
             "turns: the theatre alone knows what a clip shows backwards, and no token folder keeps it; set it to 0"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,11 @@ from walt.data.latents import LatentShards
 from walt.data.packing import Packer, draw_drop_rate, draw_kept, draw_size, fill_budget
 from walt.data.precompute import MediaLatents
 from walt.data.scenes import Scenes
-from walt.diffusion import add_noise, draw_timesteps, make_scheduler, variance_bound, velocity, x0_from_velocity
+from walt.data.stage import Stage
+from walt.diffusion import coefficients, draw_timesteps, make_scheduler, variance_bound
 from walt.errors import WaltError, suggest
 from walt.fidelity import project_frames
-from walt.latents import Grid, denormalize, normalize
+from walt.latents import Grid, by_runs, denormalize, normalize, runs, runs_of, stacked
 from walt.models.transformer_walt import WaltPositionEmbedding
 from walt.training.job import DenoiserJob, LoraJob, MediaJob, Shape, TokenizerJob
 from walt.training.loop import Loss, Objective, Part
@@ -85,6 +87,7 @@ class TokenizerObjective(Objective):
     ) -> None:
         self.job = job
         self.scenes = None if isinstance(job.data, MediaJob) else Scenes(job.data)
+        self.drawing = Drawing(self.scenes, job.data)
         self.unseen: Scenes | None = None
         torch.manual_seed(job.run.seed)
         self.model = build_model(autoencoder, job.model)
@@ -111,7 +114,7 @@ class TokenizerObjective(Objective):
         if job.init is not None:
             self._start_from(job.init)
         elif self.model.config.block_shortcut:
-            self.model.fit_block_shortcut(video for i in range(job.shortcut_batches) for video in self.batch(i, 0))
+            self.model.fit_block_shortcut(self._batches())
         if job.hold_keyframes:
             self._hold_keyframes(job)
         if job.freeze_encoder:
@@ -140,6 +143,8 @@ class TokenizerObjective(Objective):
             raise WaltError(f"loss.latent_noise: codes take no noise, got {job.loss.latent_noise}; set it to 0")
         if job.data.latents is not None:
             raise WaltError("data.latents: a tokenizer is trained on pixels; leave it out")
+        if self.segmentation and self.drawing.device_draws:
+            raise WaltError('data.draw: class maps are drawn on the host; set it to "host"')
         if (adversary is None) != (job.loss.adversarial is None):
             raise WaltError("loss.adversarial: the objective needs an adversary with it, and takes none without")
         if self.segmentation:
@@ -183,8 +188,7 @@ class TokenizerObjective(Objective):
                 getattr(self.model, half).silence()
         if refit and overlap:
             generator = torch.Generator().manual_seed(self.job.run.seed)
-            videos = (video for i in range(self.job.shortcut_batches) for video in self.batch(i, 0))
-            self.model.fit_decoder_shortcut(videos, self.job.loss.latent_noise, generator)
+            self.model.fit_decoder_shortcut(self._batches(), self.job.loss.latent_noise, generator)
 
     def _hold_keyframes(self, job: TokenizerJob) -> None:
         model = self.model
@@ -194,20 +198,26 @@ class TokenizerObjective(Objective):
         model.hold_keyframes()
         if model.config.shortcut_overlap:
             generator = torch.Generator().manual_seed(job.run.seed)
-            videos = (video for i in range(job.shortcut_batches) for video in self.batch(i, 0))
-            model.fit_decoder_shortcut(videos, job.loss.latent_noise, generator)
+            model.fit_decoder_shortcut(self._batches(), job.loss.latent_noise, generator)
         for part, weights in zip(parts, before, strict=True):
             part.load_state_dict(part.state_dict() | weights)
 
     def to(self, device: torch.device) -> None:
         self.device = device
+        self.drawing.to(device)
         if self.perceptual is not None:
             self.perceptual.to(device)
 
-    def batch(self, step: int, rank: int) -> list[Tensor]:
+    def _batches(self) -> Iterator[Tensor]:
+        """Groups of the first steps, drawn: what the shortcuts are fitted to."""
+        for step in range(self.job.shortcut_batches):
+            yield from (self.drawing.group(group) for group in self.batch(step, 0))
+
+    def batch(self, step: int, rank: int) -> list[Any]:
         """Groups of equal shape, about `batch_pixels` pixels in all.
 
-        Each `(N, 3, T, H, W)` in [-1, 1], or class maps int64 `(N, T, H, W)` for a segmentation model.
+        Each `(N, 3, T, H, W)` in [-1, 1], class maps int64 `(N, T, H, W)` for a segmentation model, or a list of N layouts
+        that the device draws.
         """
         if self.clips is not None:
             return stack_equal(self.clips.pack(step, rank))
@@ -217,14 +227,23 @@ class TokenizerObjective(Objective):
         sides = [(s.cut or s.height, s.cut or s.width) for s in shapes]
         pixels = [s.frames * h * w for s, (h, w) in zip(shapes, sides, strict=True)]
         chosen = fill_budget(self.job.batch_pixels, pixels, [s.weight for s in shapes], rng)
-        groups: dict[tuple[int, ...], list[Tensor]] = {}
+        groups: dict[tuple[int, ...], list[Any]] = {}
         for index in chosen:
-            video = self._draw(self.scenes, int(rng.integers(self.job.data.scenes)), shapes[index])
+            number = int(rng.integers(self.job.data.scenes))
+            video: Any = (
+                self.scenes.layout(number, shapes[index]).video
+                if self.drawing.device_draws
+                else self._draw(self.scenes, number, shapes[index])
+            )
             groups.setdefault(tuple(video.shape), []).append(video)
-        return [torch.stack(videos) for _, videos in sorted(groups.items())]
+        return [videos if self.drawing.device_draws else torch.stack(videos) for _, videos in sorted(groups.items())]
 
     def _draw(self, scenes: Scenes, number: int, shape: Shape) -> Tensor:
-        return scenes.sketch(number, shape) if self.segmentation else scenes.clip(number, shape).video
+        if self.segmentation:
+            return scenes.sketch(number, shape)
+        video = scenes.clip(number, shape).video
+        assert isinstance(video, Tensor)
+        return video
 
     def parts(self) -> dict[str, Part]:
         parts = super().parts()
@@ -254,6 +273,7 @@ class TokenizerObjective(Objective):
     ) -> tuple[Tensor, dict[str, float | Tensor], list[tuple[Tensor, Tensor]]]:
         """Loss and figures of the tokenizer, and pairs (output, target) of each group."""
         weights = self.job.loss
+        batch = [self.drawing.group(group) for group in batch]
         total = sum(group.numel() for group in batch)
         pixels = total / (1 if self.segmentation else 3)
         samples = sum(len(group) for group in batch)
@@ -324,12 +344,18 @@ class TokenizerObjective(Objective):
     def _perceptual(
         self, network: nn.Module, outputs: list[tuple[Tensor, Tensor]], generator: torch.Generator
     ) -> Tensor:
-        distances: list[Tensor] = []
+        seen: list[list[tuple[int, int]]] = [[] for _ in outputs]
         for _ in range(self.job.loss.perceptual_frames):
             # A random frame of a random group: the VGG costs more than the tokenizer.
-            output, video = outputs[int(torch.randint(len(outputs), (), generator=generator))]
-            row, frame = (int(torch.randint(video.shape[dim], (), generator=generator)) for dim in (0, 2))
-            distances.append(network(output[row : row + 1, :, frame], video[row : row + 1, :, frame]))
+            group = int(torch.randint(len(outputs), (), generator=generator))
+            shape = outputs[group][1].shape
+            row, frame = (int(torch.randint(shape[dim], (), generator=generator)) for dim in (0, 2))
+            seen[group].append((row, frame))
+        distances = [
+            network(*(torch.stack([video[row, :, frame] for row, frame in places]) for video in pair))
+            for pair, places in zip(outputs, seen, strict=True)
+            if places
+        ]
         return torch.cat(distances).float().mean()
 
     def _noise(self, video: Tensor, generator: torch.Generator) -> Tensor | None:
@@ -340,12 +366,12 @@ class TokenizerObjective(Objective):
         shape = (b, self.model.config.latent_channels, 1 + (t - 1) // r, h // s, w // s)
         # A random strength per sample, up to latent_noise: clean latents must decode sharply too.
         strength = torch.rand((b, 1, 1, 1, 1), generator=generator) * self.job.loss.latent_noise
-        return (torch.randn(shape, generator=generator) * strength).to(self.device)
+        return normal(shape, generator, self.device) * move(strength, self.device)
 
     def flops(self, batch: list[Tensor]) -> float | None:
         if self.quantizer is not None:
             return None  # its work depends on values, which a count on the meta device has not
-        return sum(len(video) * self.counter(tuple(video.shape[2:])) for video in batch)
+        return sum(len(videos) * self.counter(tuple(videos[0].shape[1:])) for videos in batch)
 
     @torch.no_grad()
     def heldout(self, model: nn.Module) -> dict[str, float]:
@@ -399,7 +425,7 @@ class TokenizerObjective(Objective):
         total = torch.zeros(model.config.latent_channels, dtype=torch.float64)
         square = torch.zeros_like(total)
         for step in range(batches):
-            for video in self.batch(step, 0):
+            for video in map(self.drawing.group, self.batch(step, 0)):
                 z = model.encode(video.to(self.device)).latent_dist.mode().double().cpu()
                 count = count + z[:, 0].numel()
                 total = total + z.sum(dim=(0, 2, 3, 4))
@@ -417,15 +443,58 @@ def _add(figures: dict[str, float | Tensor], name: str, value: Tensor) -> None:
 # Denoiser: base and super-resolution stages
 
 
+def move(value: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on a device, without waiting for what that does."""
+    if device.type == "cuda" and value.device.type == "cpu":
+        value = value.pin_memory()  # only from pinned memory does the copy not block
+    return value.to(device, non_blocking=True)
+
+
+def normal(shape: Sequence[int], generator: torch.Generator, device: torch.device) -> Tensor:
+    """Standard normal noise: a CPU draws it from `generator`, an accelerator from a seed that this gives."""
+    if device.type == "cpu":
+        return torch.randn(tuple(shape), generator=generator)
+    own = torch.Generator(device).manual_seed(int(torch.randint(2**62, (), generator=generator)))
+    return torch.randn(tuple(shape), generator=own, device=device)
+
+
+class Drawing:
+    """Who draws a recipe's scenes: with `data.draw` "device" layouts become pixels here, else nothing is left to do."""
+
+    def __init__(self, scenes: Scenes | None, data: Any) -> None:
+        self.theatre = scenes.theatre if scenes is not None and data.draw == "device" else None
+        self.device = torch.device("cpu")
+        self.stage: Stage | None = None
+
+    @property
+    def device_draws(self) -> bool:
+        return self.theatre is not None
+
+    def to(self, device: torch.device) -> None:
+        if self.stage is not None and self.stage.device != device:
+            self.stage = None
+        self.device = device
+
+    def group(self, group: Any) -> Tensor:
+        """`(N, 3, T, H, W)` of clips of one shape: layouts, or pixels already."""
+        if isinstance(group, Tensor):
+            return group
+        assert self.theatre is not None
+        if self.stage is None:
+            self.stage = Stage(self.theatre, self.device)
+        return self.stage.draw(group)
+
+
 @dataclass(frozen=True)
 class Sample:
-    """One clip or image of a pack. Pixels `(3, T, H, W)` or raw latents `(8, t, h, w)`, whichever the data gives.
+    """One clip or image of a pack. Pixels `(3, T, H, W)` or raw latents `(8, t, h, w)`, whichever the data gives; of pixels
+    that the device draws, their layout.
 
     `states`: the caption's text states `(S, D)` if they were precomputed.
     """
 
-    video: Tensor | None
-    low_res_video: Tensor | None
+    video: Any
+    low_res_video: Any
     latent: Tensor | None
     low_res: Tensor | None
     caption: str
@@ -522,6 +591,7 @@ class DenoiserObjective(Objective):
         media = isinstance(job.data, MediaJob)
         self.shards = LatentShards(Path(job.data.latents), job, held) if job.data.latents and not media else None
         self.scenes = None if self.shards or isinstance(job.data, MediaJob) else Scenes(job.data)
+        self.drawing = Drawing(self.scenes, job.data)
         self.vae = vae.eval().requires_grad_(False)
         if job.diffusion.latent_normalization and self.vae.config.latents_mean is None:
             raise WaltError(f"{job.tokenizer}: the tokenizer has no latents_mean; export it with `walt train`")
@@ -573,11 +643,12 @@ class DenoiserObjective(Objective):
             self.model.fit_low_res_embed(
                 (self._low_res(sample), self._latent(sample.video, sample.latent))
                 for i in range(job.low_res_batches)
-                for sample in self.batch(i, 0)
+                for sample in self.drawn(self.batch(i, 0))
             )
 
     def to(self, device: torch.device) -> None:
         self.device = device
+        self.drawing.to(device)
         self.vae.to(device)
         if self.perceptual is not None:
             self.perceptual.to(device)
@@ -608,7 +679,8 @@ class DenoiserObjective(Objective):
                 pack.append(Sample(None, None, latent, low_res, caption, shape.start, kept=kept))
             else:
                 assert self.scenes is not None
-                clip = self.scenes.clip(number, shape, self.twins)
+                make = self.scenes.layout if self.drawing.device_draws else self.scenes.clip
+                clip = make(number, shape, self.twins)
                 pack.append(Sample(clip.video, clip.low_res, None, None, clip.caption, shape.start, kept=kept))
         return self._by_frame(pack)
 
@@ -655,23 +727,78 @@ class DenoiserObjective(Objective):
         frames = 1 + (shape.frames - 1) // self.vae.temporal_compression_ratio
         return frames, height // self.space, width // self.space
 
-    @torch.no_grad()
+    def _move(self, value: Tensor) -> Tensor:
+        return move(value, self.device)
+
+    def drawn(self, batch: list[Sample]) -> list[Sample]:
+        """The pack with pixels where it had layouts."""
+        if not self.drawing.device_draws:
+            return batch
+        drawn: list[Sample] = []
+        for run in runs_of([sample.video.shape for sample in batch]):
+            part = batch[run]
+            videos = self.drawing.group([sample.video for sample in part])
+            small = self.drawing.group([sample.low_res_video for sample in part]) if self.twins else [None] * len(part)
+            drawn += [
+                replace(sample, video=video, low_res_video=low)
+                for sample, video, low in zip(part, videos, small, strict=True)
+            ]
+        return drawn
+
     def _latent(self, video: Tensor | None, latent: Tensor | None) -> Tensor:
         """The normalised latent `(8, t, h, w)` of a sample, encoded now unless precomputed."""
-        if latent is None:
-            assert video is not None
-            latent = self.vae.encode(video[None].to(self.device)).latent_dist.mode()[0]
-        latent = latent.to(self.device, non_blocking=True)
-        if not self.job.diffusion.latent_normalization:
-            return latent
-        return normalize(latent, self.vae.config.latents_mean, self.vae.config.latents_std)
+        return self._latents([video], [latent])[0]
+
+    @torch.no_grad()
+    def _latents(self, videos: Sequence[Tensor | None], latents: Sequence[Tensor | None]) -> list[Tensor]:
+        """The normalised latent of each of some samples, encoded now where it is not precomputed."""
+        found: list[Tensor] = []
+        for video, latent in zip(videos, latents, strict=True):
+            if latent is None:
+                assert video is not None
+                latent = self.vae.encode(self._move(video[None])).latent_dist.mode()[0]
+            found.append(latent)
+        if self.job.diffusion.latent_normalization:
+            config = self.vae.config
+            return by_runs(lambda z: normalize(self._move(z), config.latents_mean, config.latents_std), found)
+        return by_runs(self._move, found)
 
     def _low_res(self, sample: Sample) -> Tensor:
         """The normalised latent of what a super-resolution stage is told: the half-size twin, or half the frames."""
+        return self._low_res_all([sample])[0]
+
+    def _low_res_all(self, batch: Sequence[Sample]) -> list[Tensor]:
+        """`_low_res` of some samples."""
         if not self.temporal:
-            return self._latent(sample.low_res_video, sample.low_res)
-        assert sample.video is not None
-        return self._latent(frames_twice(half_rate(sample.video)), None)
+            return self._latents([s.low_res_video for s in batch], [s.low_res for s in batch])
+        videos = []
+        for sample in batch:
+            assert sample.video is not None
+            videos.append(frames_twice(half_rate(sample.video)))
+        return self._latents(videos, [None] * len(batch))
+
+    def _normal(self, like: list[Tensor], generator: torch.Generator) -> list[Tensor]:
+        """Standard normal noise in the shapes of `like`, on the device.
+
+        On a CPU drawn sample by sample.
+        """
+        if self.device.type == "cpu":
+            return [normal(z.shape, generator, self.device) for z in like]
+        return by_runs(lambda z: normal(z.shape, generator, self.device), like)
+
+    def _noisy(self, clean: list[Tensor], noise: list[Tensor], steps: Tensor) -> list[Tensor]:
+        """Each sample at its own noise level; `steps` `(B,)` on the host."""
+        levels = self._levels(steps)
+        noisy: list[Tensor] = []
+        for run in runs(clean):
+            signal, sigma = levels[:, run]
+            noisy += (signal * stacked(clean[run]) + sigma * stacked(noise[run])).unbind()
+        return noisy
+
+    def _levels(self, steps: Tensor) -> Tensor:
+        """Signal and noise of every sample, `(2, B, 1, 1, 1, 1)` on the device; `steps` `(B,)` on the host."""
+        like = torch.empty(len(steps), 1, 1, 1, 1)
+        return self._move(torch.stack(coefficients(self.scheduler, steps, like)))
 
     def loss(
         self,
@@ -681,6 +808,7 @@ class DenoiserObjective(Objective):
         shared: torch.Generator | None = None,
     ) -> tuple[Tensor, dict[str, float | Tensor]]:
         knobs = self.job.diffusion
+        batch = self.drawn(batch)
         if knobs.partial_captions and self.words is not None:
             captions = partial_captions([sample.caption for sample in batch], knobs.partial_captions, generator)
             batch = [
@@ -691,10 +819,10 @@ class DenoiserObjective(Objective):
         if self.job.pixels is not None:
             passed = drop(len(batch), self.job.pixels.passes, generator)
             batch = [self._pass(s, generator) if yes else s for s, yes in zip(batch, passed, strict=True)]
-        clean = [self._latent(sample.video, sample.latent) for sample in batch]
+        clean = self._latents([sample.video for sample in batch], [sample.latent for sample in batch])
         count = len(batch)
         steps = draw_timesteps(count, len(self.scheduler), knobs.timestep_logit_normal, generator)
-        noise = [torch.randn(z.shape, generator=generator).to(self.device) for z in clean]
+        noise = self._normal(clean, generator)
         masks = self._masks(clean, batch, generator)
         lost = drop(count, knobs.condition_dropout, generator)
         levels = None
@@ -708,11 +836,11 @@ class DenoiserObjective(Objective):
             twice = chance < knobs.self_conditioning_probability
         errors, sizes, made = self._errors(model, clean, noise, steps, masks, told, twice)
         if knobs.loss_weighting == "token":
-            weight = torch.stack(sizes).sum()
-            loss = torch.stack(errors).sum() / weight
+            weight = sizes.sum()
+            loss = errors.sum() / weight
         else:
             weight = torch.tensor(float(count))
-            loss = torch.stack([e / s for e, s in zip(errors, sizes, strict=True)]).mean()
+            loss = (errors / sizes).mean()
         whole = [z[0].numel() // self.model.config.patch_size**2 for z in clean]
         tokens = sum(n if s.kept is None else int(s.kept.sum()) for n, s in zip(whole, batch, strict=True))
         videos = sum(z.shape[1] > 1 for z in clean)
@@ -721,7 +849,7 @@ class DenoiserObjective(Objective):
         figures["fill"] = tokens / self.job.batch_tokens
         if self.job.pixels is not None:
             # What is given is not made.
-            made = [z * m + x * (1 - m) for z, x, m in zip(clean, made, masks, strict=True)]
+            made = by_runs(lambda z, x, m: z * m + x * (1 - m), clean, made, masks)
             loss = loss + self._pixel_loss(made, batch, passed, generator, figures)
         return loss, {**figures, "forwards": 1.0 + twice}
 
@@ -790,12 +918,14 @@ class DenoiserObjective(Objective):
             generator,
             knobs.given_frames,
         )
-        masks = [frame_mask(z, k) for z, k in zip(clean, given, strict=True)]
+        # Drawn on the host, so that no sample costs an accelerator a launch.
+        blank = [torch.empty(1, *z.shape[1:], dtype=z.dtype, device="cpu") for z in clean]
+        masks = [frame_mask(z, k) for z, k in zip(blank, given, strict=True)]
         if conditional and knobs.mask_probability:
             chosen = drop(len(clean), knobs.mask_probability, generator)
             kinds = knobs.mask_kinds
             masks = [random_mask(m, generator, kinds) if yes else m for m, yes in zip(masks, chosen, strict=True)]
-        return masks
+        return masks if self.device.type == "cpu" else by_runs(self._move, masks)
 
     def _told(
         self,
@@ -820,12 +950,9 @@ class DenoiserObjective(Objective):
                 [null if gone else label for gone, label in zip(lost, labels, strict=True)], device=self.device
             )
         if levels is not None:
-            low = [self._low_res(sample) for sample in batch]
-            told["low_res_hidden_states"] = [
-                add_noise(self.scheduler, z, torch.randn(z.shape, generator=generator).to(self.device), int(t))
-                for z, t in zip(low, levels, strict=True)
-            ]
-            told["low_res_noise_level"] = levels.to(self.device)
+            low = self._low_res_all(batch)
+            told["low_res_hidden_states"] = self._noisy(low, self._normal(low, generator), levels)
+            told["low_res_noise_level"] = self._move(levels)
         if any(sample.kept is not None for sample in batch):
             told["kept"] = [sample.kept for sample in batch]
         return told
@@ -854,38 +981,46 @@ class DenoiserObjective(Objective):
         masks: list[Tensor],
         told: dict[str, Any],
         twice: bool,
-    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Of each sample, the squared error of v summed over what is not given (and averaged over channels), how many
-        latent places that is, and the clean latents that v says."""
-        noisy = [add_noise(self.scheduler, z, e, int(t)) for z, e, t in zip(clean, noise, steps, strict=True)]
-        target = [velocity(self.scheduler, z, e, int(t)) for z, e, t in zip(clean, noise, steps, strict=True)]
-        timestep = steps.to(self.device)
+        latent places that is, each `(B,)`, and the clean latents that v says."""
+        noisy = self._noisy(clean, noise, steps)
+        levels, timestep = self._levels(steps), self._move(steps)
+
+        def says(predicted: list[Tensor]) -> list[Tensor]:
+            """x0 = signal x_t - sigma v, in float32."""
+            result: list[Tensor] = []
+            for run in runs(noisy):
+                (signal, sigma), x = levels[:, run], stacked(noisy[run])
+                result += (signal * x - sigma * stacked(predicted[run])[:, : x.shape[1]].float()).unbind()
+            return result
+
         if twice:
-            with torch.no_grad():
-                first = model(noisy, timestep, **told).sample
-            told = told | {
-                "self_conditioning": [
-                    x0_from_velocity(self.scheduler, v[: len(x)].float(), x, int(t))
-                    for v, x, t in zip(first, noisy, steps, strict=True)
-                ]
-            }
+            # A compiled network would have other graphs for a pass without gradients.
+            with contextlib.nullcontext() if self.job.run.compile else torch.no_grad():
+                first = says(model(noisy, timestep, **told).sample)
+            told = told | {"self_conditioning": [x.detach() for x in first]}
         predicted = model(noisy, timestep, **told).sample
         kept = told.get("kept") or [None] * len(clean)
-        # Given frames are known and dropped tokens were not computed: they carry no loss.
-        scored = [(1.0 - m) * _pixels(mask, m) for mask, m in zip(kept, masks, strict=True)]
-        errors = [
-            ((v[: len(y)].float() - y).square() * s).sum() / len(y)
-            for v, y, s in zip(predicted, target, scored, strict=True)
-        ]
-        if self.model.config.get("learned_variance"):
-            for i, (v, z, x, t, s) in enumerate(zip(predicted, clean, noisy, steps, scored, strict=True)):
-                bound = variance_bound(self.scheduler, v[: len(z)].float(), v[len(z) :].float(), z, x, int(t))
-                errors[i] = errors[i] + self.job.diffusion.variance_weight * (bound * s).sum() / len(z)
-        made = [
-            x0_from_velocity(self.scheduler, v[: len(x)].float(), x, int(t))
-            for v, x, t in zip(predicted, noisy, steps, strict=True)
-        ]
-        return errors, [s.sum() for s in scored], made
+        errors, sizes = [], []
+        for run in runs(clean):
+            (signal, sigma), z, e = levels[:, run], stacked(clean[run]), stacked(noise[run])
+            target = signal * e - sigma * z
+            # Given frames are known and dropped tokens were not computed: they carry no loss.
+            scored = 1.0 - stacked(masks[run])
+            if any(mask is not None for mask in kept[run]):
+                scored = torch.stack([s * _pixels(mask, s) for mask, s in zip(kept[run], scored, strict=True)])
+            squared = (stacked(predicted[run])[:, : z.shape[1]].float() - target).square()
+            errors.append((squared * scored).flatten(1).sum(1) / z.shape[1])
+            sizes.append(scored.flatten(1).sum(1))
+            if self.model.config.get("learned_variance"):
+                bounds = []
+                for i, s in zip(range(run.start, run.stop), scored, strict=True):
+                    v, z, t = predicted[i], clean[i], int(steps[i])
+                    bound = variance_bound(self.scheduler, v[: len(z)].float(), v[len(z) :].float(), z, noisy[i], t)
+                    bounds.append((bound * s).sum() / len(z))
+                errors[-1] = errors[-1] + self.job.diffusion.variance_weight * torch.stack(bounds)
+        return torch.cat(errors), torch.cat(sizes), says(predicted) if self.job.pixels is not None else []
 
     def held_out(self, shape: int, number: int) -> Sample:
         """The `number`-th sample of a shape that is never trained on."""
@@ -914,7 +1049,7 @@ class DenoiserObjective(Objective):
         found: dict[str, float] = {}
         for place, shape in enumerate(self.job.shapes):
             batch = [self.held_out(place, number) for number in range(self.job.run.heldout_clips)]
-            clean = [self._latent(sample.video, sample.latent) for sample in batch]
+            clean = self._latents([sample.video for sample in batch], [sample.latent for sample in batch])
             masks = [frame_mask(z, 0) for z in clean]
             for part in range(NOISE_BINS):
                 low, high = part * length // NOISE_BINS, (part + 1) * length // NOISE_BINS
@@ -926,7 +1061,7 @@ class DenoiserObjective(Objective):
                 told = self._told(batch, clean, masks, [False] * len(batch), levels, generator)
                 steps = torch.full((len(batch),), (low + high) // 2)
                 errors, sizes, _ = self._errors(model, clean, noise, steps, masks, told, False)
-                value = float(torch.stack(errors).sum() / torch.stack(sizes).sum())
+                value = float(errors.sum() / sizes.sum())
                 found[f"{stage}/{_shape_name(shape)}/t{low}-{high - 1}"] = value
         return {**found, "loss": sum(found.values()) / len(found)}
 
@@ -984,9 +1119,9 @@ class TextStates:
         kept_bytes: most memory of the states that are kept: a user's media have captions without end.
     """
 
-    def __init__(self, tokenizer: Any, encoder: Any, kept_bytes: int = 2**28) -> None:
+    def __init__(self, tokenizer: Any, encoder: Any, kept_bytes: int = 2**30) -> None:
         self.tokenizer, self.encoder = tokenizer, encoder.eval().requires_grad_(False)
-        self.kept_bytes, self.warned = kept_bytes, False
+        self.kept_bytes, self.warned, self.held_bytes = kept_bytes, False, 0
         self.cache: dict[str, Tensor] = {}  # the oldest first
 
     def to(self, device: torch.device) -> None:
@@ -997,13 +1132,17 @@ class TextStates:
         fresh = sorted({prompt for prompt in prompts if prompt not in self.cache})
         if fresh:
             states, masks = encode_text(self.tokenizer, self.encoder, fresh, self.encoder.device, warn=self._warn)
-            for prompt, row, mask in zip(fresh, states, masks, strict=True):
-                self.cache[prompt] = row[mask.bool()].float()
+            # What is padding the host must know: lengths shape the windows.
+            for prompt, row, mask in zip(fresh, states, masks.bool().cpu(), strict=True):
+                places = mask.nonzero()[:, 0]
+                first, end = int(places[0]), int(places[-1]) + 1
+                whole = end - first == len(places)  # a copy, as the batch is not to be kept
+                made = (row[first:end].clone() if whole else row[mask.to(row.device)]).float()
+                self.cache[prompt] = made
+                self.held_bytes += made.nbytes
         found = [self.cache[prompt] for prompt in prompts]
-        if fresh:
-            size = sum(states.nbytes for states in self.cache.values())
-            while size > self.kept_bytes:
-                size -= self.cache.pop(next(iter(self.cache))).nbytes
+        while self.held_bytes > self.kept_bytes:
+            self.held_bytes -= self.cache.pop(next(iter(self.cache))).nbytes
         return found
 
     def _warn(self, line: str) -> None:

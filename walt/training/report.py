@@ -8,7 +8,7 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -93,8 +93,8 @@ class Report:
         self.times[what] = self.times.get(what, 0.0) + time.monotonic() - begun
 
     @contextmanager
-    def waiting(self, step: int) -> Iterator[None]:
-        """The wait for a batch; a long one is named while it lasts."""
+    def waiting(self, step: int, busy: Callable[[], bool] | None = None) -> Iterator[None]:
+        """The wait for a batch; a long one is named while it lasts. If the device is still `busy` then, it was none."""
         if not self.enabled:
             yield
             return
@@ -111,7 +111,8 @@ class Report:
             yield
         finally:
             timer.cancel()
-        self.times["data"] = self.times.get("data", 0.0) + time.monotonic() - begun
+        what = "compute" if busy is not None and busy() else "data"
+        self.times[what] = self.times.get(what, 0.0) + time.monotonic() - begun
 
     def step(self, step: int, figures: Mapping[str, float]) -> None:
         """Adds one step's figures, already summed over packs and ranks; on logging steps prints and clears them."""
