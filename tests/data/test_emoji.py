@@ -657,3 +657,10 @@ def test_clips_may_show_fewer_subjects_than_stills() -> None:
         word for number in range(40) for word in ("rocket", "frog", "sun") if word in scenes.clip(number, still).caption
     }
     assert shown == {"rocket", "frog", "sun"}
+
+
+@pytest.mark.parametrize(("name", "count"), [("embedded", 5), ("large", 61)])
+def test_sprites_that_a_world_lacks_are_named_with_the_command(name: Any, count: int) -> None:
+    with pytest.raises(WaltError, match=rf"lacks {count} subjects of the {name} world, .* --world {name}`"):
+        Scenes(DataJob(source=str(SPRITES), world=name))
+    assert Scenes(DataJob(source=str(SPRITES), world="full")).theatre.subjects

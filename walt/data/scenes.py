@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from walt.data.emoji import EMBEDDED_WORLD, FPS, LARGE_WORLD, EmojiTheatre, Scene, World
+from walt.data.emoji import EMBEDDED_WORLD, FPS, LARGE_WORLD, EmojiTheatre, Scene, World, read_index
 from walt.data.sketches import draw_sketch
 from walt.data.stage import Layout, lay_out
+from walt.errors import WaltError
 from walt.training.job import DataJob, Shape
 
 SCENE_FRAMES = 29
@@ -41,6 +42,17 @@ def world(job: DataJob) -> World:
     return {"embedded": EMBEDDED_WORLD, "large": LARGE_WORLD, "full": World()}[job.world]
 
 
+def _check_sprites(job: DataJob) -> None:
+    """A WaltError that says how to build them, when sprites of the recipe's world are missing."""
+    index = read_index(job.source)
+    missing = [name for name in world(job).subjects if name not in index]
+    if missing:
+        raise WaltError(
+            f"data.source: {job.source} lacks {len(missing)} subjects of the {job.world} world, such as {missing[0]!r}: build "
+            f"them with `walt data emoji {job.source} --world {job.world}`"
+        )
+
+
 def to_video(frames: np.ndarray) -> Tensor:
     """uint8 `(T, H, W, 3)` to float32 `(3, T, H, W)` in [-1, 1]."""
     return torch.from_numpy(frames).permute(3, 0, 1, 2).to(torch.float32) / 127.5 - 1.0
@@ -52,6 +64,8 @@ class Scenes:
     def __init__(self, job: DataJob) -> None:
         self.job = job
         self.rate = job.fps // FPS
+        if not job.subjects:
+            _check_sprites(job)
         self.theatre = EmojiTheatre(job.source, subjects=job.subjects or None, world=world(job))
         self.clips = self.theatre
         if job.clip_subjects:
