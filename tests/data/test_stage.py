@@ -63,7 +63,8 @@ def test_stills_and_chunks_of_frames(monkeypatch: pytest.MonkeyPatch) -> None:
     one = stage.draw([lay_out(theatre, still, 64, 112, 0, 1)])
     assert one.shape == (1, 3, 1, 64, 112)
     host = theatre.render(still, 64, 112, 0, 1)[0]
-    assert (((one[0, :, 0].permute(1, 2, 0) + 1) * 127.5).numpy() - host[0]).max() < 2.01
+    levels = ((one[0, :, 0].permute(1, 2, 0) + 1) * 127.5).numpy()
+    assert np.abs(levels - host[0]).max() < 2.01
 
 
 def test_layouts_of_a_recipe_are_its_clips() -> None:
