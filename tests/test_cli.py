@@ -84,6 +84,11 @@ def test_stills_are_numbered_and_each_is_as_alone(model: Path, tmp_path: Path) -
         (("info", "--frames", "0"), "num_frames must be a positive integer"),
         (("sample", "a", "-o", "x.mp4", "--guidance", "nan"), "--guidance takes one number"),
         (("sample", "a", "-o", "x.mp4", "--guidance", "inf"), "--guidance takes one number"),
+        (
+            ("sample", "a", "-o", "x.mp4", "--context-guidance", "inf"),
+            "--context-guidance must be at least 0 and finite",
+        ),
+        (("sample", "a", "-o", "x.mp4", "--anchor-every", "-1"), "--anchor-every must be at least 0, got -1"),
     ],
 )
 def test_usage_errors(

@@ -29,7 +29,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_a
 from torch import Tensor, library, nn
 
 from walt.errors import WaltError
-from walt.latents import Grid, positions, token_counts
+from walt.latents import Grid, positions, to_device, token_counts
 from walt.linear import has_bfloat16_units, product, product_is_faster
 from walt.register import active_attention_backend
 
@@ -216,11 +216,6 @@ def _edges(size: int, window: int | None, shift: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise([0, *range(shift or window, size, window), size]))
 
 
-def _moved(x: Tensor, device: torch.device) -> Tensor:
-    """A host tensor on the device. Only from pinned memory does the copy not block."""
-    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
-
-
 @lru_cache(maxsize=512)
 def _plan_on(plan: WindowPlan, device: torch.device) -> WindowPlan:
     order, inverse, context_index = plan.order, plan.inverse, plan.context_index
@@ -229,9 +224,9 @@ def _plan_on(plan: WindowPlan, device: torch.device) -> WindowPlan:
             plan.tokens,
             plan.groups,
             plan.singles,
-            None if order is None else _moved(order, device),
-            None if inverse is None else _moved(inverse, device),
-            None if context_index is None else _moved(context_index, device),
+            None if order is None else to_device(order, device),
+            None if inverse is None else to_device(inverse, device),
+            None if context_index is None else to_device(context_index, device),
             tuple(_offsets_on(g.shape, device) for g in plan.groups if g.shape is not None),
         )
 
@@ -523,7 +518,7 @@ def _bounds(plan: WindowPlan, device: torch.device) -> tuple[Tensor, Tensor, int
             for n in (queries, keys)
         ]
         if device.type == "cuda":
-            starts = [_moved(start, device) for start in starts]
+            starts = [to_device(start, device) for start in starts]
     return starts[0], starts[1], max(queries), max(keys)
 
 
@@ -982,7 +977,7 @@ def _offsets(shape: Grid) -> Tensor:
 @lru_cache(maxsize=64)
 def _offsets_on(shape: Grid, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
-        return _moved(_offsets(shape), device)
+        return to_device(_offsets(shape), device)
 
 
 @lru_cache(maxsize=64)
@@ -1012,4 +1007,4 @@ def _rotation_of(grid: Grid, head_dim: int, device: torch.device, theta: float) 
             frequency = theta ** -(torch.arange(n, dtype=torch.float32, device="cpu") / max(n, 1))
             angles.append(place[:, axis, None] * frequency)
         angle = torch.cat(angles, dim=1)[:, None]
-        return _moved(angle.cos(), device), _moved(angle.sin(), device)
+        return to_device(angle.cos(), device), to_device(angle.sin(), device)

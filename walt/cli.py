@@ -267,8 +267,10 @@ def _sample_prepare(args: argparse.Namespace) -> None:
     check_fps(args.fps, "--fps")
     if not 0 <= args.guidance_rescale <= 1:
         raise WaltError(f"--guidance-rescale must be from 0 to 1, got {args.guidance_rescale}")
-    if not args.context_guidance >= 0 or args.anchor_every < 0:
-        raise WaltError("--context-guidance and --anchor-every must not be negative")
+    if not 0 <= args.context_guidance < math.inf:
+        raise WaltError(f"--context-guidance must be at least 0 and finite, got {args.context_guidance}")
+    if args.anchor_every < 0:
+        raise WaltError(f"--anchor-every must be at least 0, got {args.anchor_every}")
     if not 0 <= args.context_noise <= 999:
         raise WaltError(f"--context-noise must be from 0 to 999, got {args.context_noise}")
     if args.noise_level is not None and not 0 <= args.noise_level <= 999:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from walt.attention import WindowGroup, WindowPlan
 from walt.errors import WaltError
-from walt.latents import Grid, token_counts
+from walt.latents import Grid, to_device, token_counts
 
 _RECENT: deque[WindowPlan] = deque(maxlen=64)
 """The last plans, those of eight forward passes or so. No cache holds them, and a compiled backward pass finds its plan by
@@ -73,7 +73,7 @@ def kept_tokens(grids: Sequence[Grid], kept: Sequence[Tensor | None] | None, dev
             raise WaltError(f"kept: sample {i} keeps no token, at least one needed")
     whole = torch.cat(parts)
     index = whole.nonzero()[:, 0]
-    return Kept(whole, index.to(device, non_blocking=True), tuple(int(part.sum()) for part in parts))
+    return Kept(whole, to_device(index, device), tuple(int(part.sum()) for part in parts))
 
 
 def drop_from_plan(plan: WindowPlan, mask: Tensor, device: torch.device) -> WindowPlan:
@@ -132,7 +132,7 @@ def drop_from_plan(plan: WindowPlan, mask: Tensor, device: torch.device) -> Wind
         groups.append(WindowGroup(start, count, length, text_length, context_start, shape))
         places += tokens_of
         context += text_of
-        tables += [] if offsets is None else [offsets.to(device, non_blocking=True)]
+        tables += [] if offsets is None else [to_device(offsets, device)]
         start += count * length
         context_start += count * text_length
     permutation = torch.cat(places)
@@ -141,9 +141,9 @@ def drop_from_plan(plan: WindowPlan, mask: Tensor, device: torch.device) -> Wind
         start,
         tuple(groups),
         lone_tokens,
-        None if identity else permutation.to(device, non_blocking=True),
-        None if identity else torch.argsort(permutation).to(device, non_blocking=True),
-        torch.cat(context).to(device, non_blocking=True) if context else None,
+        None if identity else to_device(permutation, device),
+        None if identity else to_device(torch.argsort(permutation), device),
+        to_device(torch.cat(context), device) if context else None,
         tuple(tables),
     )
     _RECENT.append(dropped)

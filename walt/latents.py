@@ -112,6 +112,13 @@ def positions(grids: Sequence[Grid]) -> Tensor:
     return torch.cat(axes)
 
 
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device; from the host without waiting, which only pinned memory allows."""
+    if device.type == "cuda" and x.device.type == "cpu":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
 def normalize(latents: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Raw tokenizer latents `(..., C, t, h, w)` to zero mean and unit deviation per channel (papers: 1.2).
 

@@ -153,7 +153,7 @@ def prepare(args: argparse.Namespace) -> None:
     if args.task == "export":
         _check_top_p(args, "top_p", "sketch_top_p", "prediction_top_p")
         if not 0 <= args.context_guidance < math.inf:
-            raise WaltError(f"--context-guidance must be at least 0, got {args.context_guidance}")
+            raise WaltError(f"--context-guidance must be at least 0 and finite, got {args.context_guidance}")
         return
     from walt.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, check_output
 
@@ -173,10 +173,10 @@ def prepare(args: argparse.Namespace) -> None:
         ("--context-guidance", getattr(args, "context_guidance", None), 0),
         ("--temperature", args.temperature, 0),
     ):
-        if value is not None and not value >= low:
-            raise WaltError(f"{name} must be at least {low}, got {value}")
-    if args.fps is not None and not args.fps > 0:
-        raise WaltError(f"--fps must be positive, got {args.fps}")
+        if value is not None and not low <= value < math.inf:
+            raise WaltError(f"{name} must be at least {low} and finite, got {value}")
+    if args.fps is not None and not 0 < args.fps < math.inf:
+        raise WaltError(f"--fps must be positive and finite, got {args.fps}")
     _check_top_p(args, "top_p")
     if args.clip is not None and not hasattr(args, "prompt"):
         raise WaltError("--clip scores a prompt, and this task has none")

@@ -11,7 +11,7 @@ import torch
 
 from tests.training import jobs
 from tests.training.test_tokenizers import seg_job
-from walt.commands import build_objective
+from walt.commands import build_objective, plan_job
 from walt.data.emoji import EMBEDDED_WORLD, EmojiTheatre, World
 from walt.data.latents import LatentShards, write_latents
 from walt.data.scenes import Scenes
@@ -122,3 +122,5 @@ def test_class_maps_and_nuwa_are_drawn_on_the_host(tmp_path: Path) -> None:
     for job in (maps, tokens):
         with pytest.raises(WaltError, match=r"data\.draw: .* on the host"):
             build_objective(job)
+    with pytest.raises(WaltError, match=r"data\.draw: .* on the host"):
+        plan_job(tokens, rate=1e9)

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from tests.training.jobs import losses, save_tokenizer, saved, small_job, tokenizer_job
 from tests.training.test_engine import Line, line_job, rows
 from walt.commands import build_objective
+from walt.latents import to_device
 from walt.models.transformer_walt import LocalMixing
 from walt.training import loop
 from walt.training.compiled import compile_network
 from walt.training.job import DenoiserJob, Job, OptimizerJob
 from walt.training.loop import train
 from walt.training.muon import Muon, orthogonalize
-from walt.training.objectives import move
 from walt.training.optimizers import make_optimizer, warm
 
 SHAPES: tuple[tuple[int, ...], ...] = (
@@ -174,8 +174,8 @@ class Moved(Line):
         self.device = device
 
     def loss(self, model: Any, batch: Tensor, generator: Any, shared: Any = None) -> Any:
-        value, figures = super().loss(model, move(batch, self.device), generator, shared)
-        weight = move(torch.tensor(float(figures["weight"])), self.device)
+        value, figures = super().loss(model, to_device(batch, self.device), generator, shared)
+        weight = to_device(torch.tensor(float(figures["weight"])), self.device)
         return value, {**figures, "weight": weight, "value": value.detach()}
 
 

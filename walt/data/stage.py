@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from walt.data.emoji import ART, EmojiTheatre, Scene, backdrop
+from walt.latents import to_device
 
 FRAMES = 512
 """Frames drawn at a time: their filters take about half a gigabyte at 128x224."""
@@ -139,6 +140,4 @@ class Stage:
         return (weight * inside)[..., margin : margin + ART]
 
     def _move(self, value: Tensor) -> Tensor:
-        if self.device.type == "cuda":
-            value = value.pin_memory()
-        return value.to(self.device, non_blocking=True)
+        return to_device(value, self.device)

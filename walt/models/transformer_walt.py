@@ -31,7 +31,7 @@ from walt.diffusion import signal_level
 from walt.dropping import Kept, drop_from_plan, dropped_lengths, kept_tokens
 from walt.errors import WaltError
 from walt.fused import add_frames, gated_add, norm_modulate, norm_rotate, sample_index
-from walt.latents import Grid, by_runs, pack_beside, runs, runs_of, stacked, token_counts, unpack
+from walt.latents import Grid, by_runs, pack_beside, runs, runs_of, stacked, to_device, token_counts, unpack
 from walt.linear import project
 from walt.models.backbone import (
     MLP,
@@ -942,8 +942,7 @@ def _place(plan: WindowPlan, kept: Kept | None, device: torch.device, group: Any
 def _samples_of(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     """The sample of every token, made on the host and copied without blocking."""
     with torch.inference_mode(False):
-        index = sample_index(lengths)
-        return index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index.to(device)
+        return to_device(sample_index(lengths), device)
 
 
 def _pooled(text: Tensor, lengths: tuple[int, ...]) -> Tensor:
@@ -955,7 +954,7 @@ def _pooled(text: Tensor, lengths: tuple[int, ...]) -> Tensor:
     for i, (end, length) in enumerate(zip(itertools.accumulate(lengths), lengths, strict=True)):
         share[i, end - length : end] = 1 / max(1, length)
     with torch.autocast(text.device.type, enabled=False):
-        return (share.pin_memory().to(text.device, non_blocking=True) @ text.float()).to(text.dtype)
+        return (to_device(share, text.device) @ text.float()).to(text.dtype)
 
 
 def _half(window: Window) -> Grid:

@@ -62,7 +62,7 @@ def draw_tasks(tasks: dict[str, NuwaTask], rng: np.random.Generator) -> list[str
     return names
 
 
-def _check_fields(job: NuwaJob) -> None:
+def check_fields(job: NuwaJob) -> None:
     """A WaltError for a field that other jobs obey and this one would ignore."""
     if job.run.heldout_every:
         raise WaltError("run.heldout_every: NUWA has no held-out loss (walt evaluate nuwa measures it); set it to 0")
@@ -125,7 +125,7 @@ class NuwaObjective(Objective):
 
     def __init__(self, job: NuwaJob, transformer: type[Any], vq: Any, vq_seg: Any, words: TextStates) -> None:
         self.job = job
-        _check_fields(job)
+        check_fields(job)
         self.tasks = trained_tasks(job)
         sketched = [name for name in self.tasks if TASKS[name].condition == "sketch"]
         if sketched and isinstance(job.data, MediaJob):

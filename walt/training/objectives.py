@@ -38,7 +38,7 @@ from walt.data.stage import Stage
 from walt.diffusion import coefficients, draw_timesteps, make_scheduler, variance_bound
 from walt.errors import WaltError, suggest
 from walt.fidelity import project_frames
-from walt.latents import Grid, by_runs, denormalize, normalize, runs, runs_of, stacked
+from walt.latents import Grid, by_runs, denormalize, normalize, runs, runs_of, stacked, to_device
 from walt.models.transformer_walt import WaltPositionEmbedding
 from walt.training.job import DenoiserJob, LoraJob, MediaJob, Shape, TokenizerJob
 from walt.training.loop import Loss, Objective, Part
@@ -283,7 +283,7 @@ class TokenizerObjective(Objective):
         if self.quantizer is not None:
             self.quantizer.open = self._open(step)
         for group in batch:
-            target = group.to(self.device, non_blocking=True)
+            target = to_device(group, self.device)
             share = target.numel() / total
             output, latent = model(target, noise=self._noise(target, generator), return_dict=False)
             loss = loss + share * weights.reconstruction * self._reconstruction(output.float(), target, share, seen)
@@ -366,7 +366,7 @@ class TokenizerObjective(Objective):
         shape = (b, self.model.config.latent_channels, 1 + (t - 1) // r, h // s, w // s)
         # A random strength per sample, up to latent_noise: clean latents must decode sharply too.
         strength = torch.rand((b, 1, 1, 1, 1), generator=generator) * self.job.loss.latent_noise
-        return normal(shape, generator, self.device) * move(strength, self.device)
+        return normal(shape, generator, self.device) * to_device(strength, self.device)
 
     def flops(self, batch: list[Tensor]) -> float | None:
         if self.quantizer is not None:
@@ -441,13 +441,6 @@ def _add(figures: dict[str, float | Tensor], name: str, value: Tensor) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Denoiser: base and super-resolution stages
-
-
-def move(value: Tensor, device: torch.device) -> Tensor:
-    """A host tensor on a device, without waiting for what that does."""
-    if device.type == "cuda" and value.device.type == "cpu":
-        value = value.pin_memory()  # only from pinned memory does the copy not block
-    return value.to(device, non_blocking=True)
 
 
 def normal(shape: Sequence[int], generator: torch.Generator, device: torch.device) -> Tensor:
@@ -728,7 +721,7 @@ class DenoiserObjective(Objective):
         return frames, height // self.space, width // self.space
 
     def _move(self, value: Tensor) -> Tensor:
-        return move(value, self.device)
+        return to_device(value, self.device)
 
     def drawn(self, batch: list[Sample]) -> list[Sample]:
         """The pack with pixels where it had layouts."""

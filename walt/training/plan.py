@@ -267,8 +267,9 @@ def _packs(
     """The sizes of samples, as `ForwardCounter` takes them; what each costs of a pack's budget (tokens, pixels); and
     PACKS packs as indices of sizes."""
     if isinstance(job, NuwaJob):
-        from walt.training.nuwa import TASKS, draw_tasks, trained_tasks
+        from walt.training.nuwa import TASKS, check_fields, draw_tasks, trained_tasks
 
+        check_fields(job)
         tasks, space = trained_tasks(job), _nuwa_span(job, twin, autoencoder)
         clip = job.clip
         grids = [
