@@ -88,6 +88,10 @@ def test_stills_are_numbered_and_each_is_as_alone(model: Path, tmp_path: Path) -
             ("sample", "a", "-o", "x.mp4", "--context-guidance", "inf"),
             "--context-guidance must be at least 0 and finite",
         ),
+        (("train", "emoji.base", "--dry-run", "run.stepz=1"), "run.stepz"),
+        (("encode", "emoji.base", "-o", "x", "-n", "1,2", "run.steps=0"), "run.steps"),
+        (("encode", "emoji.base", "-o", "x", "extra"), "unrecognized arguments: extra"),
+        (("sample", "a", "-o", "x.mp4", "a=b"), "unrecognized arguments: a=b"),
         (("sample", "a", "-o", "x.mp4", "--anchor-every", "-1"), "--anchor-every must be at least 0, got -1"),
     ],
 )

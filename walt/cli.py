@@ -92,7 +92,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
         known = ", ".join(COMMANDS)
         raise WaltError(f'unknown command "{argv[0]}"{suggest(argv[0], COMMANDS)}: there are {known}')
-    return parser.parse_args(argv)
+    args, late = parser.parse_known_args(argv)
+    if late and hasattr(args, "overrides") and all("=" in word and not word.startswith("-") for word in late):
+        args.overrides += late  # argparse takes a list of words in one place only, before the options or after them
+    elif late:
+        parser.error(f"unrecognized arguments: {' '.join(late)}")
+    return args
 
 
 # -- models and devices ------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,35 @@ def test_the_device_draws_what_pillow_draws(
     # Pillow's filters are fixed-point numbers: now and then it rounds the other way.
     assert wrong.max() <= 2 and (wrong > 0).mean() < 1e-3
     assert host.std() > 10
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "start", "frames", "crop", "message"),
+    [
+        (64, 112, 25, 9, None, r"frames 25\.\.34 are not in the scene"),
+        (64, 112, 0, 60, None, r"frames 0\.\.60 are not in the scene"),
+        (64, 112, 0, 5, (0, 0, 96, 96), "is not inside the 64 x 112 picture"),
+        (16, 112, 0, 5, None, "at least 32 pixels"),
+    ],
+)
+def test_what_pillow_refuses_the_device_refuses(
+    height: int, width: int, start: int, frames: int, crop: tuple[int, int, int, int] | None, message: str
+) -> None:
+    theatre = EmojiTheatre(SPRITES, subjects=SUBJECTS, world=WORLDS["grid"])
+    scene = theatre.scene(1)
+    for draw in (theatre.render, partial(lay_out, theatre)):
+        with pytest.raises(WaltError, match=message):
+            draw(scene, height, width, start, frames, crop)
+
+
+def test_clips_of_other_subjects_than_stills() -> None:
+    scenes = Scenes(jobs.data(subjects=("frog",), clip_subjects=("sun", "rocket")))
+    stage = Stage(scenes.cast, "cpu")
+    for shape in (Shape(frames=5, height=64, width=112), Shape(frames=1, height=64, width=112)):
+        for number in range(4):
+            clip, laid = scenes.clip(number, shape), scenes.layout(number, shape)
+            assert ("frog" in clip.caption) == (shape.frames == 1)
+            assert (stage.draw([laid.video])[0] - clip.video).abs().max() < 2.01 / 127.5
 
 
 def test_stills_and_chunks_of_frames(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,18 @@ def test_another_recipe_or_tokenizer_is_refused(tmp_path: Path) -> None:
         TokenFolder(make(tmp_path, clip=NuwaClip(frames=3, height=32, width=32)), ("clip",))
     (tmp_path / "vq/config.json").write_text("another")
     with pytest.raises(WaltError, match="tokens of another tokenizer"):
+        TokenFolder(make(tmp_path), ("clip",))
+
+
+def test_who_draws_makes_no_other_tokens(tmp_path: Path) -> None:
+    TokenFolder(make(tmp_path), ("clip",))
+    path = tmp_path / "tokens/index.json"
+    index = json.loads(path.read_text())
+    assert "draw" not in index["data"]
+    path.write_text(json.dumps({**index, "data": {**index["data"], "draw": "host"}}))
+    TokenFolder(make(tmp_path), ("clip",))
+    path.write_text("[]")
+    with pytest.raises(WaltError, match="cannot be used"):
         TokenFolder(make(tmp_path), ("clip",))
 
 

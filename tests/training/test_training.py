@@ -354,13 +354,62 @@ def test_latents_of_another_world_are_refused(tmp_path: Path, monkeypatch: pytes
     assert isinstance(job.data, DataJob)
     changed = dataclasses.replace(world(job.data), size=(0.1, 0.2))
     monkeypatch.setattr("walt.data.latents.world", lambda data: changed)
-    with pytest.raises(WaltError, match="another tokenizer, data recipe or world"):
+    with pytest.raises(WaltError, match=r"latents of another recipe \(world\)"):
         write_latents(job, tmp_path / "latents", [1] * 6, interrupted)
     with pytest.raises(WaltError, match="another world"):
         LatentShards(tmp_path / "latents", job)
     monkeypatch.undo()
     write_latents(job, tmp_path / "latents", [1] * 6, lambda x: encode(x).latent_dist.mode().detach())
     assert LatentShards(tmp_path / "latents", job).get(0, 0)[2]
+
+
+def zeros(video: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(1, 8, 1, 1, 1)
+
+
+def test_latents_go_with_their_recipe_alone(tmp_path: Path) -> None:
+    job = denoiser_job(save_tokenizer(tmp_path / "vae"), tmp_path / "run")
+    job = job.model_copy(update={"shapes": job.shapes[:2]})
+    enlarging = job.model_copy(update={"model": {**job.model, "low_res_channels": 8}})
+    folder = tmp_path / "latents"
+    write_latents(job, folder, [2, 2], zeros)
+    with pytest.raises(WaltError, match=r"another recipe \(twins\)"):
+        write_latents(enlarging, folder, [32, 2], zeros)
+    with pytest.raises(WaltError, match=r"another recipe \(shapes\)"):
+        write_latents(job.model_copy(update={"shapes": job.shapes[:1]}), folder, [2], zeros)
+    with pytest.raises(WaltError, match=r"1 of 1 shards of shape .* were encoded without the half-size videos"):
+        LatentShards(folder, enlarging)
+    for changes, named in (
+        ({"subjects": ("sun",)}, "subjects"),
+        ({"clip_subjects": ("sun",)}, "clip_subjects"),
+        ({"fps": 16}, "fps"),
+    ):
+        with pytest.raises(WaltError, match=rf"data\.{named}: .* given, but"):
+            LatentShards(folder, job.model_copy(update={"data": job.data.model_copy(update=changes)}))
+
+    # A folder that is older than the last two entries of its index.
+    index = json.loads((folder / "index.json").read_text())
+    del index["shapes"], index["twins"]
+    (folder / "index.json").write_text(json.dumps(index))
+    with pytest.raises(WaltError, match=r"another recipe \(shapes\)"):
+        write_latents(job.model_copy(update={"shapes": job.shapes[::-1]}), folder, [2, 2], zeros)
+    write_latents(job, folder, [2, 3], zeros)
+    assert len(LatentShards(folder, job).latents[1]) == 3
+    for damaged in ("[]", "{}", '{"tokenizer": "x", "data": {}, "world": {}}'):
+        (folder / "index.json").write_text(damaged)
+        for use in (lambda: LatentShards(folder, job), lambda: write_latents(job, folder, [2, 2], zeros)):
+            with pytest.raises(WaltError, match=r"index\.json does not say"):
+                use()
+
+
+def test_no_more_latents_than_scenes(tmp_path: Path) -> None:
+    job = denoiser_job(save_tokenizer(tmp_path / "vae"), tmp_path / "run")
+    job = job.model_copy(update={"shapes": job.shapes[:2]})
+    with pytest.raises(WaltError, match=r"33 clips of shape .* data\.scenes=64 has 32 scenes for each of 2 shapes"):
+        write_latents(job, tmp_path / "latents", [1, 33], zeros)
+    with pytest.raises(WaltError, match="stands there twice"):
+        write_latents(job.model_copy(update={"shapes": job.shapes[:1] * 2}), tmp_path / "latents", [1, 1], zeros)
+    assert not (tmp_path / "latents").exists()
 
 
 # -- recipes

@@ -604,15 +604,7 @@ class EmojiTheatre:
         a side under 32 pixels: WaltError.
         A sprite file that is damaged is named in a WaltError.
         """
-        length = (scene.frames - 1) * rate + 1
-        stop = length if frames is None else start + frames
-        if not 0 <= start < stop <= length:
-            raise WaltError(f"frames {start}..{stop} are not in the scene, which has {length}")
-        if min(height, width) < 32:
-            raise WaltError(f"height, width must be at least 32 pixels, got {height} x {width}")
-        left, top, right, bottom = crop or (0, 0, width, height)
-        if not (0 <= left < right <= width and 0 <= top < bottom <= height):
-            raise WaltError(f"crop {crop} is not inside the {height} x {width} picture")
+        left, top, right, bottom, stop = check_window(scene, height, width, start, frames, crop, rate)
         video = np.empty((stop - start, bottom - top, right - left, 3), np.uint8)
         video[:] = backdrop(scene.background, height)[None, top:bottom, None, :]
         alpha = np.zeros(video.shape[:3], np.uint8)
@@ -635,6 +627,29 @@ class EmojiTheatre:
                 self._sprites.popitem(last=False)
         self._sprites.move_to_end(subject)
         return self._sprites[subject]
+
+
+def check_window(
+    scene: Scene,
+    height: int,
+    width: int,
+    start: int,
+    frames: int | None,
+    crop: tuple[int, int, int, int] | None,
+    rate: int,
+) -> tuple[int, int, int, int, int]:
+    """Left, top, right and bottom of what `EmojiTheatre.render` draws, and the frame before which it ends; a WaltError for
+    what is not in the scene."""
+    length = (scene.frames - 1) * rate + 1
+    stop = length if frames is None else start + frames
+    if not 0 <= start < stop <= length:
+        raise WaltError(f"frames {start}..{stop} are not in the scene, which has {length}")
+    if min(height, width) < 32:
+        raise WaltError(f"height, width must be at least 32 pixels, got {height} x {width}")
+    left, top, right, bottom = crop or (0, 0, width, height)
+    if not (0 <= left < right <= width and 0 <= top < bottom <= height):
+        raise WaltError(f"crop {crop} is not inside the {height} x {width} picture")
+    return left, top, right, bottom, stop
 
 
 def backdrop(background: str, height: int) -> NDArray[np.uint8]:

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from walt.conditioning import low_res_kind
 from walt.data.emoji import FPS
 from walt.data.scenes import Scenes, world
 from walt.data.stage import Stage
@@ -75,9 +76,18 @@ def write_latents(
     if len(counts) != len(job.shapes):
         raise WaltError(f"count: {len(job.shapes)} numbers needed, one per shape of the recipe, got {len(counts)}")
     data = _theatre(job)
+    names = [shape.model_dump(exclude={"weight"}) for shape in job.shapes]
+    for place, (name, count) in enumerate(zip(names, counts, strict=True)):
+        if name in names[:place]:
+            raise WaltError(f"shapes: {name} stands there twice; give it once, with the sum of the weights")
+        if count > data.scenes // len(names):
+            raise WaltError(
+                f"count: {count} clips of shape {name}, but data.scenes={data.scenes} has {data.scenes // len(names)} scenes "
+                f"for each of {len(names)} shapes"
+            )
     scenes = Scenes(data)
-    stage = Stage(scenes.theatre, device) if data.draw == "device" else None
-    twins = job.model.get("low_res_channels") is not None
+    stage = Stage(scenes.cast, device) if data.draw == "device" else None
+    twins = low_res_kind(job.model) == "space"
     output.mkdir(parents=True, exist_ok=True)
     index = output / "index.json"
     recipe = data.model_dump(mode="json", exclude={"kind", "latents", "source", "draw"})
@@ -85,19 +95,33 @@ def write_latents(
         del recipe["fps"]  # folders that are older than the field hold this rate
     if not data.clip_subjects:
         del recipe["clip_subjects"]  # so that folders made before there was such a field are still known
-    known = {"tokenizer": fingerprint(Path(job.tokenizer)), "data": recipe, "world": _world(data)}
+    known = {
+        "tokenizer": fingerprint(Path(job.tokenizer)),
+        "data": recipe,
+        "world": _world(data),
+        # Which scenes a shape has depends on all of them (see below).
+        "shapes": names,
+        "twins": twins,
+    }
     if index.exists():
         old = _read_index(index)
-        if {key: old.get(key) for key in known} != known:
-            raise WaltError(f"{output} holds latents of another tokenizer, data recipe or world; choose another folder")
+        # Older folders do not say the last two: their shards show one, and reading finds out about the other.
+        rows_of = [row["shape"] for row in old["shards"]]
+        old = {
+            "shapes": [name for i, name in enumerate(rows_of) if name not in rows_of[:i]] or names,
+            "twins": twins,
+            **old,
+        }
+        changed = [key for key in known if old[key] != known[key]]
+        if changed:
+            raise WaltError(f"{output} holds latents of another recipe ({', '.join(changed)}); choose another folder")
     else:
         # Before the first shard: what an interrupted run leaves behind must be known by what it was made of.
         _write_index(index, {**known, "shards": []})
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     rows: list[dict[str, Any]] = []
     parts: list[tuple[int, Shape, range, Path]] = []
-    for place, (shape, count) in enumerate(zip(job.shapes, counts, strict=True)):
-        name = shape.model_dump(exclude={"weight"})
+    for place, (shape, name, count) in enumerate(zip(job.shapes, names, counts, strict=True)):
         for start in range(0, count, SHARD):
             numbers = range(start, min(start + SHARD, count))
             path = output / f"{_key(name)}-{start:06d}-{len(numbers)}.safetensors"
@@ -141,8 +165,17 @@ class LatentShards:
         index = _read_index(folder / "index.json")
         if index["tokenizer"] != fingerprint(Path(job.tokenizer)):
             raise WaltError(f"{folder} holds latents of another tokenizer than {job.tokenizer}; encode them again")
-        if index.get("world") != _world(_theatre(job)):
+        data, stored = _theatre(job), index["data"]
+        if index["world"] != _world(data):
             raise WaltError(f"{folder} holds latents of another world (subjects, sizes, ...); run `walt encode` again")
+        held_fields = {"subjects": [*data.subjects], "clip_subjects": [*data.clip_subjects], "fps": data.fps}
+        for field, value in held_fields.items():
+            was = stored.get(field, FPS if field == "fps" else [])
+            if was != value:
+                raise WaltError(
+                    f"data.{field}: {value} given, but {folder} holds latents of {was}; run `walt encode` again"
+                )
+        twins = low_res_kind(job.model) == "space"
         self.latents: list[Tensor] = []
         self.low_res: list[Tensor | None] = []
         self.captions: list[list[str]] = []
@@ -158,7 +191,12 @@ class LatentShards:
                     f"{folder} has {len(self.latents[-1])} clips of shape {name}, and run.heldout_clips={held} of them are "
                     "not for training; encode more"
                 )
-            low = [tensors["low_res"] for tensors, _ in parts if "low_res" in tensors]
+            low = [tensors["low_res"] for tensors, _ in parts if "low_res" in tensors] if twins else []
+            if twins and len(low) < len(parts):
+                raise WaltError(
+                    f"{folder}: {len(parts) - len(low)} of {len(parts)} shards of shape {name} were encoded without the "
+                    "half-size videos that a super-resolution stage is told; encode this recipe into a folder of its own"
+                )
             self.low_res.append(torch.cat(low) if low else None)
             self.captions.append([caption for _, captions in parts for caption in captions])
 
@@ -202,6 +240,9 @@ def _read_index(path: Path) -> dict[str, Any]:
         index = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise WaltError(f"{path} cannot be read ({error}); run `walt encode` again") from None
+    kinds = {"tokenizer": str, "data": dict, "world": dict, "shards": list}
+    if not isinstance(index, dict) or not all(isinstance(index.get(key), kind) for key, kind in kinds.items()):
+        raise WaltError(f"{path} does not say what latents are there; run `walt encode` into another folder")
     return index
 
 

@@ -67,9 +67,12 @@ class Scenes:
         if not job.subjects:
             _check_sprites(job)
         self.theatre = EmojiTheatre(job.source, subjects=job.subjects or None, world=world(job))
-        self.clips = self.theatre
+        self.clips = self.cast = self.theatre
         if job.clip_subjects:
             self.clips = EmojiTheatre(job.source, subjects=job.clip_subjects, world=world(job))
+            # Of both, for whoever draws all of them by number (`Stage`).
+            both = dict.fromkeys((*self.theatre.subjects, *job.clip_subjects))
+            self.cast = EmojiTheatre(job.source, subjects=tuple(both), world=world(job))
 
     def clip(self, number: int, shape: Shape, low_res: bool = False, align: int = 16) -> Clip:
         """The `number`-th clip of a shape; with `low_res` its half-size twin too.
@@ -106,7 +109,7 @@ class Scenes:
         return to_video(self.theatre.render(scene, **self._window(shape, shrink, crop))[0])
 
     def _lay_out(self, scene: Scene, shape: Shape, shrink: int, crop: tuple[int, int, int, int] | None) -> Layout:
-        return lay_out(self.theatre, scene, **self._window(shape, shrink, crop))
+        return lay_out(self.cast, scene, **self._window(shape, shrink, crop))
 
     def _window(self, shape: Shape, shrink: int, crop: tuple[int, int, int, int] | None) -> dict[str, Any]:
         return {

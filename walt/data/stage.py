@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from walt.data.emoji import ART, EmojiTheatre, Scene, backdrop
+from walt.data.emoji import ART, EmojiTheatre, Scene, backdrop, check_window
 from walt.latents import to_device
 
 FRAMES = 512
@@ -51,9 +51,9 @@ def lay_out(
     crop: tuple[int, int, int, int] | None = None,
     rate: int = 1,
 ) -> Layout:
-    """What `theatre.render` with these arguments would draw, as numbers."""
-    left, top, right, bottom = crop or (0, 0, width, height)
-    times = range(start, start + frames)
+    """What `theatre.render` with these arguments would draw, as numbers; a WaltError where that raises one."""
+    left, top, right, bottom, stop = check_window(scene, height, width, start, frames, crop, rate)
+    times = range(start, stop)
     boxes = np.array(
         [theatre.boxes(scene, actor, [t / rate for t in times], height, width) for actor in range(len(scene.actors))],
         np.float32,

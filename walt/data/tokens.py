@@ -142,7 +142,7 @@ class TokenFolder:
         known = {
             "tokenizer": fingerprint(Path(job.tokenizer)),
             "sketch_tokenizer": job.sketch_tokenizer and fingerprint(Path(job.sketch_tokenizer)),
-            "data": job.data.model_dump(mode="json", exclude={"latents", "source", "scenes", "clip_subjects"}),
+            "data": job.data.model_dump(mode="json", exclude={"latents", "source", "scenes", "clip_subjects", "draw"}),
             "world": json.loads(json.dumps(asdict(world(job.data)))),
             "clip": job.clip.model_dump(mode="json"),
         }
@@ -154,6 +154,9 @@ class TokenFolder:
                 temporary.write_text(json.dumps(known, indent=1))
                 os.replace(temporary, index)
             old = json.loads(index.read_text())
+            if not isinstance(old, dict) or not isinstance(old.get("data"), dict):
+                raise ValueError("index.json does not say what it holds")
+            old["data"].pop("draw", None)  # some folders have it, though it makes no other tokens
         except (OSError, ValueError) as error:
             raise WaltError(f"tokens: the folder {self.folder} cannot be used ({error})") from error
         if old != known:

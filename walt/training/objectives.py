@@ -455,7 +455,7 @@ class Drawing:
     """Who draws a recipe's scenes: with `data.draw` "device" layouts become pixels here, else nothing is left to do."""
 
     def __init__(self, scenes: Scenes | None, data: Any) -> None:
-        self.theatre = scenes.theatre if scenes is not None and data.draw == "device" else None
+        self.theatre = scenes.cast if scenes is not None and data.draw == "device" else None
         self.device = torch.device("cpu")
         self.stage: Stage | None = None
 
