@@ -219,7 +219,7 @@ def test_full_disk_is_one_line(
 def test_a_signal_leaves_no_file(model: Path, tmp_path: Path, sent: signal.Signals, code: int, said: str) -> None:
     arguments = ["sample", "a", "-o", str(tmp_path / "x.mp4"), "--model", str(model), "--steps", "1000"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "walt.cli", *arguments],
+        [sys.executable, "-m", "walt", *arguments],
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell job ignores it

@@ -56,7 +56,7 @@ def demo(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     folder = tiny.cascade_folder(tmp_path / "model")
     (tmp_path / "temporary").mkdir()
     process = subprocess.Popen(
-        [sys.executable, "-m", "walt.cli", "demo", "--port", "0", "--model", str(folder)],
+        [sys.executable, "-m", "walt", "demo", "--port", "0", "--model", str(folder)],
         stdout=subprocess.PIPE,
         stderr=(tmp_path / "stderr").open("w"),
         text=True,

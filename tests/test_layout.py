@@ -17,7 +17,17 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LINKED = ("tokenizers", "pipelines", "configs")
 # What joins the rooms, and may import all of them.
-ENTRANCES = ("cli", "commands", "demo", "demo_page", "nuwa_commands", "task_commands", "register", "__init__")
+ENTRANCES = (
+    "__main__",
+    "cli",
+    "commands",
+    "demo",
+    "demo_page",
+    "nuwa_commands",
+    "task_commands",
+    "register",
+    "__init__",
+)
 # The one door the other way: a recipe is found by its name, when asked for.
 BY_NAME = {("training/job.py", "walt.configs")}
 

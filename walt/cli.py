@@ -461,10 +461,3 @@ COMMANDS: dict[str, Command] = {
         "Join trained parts into a model folder.", commands.add_export, commands.export_prepare, commands.export
     ),
 }
-
-
-if __name__ == "__main__":
-    # Not `main` of this copy: the commands import walt.cli, and its UsageError must be the one that is caught.
-    from walt import cli
-
-    sys.exit(cli.main())

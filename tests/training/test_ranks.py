@@ -133,7 +133,7 @@ def test_two_ranks_encode_what_one_does_and_make_only_what_is_missing(tmp_path: 
 
     def encode(output: str, ranks: int) -> str:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-        command = [sys.executable, *launcher, "-m", "walt.cli", "encode", *fields, "-o", str(tmp_path / output)]
+        command = [sys.executable, *launcher, "-m", "walt", "encode", *fields, "-o", str(tmp_path / output)]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
