@@ -30,7 +30,7 @@ from measure import Goal, finish
 from safetensors.torch import load_file, save
 
 from tests.data import media
-from tests.training.jobs import denoiser_job, losses, save_tokenizer, saved, small_job
+from tests.training.jobs import data, denoiser_job, losses, save_tokenizer, saved, small_job
 from walt.commands import build_objective
 from walt.data import latents, precompute
 from walt.data.latents import write_latents
@@ -205,6 +205,7 @@ def _theatre_encoder(folder: Path, vae: Path, kills: int) -> Callable[[Path], ob
     """`walt encode` of the theatre in shards of 4 clips, three shards for each kill."""
     job = small_job(vae, folder / "run")
     counts = [-(-3 * kills // len(job.shapes)) * 4 for _ in job.shapes]
+    job = job.model_copy(update={"data": data(scenes=sum(counts))})
     objective = build_objective(job)
 
     def encode(output: Path) -> None:

@@ -447,7 +447,7 @@ def large_base() -> DenoiserJob:
     """`base_words` goes on with the latents of `large_tokenizer` and 64 subjects, thirty times its tokens a step: for a GPU.
 
     After 830 steps, five and a half minutes of an H200, it follows backgrounds and motions, but no subject yet
-    (docs/training.md): it needs many times as many.
+    (docs/training.md): it needs many times as many. `embedded_base` starts from there.
     """
     first = base_words()
     return first.model_copy(
@@ -474,6 +474,54 @@ def large_base() -> DenoiserJob:
     )
 
 
+def embedded_base() -> DenoiserJob:
+    """The embedded base: eight subjects again, on the latents of `large_tokenizer`, from what `large_base` learnt in 827
+    steps (better than from `base_words`: held out at 800-999 0.233 and 0.246 before the first step)."""
+    first = base_words()
+    return first.model_copy(
+        update={
+            "init": "runs/emoji-large-base/final",
+            "tokenizer": "runs/emoji-large-tokenizer/final",
+            "data": DataJob(seed=41),
+            "run": first.run.model_copy(
+                update={"output": "runs/emoji-embedded-base", "seed": 41, "steps": 8000, "precision": "bf16"}
+            ),
+        }
+    )
+
+
+def _on_large_latents(first: DenoiserJob, output: str, seed: int) -> DenoiserJob:
+    """A super-resolution stage of 64 subjects, on the latents of `large_tokenizer`."""
+    return first.model_copy(
+        update={
+            "tokenizer": "runs/emoji-large-tokenizer/final",
+            "data": DataJob(world="large", seed=seed),
+            "run": first.run.model_copy(update={"output": output, "steps": 1500, "precision": "bf16"}),
+        }
+    )
+
+
+def embedded_super_resolution_1() -> DenoiserJob:
+    """The embedded first super-resolution stage: `super_resolution_1` of 64 subjects."""
+    return _on_large_latents(super_resolution_1(), "runs/emoji-embedded-sr1", seed=35)
+
+
+def embedded_super_resolution_2() -> DenoiserJob:
+    """The embedded second stage before `embedded_super_resolution_2_finish`: `super_resolution_2` of 64 subjects."""
+    return _on_large_latents(super_resolution_2(), "runs/emoji-embedded-sr2", seed=35)
+
+
+def embedded_super_resolution_2_finish() -> DenoiserJob:
+    """The embedded second super-resolution stage: `super_resolution_2_finish` of 64 subjects."""
+    job = _on_large_latents(super_resolution_2_finish(), "runs/emoji-embedded-sr2-finish", seed=45)
+    return job.model_copy(
+        update={
+            "init": "runs/emoji-embedded-sr2/final",
+            "run": job.run.model_copy(update={"seed": 45, "steps": 700}),
+        }
+    )
+
+
 RECIPES = {
     "tokenizer": tokenizer,
     "decoder": decoder,
@@ -491,4 +539,8 @@ RECIPES = {
     "temporal_super_resolution": temporal_super_resolution,
     "large_tokenizer": large_tokenizer,
     "large_base": large_base,
+    "embedded_base": embedded_base,
+    "embedded_super_resolution_1": embedded_super_resolution_1,
+    "embedded_super_resolution_2": embedded_super_resolution_2,
+    "embedded_super_resolution_2_finish": embedded_super_resolution_2_finish,
 }

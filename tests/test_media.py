@@ -218,6 +218,7 @@ def test_pictures_and_videos_are_read_upright(tmp_path: Path, monkeypatch: pytes
     exif[0x0112] = 6
     picture.save(tmp_path / "x.png", exif=exif)
     upright = read_image(tmp_path / "x.png")
+    assert upright.flags.writeable  # so that torch shares its memory without a warning
     assert (
         upright.shape == (32, 16, 3)
         and upright[0, 0].tolist() == [255, 0, 0]

@@ -687,10 +687,10 @@ def _text_encoder(args: argparse.Namespace, console: Console) -> Path:
 
 def add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", help="the cascade folder to write")
-    parser.add_argument("--vae", default="runs/emoji-decoder-polish/final", help="tokenizer folder")
-    parser.add_argument("--base", default="runs/emoji-base/final", help="base denoiser folder")
-    parser.add_argument("--sr1", default="runs/emoji-sr1/final", help="first super-resolution folder")
-    parser.add_argument("--sr2", default="runs/emoji-sr2/final", help="second super-resolution folder")
+    parser.add_argument("--vae", default="runs/emoji-large-tokenizer/final", help="tokenizer folder")
+    parser.add_argument("--base", default="runs/emoji-embedded-base/final", help="base denoiser folder")
+    parser.add_argument("--sr1", default="runs/emoji-embedded-sr1/final", help="first super-resolution folder")
+    parser.add_argument("--sr2", default="runs/emoji-embedded-sr2-finish/final", help="second super-resolution folder")
     parser.add_argument("--temporal", metavar="FOLDER", help="temporal super-resolution folder (default: none)")
     parser.add_argument("--text", default="cache", help="folder with text_encoder/ and tokenizer/")
     parser.add_argument("--base-steps", type=int, default=50)

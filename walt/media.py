@@ -268,7 +268,7 @@ def read_image(path: str | Path) -> Pixels:
     path = _existing(path)
     try:
         with Image.open(path) as image:
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
     except (OSError, SyntaxError, ValueError) as error:
         raise WaltError(f'cannot read "{path}" as an image: {error}') from error
 
