@@ -72,6 +72,10 @@ def write_latents(
         device: draws the scenes of a recipe with `data.draw` "device", a shard at once.
 
     Under torchrun the ranks share the shards out; whoever finds all of them there writes the index.
+
+    Raises:
+        WaltError: counts that are not one per shape or more than there are scenes, a shape given twice, a folder of another
+            recipe (tokenizer, data, world, shapes, twins), a damaged index.
     """
     if len(counts) != len(job.shapes):
         raise WaltError(f"count: {len(job.shapes)} numbers needed, one per shape of the recipe, got {len(counts)}")
@@ -158,7 +162,11 @@ def _encoded(clips: Sequence[Any], encode: Callable[[Tensor], Tensor], stage: St
 
 
 class LatentShards:
-    """The latents of one folder in memory, per shape of a recipe; the last `held` of each shape are not for training."""
+    """The latents of one folder in memory, per shape of a recipe; the last `held` of each shape are not for training.
+
+    A WaltError for latents of another tokenizer, world, subjects or rate, for shapes that are not there, for shards without the
+    small videos that a super-resolution recipe needs, and for damaged files.
+    """
 
     def __init__(self, folder: Path, job: DenoiserJob, held: int = 0) -> None:
         self.held = held
