@@ -28,7 +28,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def export(parts: Path, output: Path, **changes: Path) -> int:
+def export(parts: Path, output: Path, **changes: Path | str) -> int:
     folders = {name: parts / name for name in ("vae", "base", "sr1", "sr2", "temporal")} | {"text": parts} | changes
     options = [text for name, folder in folders.items() for text in (f"--{name}", str(folder))]
     return cli.main(["export", str(output), *options, "--base-steps", "2", "--sr-steps", "1"])
@@ -74,8 +74,11 @@ def test_a_temporal_stage_is_exported_and_makes_16_frames_per_second(parts: Path
     # A second export takes the first one's place.
     (folder / "README.md").write_text("card")
     (folder / "old").mkdir()
-    assert export(parts, folder) == 0
+    assert len(json.loads((folder / "world.json").read_text())["subjects"]) == 8
+    assert export(parts, folder, world="large") == 0
     assert (folder / "README.md").read_text() == "card" and not (folder / "old").exists()
+    words = json.loads((folder / "world.json").read_text())
+    assert len(words["subjects"]) == 64 and "locomotive" in words["subjects"]
 
 
 def test_export_errors_are_one_line_and_delete_nothing(

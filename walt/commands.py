@@ -541,8 +541,8 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--world",
         choices=("embedded", "large"),
-        default="embedded",
-        help="emoji: the eight subjects of the embedded models, or 64 (default: embedded)",
+        default="large",
+        help="emoji: eight subjects (embedded), or 64, those eight among them (default: large)",
     )
     parser.add_argument("--index", default="cache/index", help="check: where to keep what is found (data.index)")
     parser.add_argument("--caption", help="check: field of the captions")
@@ -616,9 +616,9 @@ def _check(args: argparse.Namespace, console: Console) -> None:
 
 
 def _emoji(args: argparse.Namespace, console: Console) -> Path:
-    from walt.data.emoji import EMBEDDED_WORLD, LARGE_WORLD, build_cache
+    from walt.data.emoji import WORLDS, build_cache
 
-    subjects = {"embedded": EMBEDDED_WORLD, "large": LARGE_WORLD}[args.world].subjects
+    subjects = WORLDS[args.world].subjects
     folder = Path(args.folder or "cache/emoji")
     with _progress() as progress:
         task = progress.add_task("sprites", total=None)
@@ -693,6 +693,12 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sr2", default="runs/emoji-embedded-sr2-finish/final", help="second super-resolution folder")
     parser.add_argument("--temporal", metavar="FOLDER", help="temporal super-resolution folder (default: none)")
     parser.add_argument("--text", default="cache", help="folder with text_encoder/ and tokenizer/")
+    parser.add_argument(
+        "--world",
+        choices=("embedded", "large"),
+        default="embedded",
+        help="whose words the folder's world.json lists: those of eight subjects, or of 64 (default: embedded)",
+    )
     parser.add_argument("--base-steps", type=int, default=50)
     parser.add_argument("--sr-steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=4.0, help="default guidance scale of the base")
@@ -725,7 +731,7 @@ def export(args: argparse.Namespace) -> None:
     """Joins trained parts into one cascade folder, weights in float16, with the words it knows."""
     import shutil
 
-    from walt.data.emoji import EMBEDDED_WORLD
+    from walt.data.emoji import WORLDS
     from walt.diffusion import make_scheduler
     from walt.models.transformer_walt import WaltTransformer3DModel
     from walt.pipelines.pipeline_walt_cascade import WaltCascadePipeline
@@ -762,7 +768,7 @@ def export(args: argparse.Namespace) -> None:
     temporary = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     save_parts(pipe, temporary)
-    (temporary / "world.json").write_text(json.dumps(EMBEDDED_WORLD.words(), indent=1))
+    (temporary / "world.json").write_text(json.dumps(WORLDS[args.world].words(), indent=1))
     for name in ("README.md", "__init__.py"):
         if (output / name).exists():
             shutil.copy(output / name, temporary / name)
@@ -787,8 +793,8 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--world",
         choices=("embedded", "large"),
-        default="embedded",
-        help="whose held-out scenes: those of the eight embedded subjects, or of 64 (default: embedded)",
+        help="whose held-out scenes (joins, sheet: words): those of eight subjects, or of 64 (default: what the model's "
+        "world.json lists, or, for video, that of --generated; without one the embedded cascade's)",
     )
     parser.add_argument("--weights", default="cache/lpips_vgg.safetensors", help="LPIPS weights (walt data lpips)")
     parser.add_argument(
@@ -864,20 +870,53 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
 
 def evaluate_prepare(args: argparse.Namespace) -> None:
     """Arguments that need no weights."""
-    from walt.chunking import chunk_joins
-    from walt.cli import model_folder
-    from walt.media import check_output
+    from walt.data.emoji import check_sprites
 
     args.work = args.work or f"runs/{args.what}"
     if args.what == "video":
         _check_video(args)
-        return
-    if args.what == "nuwa":
+    elif args.what == "nuwa":
         nuwa_commands.evaluate_prepare(args)
-        return
-    if args.what == "tokenizer" and args.reference is not None:
+    elif args.what == "tokenizer" and args.reference is not None:
         _check_reconstruction(args)
+    else:
+        _check_scenes(args)
+    if args.reference is not None and args.what in ("tokenizer", "video"):
         return
+    if args.world is None:
+        args.world = _world_of(args.generated[0].parent if args.what == "video" and args.model is None else args.model)
+    if args.what not in ("joins", "sheet"):
+        check_sprites(args.source, args.world, "--source")
+
+
+def _world_of(folder: str | Path) -> str:
+    """Whose words the world.json of a model or of judged clips lists, by the name in `WORLDS`.
+
+    Without one those of the embedded cascade; a WaltError for the words of another world.
+    """
+    from walt.cli import model_folder
+    from walt.data.emoji import WORLDS
+    from walt.pipelines.loading import read_json
+
+    words = Path(folder) / "world.json"
+    if not words.is_file():
+        try:
+            words = model_folder(None) / "world.json"
+        except WaltError:  # an installation without weights
+            return "embedded"
+    subjects = read_json(words).get("subjects")
+    for name, world in WORLDS.items():
+        if list(world.subjects) == subjects:
+            return name
+    raise WaltError(f'"{words}" lists the subjects of no world that walt knows: say with --world whose scenes to take')
+
+
+def _check_scenes(args: argparse.Namespace) -> None:
+    """Arguments of what needs a cascade, or a tokenizer, and the emoji world's held-out scenes."""
+    from walt.chunking import chunk_joins
+    from walt.cli import model_folder
+    from walt.media import check_output
+
     if args.count is None:
         args.count = 200 if args.what == "prompts" else 6
     if args.frames is None:
@@ -935,6 +974,7 @@ def _check_reconstruction(args: argparse.Namespace) -> None:
 
 
 def _check_video(args: argparse.Namespace) -> None:
+    from walt.cli import model_folder
     from walt.data.emoji import read_index
     from walt.evaluation.features import feature_file
     from walt.evaluation.video import clip_files
@@ -946,6 +986,7 @@ def _check_video(args: argparse.Namespace) -> None:
     args.count = len(args.generated) if args.count is None else args.count
     if args.count < 2:
         raise WaltError(f"--count must be at least 2, got {args.count}")
+    args.model = None if args.model is None else model_folder(args.model)
     if args.reference is None:
         read_index(args.source)
     else:
@@ -1037,10 +1078,9 @@ def _steps(args: argparse.Namespace, pipe: Any, stages: int) -> list[int]:
 
 
 def _held_out(args: argparse.Namespace) -> Any:
-    from walt.data.emoji import EMBEDDED_WORLD, LARGE_WORLD, EmojiTheatre
+    from walt.data.emoji import WORLDS, EmojiTheatre
 
-    world = {"embedded": EMBEDDED_WORLD, "large": LARGE_WORLD}[args.world]
-    return EmojiTheatre(args.source, split="heldout", world=world)
+    return EmojiTheatre(args.source, split="heldout", world=WORLDS[args.world])
 
 
 def _evaluate_stages(args: argparse.Namespace, pipe: Any) -> None:
@@ -1218,7 +1258,7 @@ def _evaluate_joins(args: argparse.Namespace, pipe: Any) -> None:
         ratios, ordinary = [], []
         for seed in range(args.count):
             frames = pipe(
-                prompt=seed_prompt(seed),
+                prompt=seed_prompt(seed, args.world),
                 num_frames=args.frames,
                 num_inference_steps=_steps(args, pipe, stage),
                 stages=stage,
@@ -1254,7 +1294,7 @@ def _evaluate_prompts(args: argparse.Namespace, pipe: Any) -> int:
         table,
         write_report,
     )
-    from walt.media import to_pixels
+    from walt.media import replacing, to_pixels
 
     theatre = _held_out(args)
     stages, height, width = pipe.check_inputs(args.stages, None, None, args.frames)
@@ -1292,6 +1332,8 @@ def _evaluate_prompts(args: argparse.Namespace, pipe: Any) -> int:
             scenes, sampler, Path(args.work), settings, args.batch, lambda done: progress.update(task, completed=done)
         )
         shown = [judge(read_clip(path)) for path in progress.track(paths, description="judging")]
+    with replacing(Path(args.work) / "world.json") as temporary:  # `evaluate video` compares with the same world
+        temporary.write_text(json.dumps(theatre.world.words(), indent=1), encoding="utf-8")
     made = score(shown, wanted, theatre.world)
     aims = goals(made, truth, args.subject_share)
     run = f"{len(scenes)} clips of {args.frames} frames, {height}x{width}, from {stages} of {len(pipe.transformers)} stages"
@@ -1311,16 +1353,16 @@ def _image_network(name: str) -> Callable[[Tensor], Tensor]:
     return lambda images: network.features(images[:, :, None])
 
 
-def seed_prompt(seed: int) -> str:
-    """The prompt of a seed on the sheet: subject, motion and background drawn from the embedded world."""
+def seed_prompt(seed: int, world: str = "embedded") -> str:
+    """The prompt of a seed on the sheet: subject, motion and background drawn from a world of `WORLDS`."""
     import random
 
-    from walt.data.emoji import EMBEDDED_WORLD, describe
+    from walt.data.emoji import WORLDS, describe
 
     rng = random.Random(f"walt-sheet-{seed}")
-    world = EMBEDDED_WORLD
+    known = WORLDS[world]
     subject, motion, background = (
-        names[int(rng.random() * len(names))] for names in (world.subjects, world.motions, world.backgrounds)
+        names[int(rng.random() * len(names))] for names in (known.subjects, known.motions, known.backgrounds)
     )
     return describe((subject,), motion, background, "", "", False, (0, 0))
 
@@ -1335,7 +1377,7 @@ def _seed_sheet(args: argparse.Namespace, pipe: Any) -> None:
 
     rows = []
     for seed in range(args.count):
-        prompt = seed_prompt(seed)
+        prompt = seed_prompt(seed, args.world)
         frames = pipe(
             prompt=prompt,
             num_frames=args.frames,

@@ -19,7 +19,7 @@ GUIDE = Path(__file__).parents[2] / "docs" / "diffusers.md"
 @pytest.mark.slow
 def test_every_block_of_the_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tiny.cascade_folder(tmp_path / "model")
-    for name, model in (("style", tiny.transformer()), ("sharp", tiny.super_resolution_transformer(4, 2))):
+    for name, model in (("style/final", tiny.transformer()), ("sharp", tiny.super_resolution_transformer(4, 2))):
         model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
         model.save_lora_adapter(tmp_path / name)
     monkeypatch.setattr(walt, "embedded_model", lambda: str(folder))

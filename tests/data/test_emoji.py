@@ -193,7 +193,7 @@ def test_the_subjects_of_the_large_world() -> None:
         assert all(0 < share[other] < len(names) / 4 for other in others)
 
 
-@pytest.mark.parametrize(("flags", "count"), [([], 8), (["--world", "large"], 64), (["--all"], None)])
+@pytest.mark.parametrize(("flags", "count"), [([], 64), (["--world", "embedded"], 8), (["--all"], None)])
 def test_the_command_builds_the_world_it_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], count: int | None
 ) -> None:

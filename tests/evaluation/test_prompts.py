@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
 from walt import cli
-from walt.data.emoji import COLOURS, EMBEDDED_WORLD, EmojiTheatre, Scene
+from walt.data.emoji import COLOURS, EMBEDDED_WORLD, WORLDS, EmojiTheatre, Scene
 from walt.errors import WaltError
 from walt.evaluation.prompts import (
     SIDE,
@@ -272,7 +273,7 @@ class Stage:
 def test_the_command(
     theatre: EmojiTheatre, scenes: list[Scene], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("walt.data.emoji.EMBEDDED_WORLD", WORLD)
+    monkeypatch.setitem(WORLDS, "embedded", WORLD)
     monkeypatch.setattr("walt.commands._image_network", lambda path: pooled)
     weights = tmp_path / "network.safetensors"
     weights.touch()
@@ -282,12 +283,13 @@ def test_the_command(
         (tmp_path / name).mkdir(exist_ok=True)
         (tmp_path / name / "model").write_text(name)
         options = ("-n", 10, "--batch", 4, "--source", SPRITES, "--image-network", weights, "--model", tmp_path / name)
-        files = ("--work", tmp_path / "work", "--json", tmp_path / f"{name}.json")
+        files = ("--world", "embedded", "--work", tmp_path / "work", "--json", tmp_path / f"{name}.json")
         return cli.main(["evaluate", "prompts", *map(str, options + files)])
 
     honest, gray = (Stage(theatre, scenes, honest) for honest in (True, False))
     assert run(honest, "honest") == 0 and honest.calls == 3
     assert run(honest, "honest") == 0 and honest.calls == 3
+    assert json.loads((tmp_path / "work" / "world.json").read_text())["subjects"] == list(WORLD.subjects)
     report = json.loads((tmp_path / "honest.json").read_text())
     assert len(report["clips"]) == 10 and report["scores"]["generated"] == report["scores"]["real"]
     assert run(gray, "gray") == 1 and gray.calls == 3
@@ -312,3 +314,63 @@ def test_bad_options_are_usage_errors(
     source = () if "--source" in options else ("--source", str(SPRITES))
     assert cli.main(["evaluate", "prompts", "--model", str(tmp_path), *source, *options]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_scenes_are_those_of_the_models_world(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = tmp_path / "network.safetensors"
+    weights.touch()
+    asked: list[str] = []
+    monkeypatch.setattr("walt.cli.load_cascade", lambda *_: None)
+    monkeypatch.setattr("walt.commands._evaluate_prompts", lambda args, pipe: asked.append(args.world))
+    monkeypatch.setattr("walt.data.emoji.read_index", lambda folder: dict.fromkeys(WORLDS["large"].subjects))
+    call = ["evaluate", "prompts", "--model", str(tmp_path), "--image-network", str(weights)]
+    for name, world in WORLDS.items():
+        (tmp_path / "world.json").write_text(json.dumps(world.words()))
+        assert cli.main(call) == 0 and cli.main([*call, "--world", "embedded"]) == 0
+        assert asked[-2:] == [name, "embedded"]
+    (tmp_path / "world.json").write_text('{"subjects": ["cat"]}')
+    assert cli.main(call) == 2 and "say with --world" in capsys.readouterr().err
+    assert cli.main([*call, "--world", "large"]) == 0 and asked[-1] == "large"
+
+    # Clips that `prompts` made know whose they are; real ones need no world.
+    monkeypatch.setattr("walt.commands._evaluate_video", lambda args: asked.append(args.world))
+    for number in range(2):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")
+    video = ["evaluate", "video", "--generated", str(tmp_path), "--network", str(weights)]
+    for name, world in WORLDS.items():
+        (tmp_path / "world.json").write_text(json.dumps(world.words()))
+        assert cli.main(video) == 0 and asked[-1] == name
+    (tmp_path / "world.json").write_text("{")
+    assert cli.main(video) == 2 and "world.json" in capsys.readouterr().err
+    assert cli.main([*video, "-n", "2", "--model", "nowhere"]) == 2 and "--model" in capsys.readouterr().err
+
+    monkeypatch.undo()
+    for name in WORLDS:
+        assert cli.main([*call, "--source", str(SPRITES), "--world", name]) == 2
+        told = " ".join(capsys.readouterr().err.split())
+        assert f"--source: {SPRITES} lacks" in told and f"--world {name}" in told
+
+
+def test_sheets_and_joins_ask_for_the_words_of_the_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    class Pipe:
+        vae_scale_factor_temporal = 4
+
+        def default_steps(self, stages: int) -> list[int]:
+            return [1] * stages
+
+        def __call__(self, prompt: str, num_frames: int, **call: Any) -> SimpleNamespace:
+            asked.append(prompt)
+            return SimpleNamespace(frames=torch.rand(1, num_frames, 3, 32, 32))
+
+    monkeypatch.setattr("walt.cli.load_cascade", lambda *_: Pipe())
+    for world, names in (("embedded", 8), ("large", 64)):
+        for what in (("sheet", "-n", "40", "--frames", "1"), ("joins", "-n", "40")):
+            asked.clear()
+            output = ("-o", str(tmp_path / "x.png"))
+            assert cli.main(["evaluate", *what, "--world", world, *output]) == 0
+            shown = [name for prompt in asked for name in WORLDS["large"].subjects if f" {name} " in prompt]
+            assert len(asked) == 40 and set(shown) <= set(WORLDS[world].subjects) and len(set(shown)) > names / 4

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tests import tiny
 from walt.cli import main
-from walt.data.emoji import EMBEDDED_WORLD
+from walt.data.emoji import EMBEDDED_WORLD, WORLDS
 from walt.data.fetch import PINS, Pin, sha256
 from walt.data.scenes import to_video
 from walt.errors import WaltError
@@ -218,9 +218,9 @@ def test_tokenizers_of_walt_and_of_diffusers_are_measured(tmp_path: Path, capsys
 def test_a_tokenizer_alone_is_measured_on_held_out_scenes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("walt.data.emoji.EMBEDDED_WORLD", replace(EMBEDDED_WORLD, subjects=("rocket", "frog", "sun")))
+    monkeypatch.setitem(WORLDS, "embedded", replace(EMBEDDED_WORLD, subjects=("rocket", "frog", "sun")))
     tiny.vae().save_pretrained(tmp_path)
-    words = ["evaluate", "tokenizer", "--model", str(tmp_path), "-n", "1", "--frames", "1"]
+    words = ["evaluate", "tokenizer", "--world", "embedded", "--model", str(tmp_path), "-n", "1", "--frames", "1"]
     assert main([*words, "--source", str(Path(__file__).parents[1] / "sprites")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == ["128x224", "256x448", "512x896"]
@@ -231,8 +231,8 @@ def test_a_tokenizer_alone_is_measured_on_held_out_scenes(
 def test_stages_are_measured_beside_bicubic(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("walt.data.emoji.EMBEDDED_WORLD", replace(EMBEDDED_WORLD, subjects=("rocket", "frog", "sun")))
-    source = ["--source", str(Path(__file__).parents[1] / "sprites")]
+    monkeypatch.setitem(WORLDS, "embedded", replace(EMBEDDED_WORLD, subjects=("rocket", "frog", "sun")))
+    source = ["--source", str(Path(__file__).parents[1] / "sprites"), "--world", "embedded"]
     pipe = tiny.cascade()
     pipe.register_modules(transformer=tiny.transformer(sample_size=(2, 4, 4)))
     pipe.save_pretrained(tmp_path / "model")
@@ -255,12 +255,12 @@ def test_stages_are_measured_beside_bicubic(
 def test_a_temporal_stage_is_measured_beside_copies_and_blends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("walt.data.emoji.EMBEDDED_WORLD", replace(EMBEDDED_WORLD, subjects=("rocket", "frog", "sun")))
+    monkeypatch.setitem(WORLDS, "embedded", replace(EMBEDDED_WORLD, subjects=("rocket", "frog", "sun")))
     temporal = tiny.super_resolution_transformer(6, 1, low_res_scale=1, text_dim=None)
     pipe = tiny.cascade(temporal_super_resolution=temporal)
     pipe.register_modules(transformer=tiny.transformer(sample_size=(2, 4, 4)))
     pipe.save_pretrained(tmp_path / "model")
-    source = ["--source", str(Path(__file__).parents[1] / "sprites")]
+    source = ["--source", str(Path(__file__).parents[1] / "sprites"), "--world", "embedded"]
     call = ["evaluate", "super-resolution", "--model", str(tmp_path / "model"), *source, "-n", "2"]
     assert main([*call, "--frames", "5", "--stages", "1"]) == 0
     said = capsys.readouterr().out

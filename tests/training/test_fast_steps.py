@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor, multiprocessing, nn
 
 from tests.training.jobs import losses, save_tokenizer, saved, small_job, tokenizer_job
 from tests.training.test_engine import Line, line_job, rows
@@ -21,10 +24,11 @@ from walt.latents import to_device
 from walt.models.transformer_walt import LocalMixing
 from walt.training import loop
 from walt.training.compiled import compile_network
-from walt.training.job import DenoiserJob, Job, OptimizerJob
+from walt.training.job import DenoiserJob, Job, OptimizerJob, RunJob
 from walt.training.loop import train
 from walt.training.muon import Muon, orthogonalize
 from walt.training.optimizers import make_optimizer, warm
+from walt.training.ranks import Ranks
 
 SHAPES: tuple[tuple[int, ...], ...] = (
     *(3 * [(6, 40)] + 3 * [(40, 6)] + 2 * [(16, 16)]),
@@ -42,10 +46,10 @@ def gradients(step: int) -> list[Tensor | None]:
     return found
 
 
-def muon(batched: bool, half: bool = False) -> tuple[list[nn.Parameter], Muon]:
+def muon(batched: bool, half: bool = False, ranks: dist.ProcessGroup | None = None) -> tuple[list[nn.Parameter], Muon]:
     torch.manual_seed(0)
     weights = [nn.Parameter(torch.randn(shape)) for shape in SHAPES]
-    return weights, Muon(weights, lr=3e-2, weight_decay=0.1, half=half, batched=batched)
+    return weights, Muon(weights, lr=3e-2, weight_decay=0.1, half=half, batched=batched, ranks=ranks)
 
 
 def advance(weights: list[nn.Parameter], optimizer: Muon, steps: range) -> None:
@@ -73,6 +77,46 @@ def test_muon_in_batches_is_muon_one_by_one() -> None:
     advance(weights, resumed, range(12, 16))
     advance(one, alone, range(12, 16))
     assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(one, weights, strict=True))
+
+
+def _one_of_two(rank: int, folder: str, batched: bool) -> None:
+    """A process of the next test: leaves its weights and how many matrices it has orthogonalized."""
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="0")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    run = RunJob(output=folder, steps=1)
+    assert Ranks(run.model_copy(update={"parallel": "fsdp"})).twins is None
+    weights, optimizer = muon(batched, ranks=Ranks(run).twins)
+    made: list[int] = []
+
+    def count(matrix: Tensor, **kwargs: Any) -> Tensor:
+        made.append(math.prod(matrix.shape[:-2]))
+        return orthogonalize(matrix, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("walt.training.muon.orthogonalize", count)
+        advance(weights, optimizer, range(12))
+    moved = {f"weight.{i}": weight.detach() for i, weight in enumerate(weights)}
+    momenta = {f"momentum.{i}": optimizer.state[w]["momentum"] for i, w in enumerate(weights) if w.ndim > 1}
+    save_file({**moved, **momenta, "made": torch.tensor(sum(made))}, f"{folder}/{rank}.safetensors")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_two_ranks_share_the_work_of_muon_and_end_with_the_same_weights(tmp_path: Path, batched: bool) -> None:
+    multiprocessing.spawn(_one_of_two, (str(tmp_path), batched), nprocs=2)
+    left, right = (load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1))
+    weights, optimizer = muon(batched)
+    advance(weights, optimizer, range(12))
+    for i, weight in enumerate(weights):
+        assert torch.equal(left[f"weight.{i}"], right[f"weight.{i}"]), i
+        assert torch.allclose(left[f"weight.{i}"], weight, rtol=1e-5, atol=1e-5), i
+        if weight.ndim > 1:
+            assert torch.equal(left[f"momentum.{i}"], optimizer.state[weight]["momentum"]), i
+    # A matrix alone of its shape is done by both, and no other.
+    whole = sum(grad is not None and grad.ndim > 1 for step in range(12) for grad in gradients(step))
+    made = [int(found["made"]) for found in (left, right)]
+    assert sum(made) < 1.25 * whole and abs(made[0] - made[1]) < 0.2 * whole, (made, whole)
 
 
 def test_a_warm_muon_has_moved_nothing() -> None:

@@ -395,10 +395,17 @@ def test_latents_go_with_their_recipe_alone(tmp_path: Path) -> None:
         write_latents(job.model_copy(update={"shapes": job.shapes[::-1]}), folder, [2, 2], zeros)
     write_latents(job, folder, [2, 3], zeros)
     assert len(LatentShards(folder, job).latents[1]) == 3
-    for damaged in ("[]", "{}", '{"tokenizer": "x", "data": {}, "world": {}}'):
+    whole = json.loads((folder / "index.json").read_text())
+    rowless = [json.dumps({**whole, "shards": [row]}) for row in ("x", {}, {"file": 1, "shape": {}}, {"file": "x"})]
+    for damaged in ("[]", "{}", '{"tokenizer": "x", "data": {}, "world": {}}', *rowless):
         (folder / "index.json").write_text(damaged)
+        told = (
+            r"index\.json: shards holds .* no file with its shape"
+            if damaged in rowless
+            else r"index\.json does not say"
+        )
         for use in (lambda: LatentShards(folder, job), lambda: write_latents(job, folder, [2, 2], zeros)):
-            with pytest.raises(WaltError, match=r"index\.json does not say"):
+            with pytest.raises(WaltError, match=told):
                 use()
 
 

@@ -222,6 +222,20 @@ LARGE_WORLD = replace(
 """Of 64 subjects over the emoji groups, by `draw_subjects(index, 64, seed=0, keep=EMBEDDED_WORLD.subjects, skip=LEFT_OUT)`
 of a full cache."""
 
+WORLDS = {"embedded": EMBEDDED_WORLD, "large": LARGE_WORLD}
+"""By the names that options and recipes give them."""
+
+
+def check_sprites(folder: str | Path, name: str, argument: str) -> None:
+    """A WaltError that names the `argument` and says how to build them, when a folder lacks sprites of a world of `WORLDS`."""
+    index = read_index(Path(folder))
+    missing = [subject for subject in WORLDS[name].subjects if subject not in index] if name in WORLDS else []
+    if missing:
+        raise WaltError(
+            f"{argument}: {folder} lacks {len(missing)} subjects of the {name} world, such as {missing[0]!r}: build them with "
+            f"`walt data emoji {folder} --world {name}`"
+        )
+
 
 def held_out(subject: str, other: str) -> bool:
     """Whether the pair (subject, motion) or (subject, background colour) is kept from training: about one in ten."""

@@ -247,10 +247,15 @@ def _read_index(path: Path) -> dict[str, Any]:
     try:
         index = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise WaltError(f"{path} cannot be read ({error}); run `walt encode` again") from None
+        raise WaltError(f"{path} cannot be read ({error}); run `walt encode` into another folder") from None
     kinds = {"tokenizer": str, "data": dict, "world": dict, "shards": list}
     if not isinstance(index, dict) or not all(isinstance(index.get(key), kind) for key, kind in kinds.items()):
         raise WaltError(f"{path} does not say what latents are there; run `walt encode` into another folder")
+    for row in index["shards"]:
+        if not (isinstance(row, dict) and isinstance(row.get("file"), str) and isinstance(row.get("shape"), dict)):
+            raise WaltError(
+                f"{path}: shards holds {row!r}, no file with its shape; run `walt encode` into another folder"
+            )
     return index
 
 

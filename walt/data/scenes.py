@@ -10,10 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from walt.data.emoji import EMBEDDED_WORLD, FPS, LARGE_WORLD, EmojiTheatre, Scene, World, read_index
+from walt.data.emoji import FPS, WORLDS, EmojiTheatre, Scene, World, check_sprites
 from walt.data.sketches import draw_sketch
 from walt.data.stage import Layout, lay_out
-from walt.errors import WaltError
 from walt.training.job import DataJob, Shape
 
 SCENE_FRAMES = 29
@@ -39,18 +38,7 @@ class Laid:
 
 def world(job: DataJob) -> World:
     """The world that a recipe names."""
-    return {"embedded": EMBEDDED_WORLD, "large": LARGE_WORLD, "full": World()}[job.world]
-
-
-def _check_sprites(job: DataJob) -> None:
-    """A WaltError that says how to build them, when sprites of the recipe's world are missing."""
-    index = read_index(job.source)
-    missing = [name for name in world(job).subjects if name not in index]
-    if missing:
-        raise WaltError(
-            f"data.source: {job.source} lacks {len(missing)} subjects of the {job.world} world, such as {missing[0]!r}: build "
-            f"them with `walt data emoji {job.source} --world {job.world}`"
-        )
+    return {**WORLDS, "full": World()}[job.world]
 
 
 def to_video(frames: np.ndarray) -> Tensor:
@@ -65,7 +53,7 @@ class Scenes:
         self.job = job
         self.rate = job.fps // FPS
         if not job.subjects:
-            _check_sprites(job)
+            check_sprites(job.source, job.world, "data.source")
         self.theatre = EmojiTheatre(job.source, subjects=job.subjects or None, world=world(job))
         self.clips = self.cast = self.theatre
         if job.clip_subjects:

@@ -302,7 +302,8 @@ class _Trainer:
         self.trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         if not self.trained:
             raise WaltError("there is nothing to train: every parameter is frozen")
-        self.optimizer = make_optimizer(self.job, list(self.trained.values()), ranks.run.precision == "bf16")
+        half = ranks.run.precision == "bf16"
+        self.optimizer = make_optimizer(self.job, list(self.trained.values()), half, ranks.twins)
         self.reducer: Reducer = ranks.reducer(self.module)
         self.lr = self.job.lr
         self.packs: list[tuple[Number, Number]] = []  # total and weight of each pack of a step

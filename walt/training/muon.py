@@ -6,10 +6,12 @@ matrix goes by AdamW in the same optimizer, so that a recipe only changes `optim
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -52,6 +54,9 @@ class Muon(torch.optim.Optimizer):
             another order, as more ranks do, then differs by bfloat16's rounding.
         batched: whole weights of one shape as one batch, the rest list by list; None: on a GPU, where a step is otherwise
             thousands of small launches.
+        ranks: processes that hold the same whole weights and gradients (DDP): of the matrices of one shape each
+            orthogonalizes its share, and gets the others' from the others. All end with the same weights, equal up to
+            rounding to those of one process.
     """
 
     def __init__(
@@ -64,8 +69,10 @@ class Muon(torch.optim.Optimizer):
         eps: float = 1e-8,
         half: bool = False,
         batched: bool | None = None,
+        ranks: dist.ProcessGroup | None = None,
     ) -> None:
         self.half, self.batched = half, batched
+        self.ranks, self.world = ranks, 1 if ranks is None else dist.get_world_size(ranks)
         super().__init__(
             parameters, {"lr": lr, "momentum": momentum, "betas": betas, "weight_decay": weight_decay, "eps": eps}
         )
@@ -77,7 +84,7 @@ class Muon(torch.optim.Optimizer):
             for weight in group["params"]:
                 if weight.grad is None:
                     continue
-                if not isinstance(weight, DTensor) and (weight.is_cuda if self.batched is None else self.batched):
+                if not isinstance(weight, DTensor) and (self._batched(weight) or self.world > 1):
                     together.append(weight)
                     continue
                 weight.mul_(1.0 - group["lr"] * group["weight_decay"])
@@ -88,6 +95,9 @@ class Muon(torch.optim.Optimizer):
                     torch._foreach_mul_(together, 1.0 - group["lr"] * group["weight_decay"])
                 self._matrices([weight for weight in together if weight.ndim > 1], group)
                 self._vectors([weight for weight in together if weight.ndim < 2], group)
+
+    def _batched(self, weight: Tensor) -> bool:
+        return weight.is_cuda if self.batched is None else self.batched
 
     def _state(self, weight: Tensor) -> dict[str, Tensor]:
         """The state of a weight, zeros at first."""
@@ -132,12 +142,29 @@ class Muon(torch.optim.Optimizer):
         for i, weight in enumerate(weights):
             shape = (weight.shape[0], weight[0].numel(), weight.dtype, weight.device)
             shapes.setdefault(shape, []).append(i)
-        for (m, n, _, device), members in shapes.items():
-            half = self.half and has_bfloat16_units(device)
-            batch = orthogonalize(torch.stack([ahead[i].reshape(m, n) for i in members]), half=half)
-            rows = batch.mul_(group["lr"] * 0.2 * max(m, n) ** 0.5).unbind()
+        for (m, n, _, _), members in shapes.items():
+            flat = [ahead[i].reshape(m, n) for i in members]
+            rows = self._orthogonal(flat).mul_(0.2 * max(m, n) ** 0.5 * group["lr"]).unbind()
             updates = [row.reshape(weights[i].shape) for i, row in zip(members, rows, strict=True)]
             torch._foreach_sub_([weights[i] for i in members], updates)
+
+    def _orthogonal(self, matrices: Sequence[Tensor]) -> Tensor:
+        """`orthogonalize` of each `(m, n)`, as `(k, m, n)`; every rank makes every `world`-th, or all if they are fewer."""
+        shared = len(matrices) >= self.world > 1
+        mine = matrices[dist.get_rank(self.ranks) :: self.world] if shared else matrices
+        half = self.half and has_bfloat16_units(mine[0].device)
+        if self._batched(mine[0]):
+            made = orthogonalize(torch.stack(list(mine)), half=half)
+        else:
+            made = torch.stack([orthogonalize(matrix, half=half) for matrix in mine])
+        if not shared:
+            return made
+        # Those without a last one send zeros in its place.
+        sent = made.new_zeros(math.ceil(len(matrices) / self.world), *made.shape[1:])
+        sent[: len(made)] = made
+        got = sent.new_empty(self.world, *sent.shape)
+        dist.all_gather(list(got.unbind()), sent, group=self.ranks)
+        return got.transpose(0, 1).flatten(0, 1)[: len(matrices)]
 
     def _vectors(self, weights: Sequence[Tensor], group: dict[str, Any]) -> None:
         """What `_vector` gives, taken from all the weights: those with as many steps behind them at once."""

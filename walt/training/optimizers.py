@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from walt.training.adafactor import Adafactor
@@ -17,15 +18,18 @@ from walt.training.job import OptimizerJob, RunJob
 from walt.training.muon import Muon
 
 
-def make_optimizer(job: OptimizerJob, parameters: Sequence[Tensor], half: bool = False) -> torch.optim.Optimizer:
+def make_optimizer(
+    job: OptimizerJob, parameters: Sequence[Tensor], half: bool = False, ranks: ProcessGroup | None = None
+) -> torch.optim.Optimizer:
     """AdamW, Adafactor or Muon; `betas` belong to AdamW, and to what Muon leaves to it.
 
-    `half`: the run's products are bfloat16 (`run.precision`), and so are Muon's.
+    `half`: the run's products are bfloat16 (`run.precision`), and so are Muon's. `ranks`: who else takes the same step on
+    whole weights, and may share Muon's work.
     """
     if job.kind == "adafactor":
         return Adafactor(parameters, lr=job.lr, weight_decay=job.weight_decay)
     if job.kind == "muon":
-        return Muon(parameters, lr=job.lr, betas=job.betas, weight_decay=job.weight_decay, half=half)
+        return Muon(parameters, lr=job.lr, betas=job.betas, weight_decay=job.weight_decay, half=half, ranks=ranks)
     # One kernel for all weights; shards go by lists, as before.
     fused = all(weight.is_cuda and not isinstance(weight, DTensor) for weight in parameters)
     return torch.optim.AdamW(

@@ -230,7 +230,8 @@ def make_plan(
         else:
             measured = _measure(cls, job, sizes, drawn[0], device, half)
         rate, process = measured.rate, measured.process
-        share = ranks if job.run.parallel == "fsdp" else 1
+        # FSDP cuts the weights across the ranks; of whole ones Muon shares the work.
+        share = ranks if job.run.parallel == "fsdp" or job.optimizer.kind == "muon" else 1
         seconds["optimizer"] = measured.update * sum(counts[name] for name in trained) / share
         if measured.data is not None:
             seconds["data"] = measured.data * packs / ranks

@@ -59,6 +59,11 @@ class Ranks:
         """This rank's packs of every step: numbers below `packs`, so that the packs do not depend on who trains them."""
         return range(self.rank, self.packs, self.world)
 
+    @property
+    def twins(self) -> dist.ProcessGroup | None:
+        """The ranks, where each holds all weights (DDP) and takes the same step."""
+        return dist.group.WORLD if self.world > 1 and not self.sharded else None
+
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Products in bfloat16 where the recipe says so; weights stay float32."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.run.precision == "bf16")
