@@ -49,6 +49,7 @@ def spawn(work: Callable[[], object]) -> int:
     try:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
+        torch.set_num_threads(1)  # the parent's OpenMP threads are not here, and would be waited for
         work()
         code = 0
     except BaseException as error:

@@ -506,7 +506,7 @@ def large_base_images() -> DenoiserJob:
             ),
             "diffusion": first.diffusion.model_copy(update={"partial_captions": 0.1}),
             "optimizer": first.optimizer.model_copy(update={"lr": 1e-3, "final_lr_ratio": 0.3}),
-            # Two packs a step: two processes of one thread each train 1.4 times as fast as one of two threads.
+            # Two packs a step: two processes of one thread each train half as fast again as one of two threads.
             "run": first.run.model_copy(
                 update={"output": "runs/emoji-large-base-images", "seed": 43, "steps": 3300, "packs": 2}
             ),
