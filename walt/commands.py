@@ -829,9 +829,16 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
         help="prompts, video, nuwa, super-resolution, tokenizer --reference: where to write every verdict or row",
     )
     parser.add_argument("--tasks", metavar="A,B", help="nuwa: only these of its tasks, by the names of `walt nuwa`")
-    parser.add_argument("--guidance", type=float, help="nuwa: guidance scale (default: the model's)")
+    parser.add_argument(
+        "--guidance", type=float, help="nuwa, prompts: guidance scale, of the base (default: the model's)"
+    )
     parser.add_argument("--top-p", type=float, help="nuwa: sampling among the likeliest tokens (default: the model's)")
-    parser.add_argument("--first", type=int, default=0, help="nuwa: number of the first held-out scene (default: 0)")
+    parser.add_argument(
+        "--first",
+        type=int,
+        default=0,
+        help="prompts, nuwa: number of the first held-out scene (default: 0); choose settings on others than you report",
+    )
     parser.add_argument("--batch", type=int, default=8, help="prompts: clips sampled at a time")
     parser.add_argument(
         "--dtype",
@@ -949,6 +956,10 @@ def _check_prompts(args: argparse.Namespace) -> None:
         raise WaltError(f"--batch must be at least 1, got {args.batch}")
     if not 0 < args.subject_share <= 1:
         raise WaltError(f"--subject-share must be above 0 and at most 1, got {args.subject_share}")
+    if args.guidance is not None and not 0 <= args.guidance < math.inf:
+        raise WaltError(f"--guidance must be at least 0 and finite, got {args.guidance}")
+    if args.first < 0:
+        raise WaltError(f"--first must be at least 0, got {args.first}")
     if args.frames < 5:
         raise WaltError(f"--frames must be at least 5 for motions to be told, got {args.frames}")
     if args.json is not None:
@@ -1305,19 +1316,24 @@ def _evaluate_prompts(args: argparse.Namespace, pipe: Any) -> int:
         "steps": _steps(args, pipe, stages),
         "size": [args.frames, height, width],
     }
+    guidance = None
+    if args.guidance is not None:
+        later = pipe.config.super_resolution_guidance_scale
+        guidance = settings["guidance"] = [args.guidance] + [later] * (stages - 1)
 
     def sampler(prompts: Sequence[str], seeds: Sequence[int]) -> Any:
         frames = pipe(
             prompt=list(prompts),
             num_frames=args.frames,
             num_inference_steps=_steps(args, pipe, stages),
+            guidance_scale=guidance,
             stages=stages,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             output_type="pt",
         ).frames
         return to_pixels(frames)
 
-    scenes = held_out_scenes(theatre, args.count, frames=args.frames)
+    scenes = held_out_scenes(theatre, args.count, seed=args.first, frames=args.frames)
     wanted = [asked(scene) for scene in scenes]
     with _progress() as progress:
         judge = Judge.learn(theatre, _image_network(args.image_network), height, width)
@@ -1340,7 +1356,7 @@ def _evaluate_prompts(args: argparse.Namespace, pipe: Any) -> int:
     Console().print(table(made, truth, aims))
     Console().print(run, soft_wrap=True)
     if args.json is not None:
-        settings = {**settings, "image_network": args.image_network, "subject_share": args.subject_share}
+        settings |= {"first": args.first, "image_network": args.image_network, "subject_share": args.subject_share}
         write_report(args.json, settings, scenes, shown, real, theatre.world, args.subject_share)
     return 0 if all(aim.met for aim in aims.values()) else 1
 

@@ -252,9 +252,11 @@ class Stage:
 
     def __init__(self, theatre: EmojiTheatre, scenes: Sequence[Scene], honest: bool) -> None:
         self.theatre, self.honest, self.calls = theatre, honest, 0
+        self.guidance: list[list[float] | None] = []
         self.scenes = {scene.caption: scene for scene in scenes}
 
     transformers = (None, None, None)
+    config = SimpleNamespace(super_resolution_guidance_scale=1.25)
 
     def default_steps(self, stages: int) -> list[int]:
         return [16, 1, 1][:stages]
@@ -265,6 +267,7 @@ class Stage:
     def __call__(self, prompt: list[str], num_frames: int, **options: Any) -> SimpleNamespace:
         assert len(options["generator"]) == len(prompt)
         self.calls += 1
+        self.guidance.append(options["guidance_scale"])
         clips = np.stack([self.theatre.render(self.scenes[one], *SIZE, frames=num_frames)[0] for one in prompt])
         frames = torch.from_numpy(clips).permute(0, 1, 4, 2, 3).float() / 255
         return SimpleNamespace(frames=frames if self.honest else torch.full_like(frames, 0.5))
@@ -278,13 +281,13 @@ def test_the_command(
     weights = tmp_path / "network.safetensors"
     weights.touch()
 
-    def run(pipe: Stage, name: str) -> int:
+    def run(pipe: Stage, name: str, *more: Any) -> int:
         monkeypatch.setattr("walt.cli.load_cascade", lambda *_: pipe)
         (tmp_path / name).mkdir(exist_ok=True)
         (tmp_path / name / "model").write_text(name)
         options = ("-n", 10, "--batch", 4, "--source", SPRITES, "--image-network", weights, "--model", tmp_path / name)
         files = ("--world", "embedded", "--work", tmp_path / "work", "--json", tmp_path / f"{name}.json")
-        return cli.main(["evaluate", "prompts", *map(str, options + files)])
+        return cli.main(["evaluate", "prompts", *map(str, options + files + more)])
 
     honest, gray = (Stage(theatre, scenes, honest) for honest in (True, False))
     assert run(honest, "honest") == 0 and honest.calls == 3
@@ -296,12 +299,23 @@ def test_the_command(
     report = json.loads((tmp_path / "gray.json").read_text())
     assert not any(goal["met"] for goal in report["goals"].values())
 
+    # Other prompts, another guidance of the base: clips of their own.
+    honest.calls, honest.guidance = 0, []
+    assert run(honest, "honest", "--first", 4, "-n", 6) == 0 and honest.calls == 2 and honest.guidance == [None] * 2
+    report = json.loads((tmp_path / "honest.json").read_text())
+    assert [clip["prompt"] for clip in report["clips"]] == [scene.caption for scene in scenes[4:10]]
+    honest.guidance = []
+    assert run(honest, "honest", "--guidance", 3, "--stages", 2) == 0 and honest.guidance == [[3.0, 1.25]] * 3
+    assert run(honest, "honest", "--guidance", 3, "--stages", 2) == 0 and len(honest.guidance) == 3
+
 
 @pytest.mark.parametrize(
     "options, message",
     [
         (("--subject-share", "0"), "--subject-share must be"),
         (("--batch", "0"), "--batch must be"),
+        (("--first", "-1"), "--first must be at least 0, got -1"),
+        (("--guidance", "nan"), "--guidance must be at least 0 and finite, got nan"),
         (("--frames", "1"), "--frames must be at least 5"),
         (("--json", "x.txt"), "must end in .json"),
         (("--source", "nowhere"), "no sprites in nowhere"),
