@@ -880,6 +880,8 @@ def evaluate_prepare(args: argparse.Namespace) -> None:
     from walt.data.emoji import check_sprites
 
     args.work = args.work or f"runs/{args.what}"
+    if not 0 <= args.first < 2**62:  # and the scenes after it have seeds below 2**63
+        raise WaltError(f"--first must be from 0 to 2**62 - 1, got {args.first}")
     if args.what == "video":
         _check_video(args)
     elif args.what == "nuwa":
@@ -958,8 +960,6 @@ def _check_prompts(args: argparse.Namespace) -> None:
         raise WaltError(f"--subject-share must be above 0 and at most 1, got {args.subject_share}")
     if args.guidance is not None and not 0 <= args.guidance < math.inf:
         raise WaltError(f"--guidance must be at least 0 and finite, got {args.guidance}")
-    if args.first < 0:
-        raise WaltError(f"--first must be at least 0, got {args.first}")
     if args.frames < 5:
         raise WaltError(f"--frames must be at least 5 for motions to be told, got {args.frames}")
     if args.json is not None:

@@ -393,8 +393,6 @@ def evaluate_prepare(args: argparse.Namespace) -> None:
     args.count = 16 if args.count is None else args.count
     if args.count < 2:
         raise WaltError(f"--count must be at least 2, got {args.count}")
-    if args.first < 0:
-        raise WaltError(f"--first must be at least 0, got {args.first}")
     names = list(TASKS) if args.tasks is None else [name.strip() for name in args.tasks.split(",")]
     for name in names:
         if name not in TASKS:

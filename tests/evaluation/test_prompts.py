@@ -314,7 +314,8 @@ def test_the_command(
     [
         (("--subject-share", "0"), "--subject-share must be"),
         (("--batch", "0"), "--batch must be"),
-        (("--first", "-1"), "--first must be at least 0, got -1"),
+        (("--first", "-1"), "--first must be from 0 to"),
+        (("--first", str(2**62)), "--first must be from 0 to"),
         (("--guidance", "nan"), "--guidance must be at least 0 and finite, got nan"),
         (("--frames", "1"), "--frames must be at least 5"),
         (("--json", "x.txt"), "must end in .json"),
