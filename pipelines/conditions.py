@@ -101,9 +101,13 @@ def close_seams(video: Tensor, truth: Tensor, shown: Tensor, frames: int = 8) ->
         shown: `(B or 1, 1, T, H, W)` bool.
         frames: within so many frames a jump is spread.
     """
+    if len(shown) > 1:  # what is given may differ from video to video
+        for i in range(len(shown)):
+            close_seams(video[i : i + 1], truth.expand_as(video)[i : i + 1], shown[i : i + 1], frames)
+        return
     shown, truth = shown.to(video.device), truth.to(video)
-    partly = shown.any(dim=4).any(dim=3).any(dim=1).any(dim=0).tolist()
-    whole = shown.all(dim=4).all(dim=3).all(dim=1).all(dim=0).tolist()
+    partly = shown.flatten(3).any(dim=3)[0, 0].tolist()
+    whole = shown.flatten(3).all(dim=3)[0, 0].tolist()
     for t in range(video.shape[2]):
         if partly[t] and not whole[t]:
             mask, made = shown[:, :, t], video[:, :, t]
@@ -202,6 +206,12 @@ def place(known: Known, clip: Tensor, frame_index: int, still: bool, ratio: int)
         still: whether it is one picture, which is held for all frames of its latent.
     """
     frames, count = known.video.shape[2], clip.shape[2]
+    if isinstance(frame_index, bool) or not isinstance(frame_index, int):
+        raise WaltError(f"frame_index must be a whole number, got {frame_index!r}")
+    if len(known.video) > 1 and len(clip) not in (1, len(known.video)):
+        raise WaltError(
+            f"what is given has {len(known.video)} and {len(clip)} rows: give one of each, or one per prompt"
+        )
     start = frame_index + frames if frame_index < 0 else frame_index
     if not 0 <= start < frames or start + count > frames:
         raise WaltError(
@@ -215,7 +225,7 @@ def place(known: Known, clip: Tensor, frame_index: int, still: bool, ratio: int)
     if still and start:
         first = 1 + (start - 1) // ratio * ratio
         end = first + ratio
-        video[:, :, first:end] = clip
+        video[:, :, first:end] = torch.where(shown[:, :, first:end], video[:, :, first:end], clip)
     elif (start and start % ratio != 1 % ratio) or (end - 1) % ratio:
         raise WaltError(
             f"a clip of {count} frames at frame_index={frame_index} does not fill latents of {ratio} frames: at 0 give "

@@ -196,7 +196,8 @@ class NuwaPipeline(SamplingPipeline):
             num_candidates: samples per result, of which the best by `ranker` is returned; the first candidate is what
                 `num_candidates=1` gives.
             ranker: maps prompts and candidates `(N, 3, T, H, W)` in [-1, 1] to scores `(N,)`. Default: how much
-                likelier the transformer finds the made tokens under the condition than under "None".
+                likelier the transformer finds the made tokens under the condition than under "None" (or under the negative
+                prompt). One of both needs a prompt or a sketch.
             generator: one, or one per result. A result depends on its own generator only.
             prompt_embeds, negative_prompt_embeds: text states `(P, S, D)` in place of prompts.
             prompt_embeds_mask, negative_prompt_embeds_mask: `(P, S)`, 1 where a state counts.
@@ -233,6 +234,10 @@ class NuwaPipeline(SamplingPipeline):
         self._check_task(prompt, prompts, maps, given)
         if prompts is None and (negative_prompt is not None or negative_prompt_embeds is not None):
             raise WaltError("negative_prompt goes with a prompt, and there is none: leave it out")
+        if num_candidates > 1 and prompts is None and maps is None:
+            raise WaltError(
+                f"num_candidates={num_candidates}: candidates are scored by how well they fit a prompt or a sketch; give one"
+            )
         shape = self._shape(height, width, num_frames, maps, given, image is not None)
         if guidance_scale is None:
             guidance_scale = self.default_guidance(still=shape[0] == 1)

@@ -12,7 +12,7 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from walt.chunking import chunk_count, peek, windows
+from walt.chunking import chunk_count, chunk_length, peek, windows
 from walt.conditioning import TEXT_TOKENS, low_res_kind
 from walt.errors import WaltError
 from walt.models.transformer_walt import WaltTransformer3DModel
@@ -377,10 +377,13 @@ class WaltCascadePipeline(SamplingPipeline):
         if not models:
             raise WaltError("this model has no super-resolution stage: a cascade of two or three stages enlarges")
         whole = None if isinstance(video, Iterator) else read_video(video).transpose(1, 2) / 2 + 0.5
-        chunks = 0 if whole is None else chunk_count(whole.shape[1], self.vae_scale_factor_temporal)
+        whole_frames = 0 if whole is None else whole.shape[1]
+        chunks = chunk_count(whole_frames, self.vae_scale_factor_temporal) if whole_frames else 0
         first, pieces = peek(video if whole is None else [whole])
         del whole
         order = self._enlargers(first.shape[-2], first.shape[-1], scale)
+        if whole_frames:
+            self._check_length(order, whole_frames)
         steps = self.config.super_resolution_steps if num_inference_steps is None else num_inference_steps
         guidance = self.config.super_resolution_guidance_scale if guidance_scale is None else guidance_scale
         level = self.config.noise_level if noise_level is None else noise_level
@@ -432,6 +435,15 @@ class WaltCascadePipeline(SamplingPipeline):
                 callback_on_step_end=self._stage_callback(stages, place, i, callback_on_step_end),
             )
         return self._run(begin, frames)
+
+    def _check_length(self, order: list[int], num_frames: int) -> None:
+        """A WaltError where one of these stages cannot take so many frames: it is never given those of the chunk before."""
+        ratio = self.vae_scale_factor_temporal
+        if chunk_count(num_frames, ratio) > 1 and not all(self._model(i).config.frame_conditioning for i in order):
+            raise WaltError(
+                f"a video of {num_frames} frames needs stages with frame_conditioning; one of these has none and takes up to "
+                f"{chunk_length(num_frames, ratio)}"
+            )
 
     def _enlargers(self, height: int, width: int, scale: int | None) -> list[int]:
         """Places in `transformers` of the stages that enlarge a video of this size, one after another."""
@@ -490,6 +502,9 @@ class WaltCascadePipeline(SamplingPipeline):
                 (levels, noise_level, self.config.noise_level),
             ):
                 values.append(default if given is None or isinstance(given, list | tuple) else given)
+            self._check_length(order[1:], 2 * num_frames - 1)
+        for level in levels:
+            check_range("noise_level", level, 0, 999, whole=True)
         for count in steps:
             self._check_common(count, num_videos_per_prompt, guidance_rescale, output_type)
         for scale in scales:

@@ -30,8 +30,6 @@ from walt.pipelines.sampling import (
     sample_seeds,
 )
 
-SEGMENTS = (5, 9, 13)  # gaps between two pictures that need no still frame: a latent of four frames holds the second
-
 
 class WaltConditionPipeline(WaltPipeline):
     """Videos from given frames, clips and regions, by the same components as WaltPipeline.
@@ -110,7 +108,8 @@ class WaltConditionPipeline(WaltPipeline):
             WaltError: an argument that does not fit.
         """
         given_conditions = self._conditions(image, last_image, conditions, video, mask_video, strength, num_frames)
-        self._check_task(bool(given_conditions) or (video is not None and strength is None), conditioning)
+        keeps = video is not None and (strength is None or mask_video is not None)
+        self._check_task(bool(given_conditions) or keeps, conditioning)
         clip = None if video is None else read_video(video)
         whole = clip if mask_video is not None or strength is not None else None
         if whole is not None:
@@ -140,8 +139,10 @@ class WaltConditionPipeline(WaltPipeline):
 
         known = Known.nothing(1, frames, *size)
         for condition, pixels in zip(given_conditions, clips, strict=True):
-            still = condition.video is None
-            known = place(known, fit(pixels, *size), condition.frame_index, still, ratio)
+            still, index = condition.video is None, condition.frame_index
+            if isinstance(index, int) and -num_frames <= index < 0:
+                index += num_frames  # what is edited may be padded at its end
+            known = place(known, fit(pixels, *size), index, still, ratio)
         start: Tensor | None = None
         if whole is not None:
             fitted = _hold(fit(whole, *size), frames)
@@ -249,7 +250,7 @@ class WaltConditionPipeline(WaltPipeline):
             call: as of a call.
 
         Returns:
-            `video`, the new frames and `next_video`.
+            `video`, the new frames and `next_video`; without it, to where it had come, if a callback interrupts it.
         """
         kind = _Kind.of(call)
         sizes = [tuple(read_video(x, name).shape[-2:]) for x, name in ((video, "video"), (next_video, "next_video"))]
@@ -258,7 +259,8 @@ class WaltConditionPipeline(WaltPipeline):
             raise WaltError(f"video is {h}x{w} and next_video {h2}x{w2}: give both in one size, or height and width")
         before, after = self._whole(video, call), self._whole(next_video, call, "next_video")
         made, tail, head = self._between(before, after, prompt, num_frames, call)
-        parts = [_like(before, made)[:, :, :-tail], made, _like(after, made)[:, :, head:]]
+        whole = made.shape[2] == tail + num_frames + head
+        parts = [_like(before, made)[:, :, :-tail], made] + [_like(after, made)[:, :, head:]] * whole
         return self._give(torch.cat(parts, dim=2), kind)
 
     @torch.no_grad()
@@ -273,14 +275,17 @@ class WaltConditionPipeline(WaltPipeline):
             call: as of a call.
 
         Returns:
-            `len(video) + num_frames` frames, the last of which is followed by the first.
+            `len(video) + num_frames` frames, the last of which is followed by the first; fewer if a callback interrupts it.
         """
         old, kind = self._whole(video, call), _Kind.of(call)
         least = 1 + 2 * self.vae_scale_factor_temporal
         if old.shape[2] < least:
             raise WaltError(f"a loop needs a video of at least {least} frames, got {old.shape[2]}: extend it first")
         made, tail, head = self._between(old, old, prompt, num_frames, call, most=old.shape[2])
-        parts = [made[:, :, -head:], _like(old, made)[:, :, head:-tail], made[:, :, :-head]]
+        if made.shape[2] < tail + num_frames + head:  # interrupted: nothing came back to the beginning
+            parts = [_like(old, made)[:, :, :-tail], made]
+        else:
+            parts = [made[:, :, -head:], _like(old, made)[:, :, head:-tail], made[:, :, :-head]]
         return self._give(torch.cat(parts, dim=2), kind)
 
     @torch.no_grad()
@@ -290,7 +295,7 @@ class WaltConditionPipeline(WaltPipeline):
         """A video through pictures at given frames, of any length: distant ones are filled recursively.
 
         Between two pictures further apart than 13 frames a few frames in even steps are made first, which are then
-        pictures themselves (Video LDM, arXiv 2304.08818).
+        pictures themselves (Video LDM, arXiv 2304.08818). (13 where latents hold four frames: three latents and one frame.)
 
         Args:
             keyframes: pictures by frame, such as `{0: a, 40: b}`; a sequence puts them 13 frames apart.
@@ -300,7 +305,7 @@ class WaltConditionPipeline(WaltPipeline):
             The video from the first to the last keyframe; to where it had come, if a callback interrupts it.
         """
         if not isinstance(keyframes, Mapping):
-            keyframes = {SEGMENTS[-1] * i: image for i, image in enumerate(keyframes)}
+            keyframes = {self._segments()[-1] * i: image for i, image in enumerate(keyframes)}
         places = sorted(keyframes)
         if len(places) < 2 or any(isinstance(p, bool) or not isinstance(p, int) for p in places):
             raise WaltError(f"keyframes must be two pictures or more by their frame, got {places}")
@@ -527,6 +532,11 @@ class WaltConditionPipeline(WaltPipeline):
         ]
         return self._pixels(prompt, conditions, frames, call), tail, head
 
+    def _segments(self) -> tuple[int, int, int]:
+        """Gaps between two pictures that need no still frame: a latent holds the second."""
+        ratio = self.vae_scale_factor_temporal
+        return 1 + ratio, 1 + 2 * ratio, 1 + 3 * ratio
+
     def _segment(
         self, first: Tensor, last: Tensor, gap: int, prompt: str | list[str] | None, call: dict[str, Any]
     ) -> Tensor:
@@ -534,8 +544,9 @@ class WaltConditionPipeline(WaltPipeline):
         if gap == 1:
             return first[:, :, :0]
         ratio = self.vae_scale_factor_temporal
-        longest = SEGMENTS[-1]
-        steps = next((s for s in SEGMENTS if s >= (gap if gap <= longest else -(-gap // longest))), longest)
+        segments = self._segments()
+        longest = segments[-1]
+        steps = next((s for s in segments if s >= (gap if gap <= longest else -(-gap // longest))), longest)
         # `steps - 1` frames and the latent that holds the last picture.
         conditions = [WaltCondition(video=_pt(first)), WaltCondition(image=_pt(last)[:, 0], frame_index=-1)]
         made = self._pixels(prompt, conditions, steps + ratio, call)[:, :, 1:steps]

@@ -8,6 +8,7 @@ seed, so a sample never depends on the rest of its batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, wraps
@@ -356,7 +357,8 @@ def set_timesteps(scheduler: Any, steps: int, strength: float = 1.0, device: Any
     first = len(timesteps) - int(len(timesteps) * strength)
     if first == len(timesteps):
         raise WaltError(
-            f"strength={strength} leaves none of the {steps} steps: use at least {1 / steps:.3g}, or more steps"
+            f"strength={strength} leaves none of the {steps} steps: use at least {math.ceil(1000 / steps) / 1000}, "
+            "or more steps"
         )
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(first)
@@ -419,6 +421,10 @@ def denoise_stream(
     # A function, so that a chunk's pixels are held by nobody here once they are given away.
     def chunk(k: int, window: _Window) -> Tensor:
         nonlocal past, first, prompt
+        if k and not transformer.config.frame_conditioning:  # a stream's length is not known before
+            raise WaltError(
+                f"a video of more than {1 + 4 * ratio} frames needs a transformer with frame_conditioning; this one has none"
+            )
         shape = (channels, latent_frames(window.length, ratio), *size)
         conditions = Conditions(class_labels=class_labels)
         if window.low_res is not None and noise_level is not None:
@@ -546,12 +552,10 @@ def tell(conditions: Conditions, transformer: Any, latents: Tensor, mask: Tensor
         return replace(conditions, frame_latents=latents, frame_mask=mask)
     kept = replace(conditions, kept_latents=latents, kept_mask=mask)
     # What every denoiser with frame_conditioning has learnt: one or two whole frames at the beginning.
-    whole = mask.amin(dim=(0, 1, 3, 4))
-    count = int(whole[:OVERLAP_LATENTS].cumprod(0).sum())
-    if not count or not transformer.config.frame_conditioning:
-        return kept
     leading = torch.zeros_like(mask)
-    leading[:, :, :count] = 1
+    leading[:, :, :OVERLAP_LATENTS] = mask[:, :, :OVERLAP_LATENTS].amin(dim=(1, 3, 4), keepdim=True).cumprod(2)
+    if not transformer.config.frame_conditioning or not bool(leading.any()):
+        return kept
     return replace(kept, frame_latents=latents * leading, frame_mask=leading)
 
 
@@ -697,6 +701,7 @@ class SamplingPipeline(HubCardMixin, DiffusionPipeline, WaltLoraLoaderMixin):
         Returns:
             prompt_embeds, negative_prompt_embeds `(P * n, S, D)`, and their masks `(P * n, S)`.
         """
+        check_range("max_sequence_length", max_sequence_length, 2, whole=True)
         device = device or self._execution_device
         if prompt_embeds is None and prompt is not None:
             texts = [prompt] if isinstance(prompt, str) else list(prompt)

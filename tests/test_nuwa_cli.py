@@ -164,6 +164,10 @@ def test_fitting_keeps_the_middle() -> None:
         (("text-to-video", "a", "-o", "x.mp4", "--fps", "inf"), "--fps must be positive and finite, got inf"),
         (("text-to-video", "a", "-o", "x.mp4", "--candidates", "0"), "--candidates must be at least 1"),
         (("text-to-video", "a", "-o", "x.mp4", "--clip", "x"), "say how many with --candidates"),
+        (
+            ("predict", "a.mp4", "-o", "x.mp4", "--candidates", "2"),
+            "--candidates: they are scored by how well they fit",
+        ),
         (("sketch-to-image", "s.png", "-o", "x.png", "--clip", "x"), "this task has none"),
         (("text-to-video", "a", "-o", "x.mp4", "--upscale", "512"), "--upscale must be HEIGHTxWIDTH"),
         (("complete", "i.png", "-o", "x.png"), "say what to make anew"),

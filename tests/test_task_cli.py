@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 from itertools import combinations
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests import tiny
 from walt import cli
 from walt.diffusion import GuidanceOptions, ScaleSchedule
 from walt.media import read_image, read_video, write_image, write_video
+from walt.pipelines.pipeline_walt_cascade import WaltCascadePipeline
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +36,7 @@ def inputs(tmp_path: Path) -> Path:
     write_video(clip, tmp_path / "clip.mp4", 6)
     write_video(clip[:1], tmp_path / "one.mp4", 6)
     (tmp_path / "junk.mp4").write_bytes(b"junk" * 9)
+    Image.fromarray(clip[0]).save(tmp_path / "still.gif")
     mask = np.zeros((16, 16, 3), np.uint8)
     mask[:, 8:] = 255
     write_image(mask, tmp_path / "mask.png")
@@ -72,12 +76,13 @@ def test_every_task_writes_its_file(model: Path, inputs: Path, capsys: pytest.Ca
     assert "edit.mp4: 9 frames of 16x16, seed 0" in capsys.readouterr().out
 
 
-def test_fill_keeps_the_rest_through_all_stages(model: Path, inputs: Path) -> None:
+@pytest.mark.parametrize("task", ["fill", "edit"])
+def test_a_region_keeps_the_rest_through_all_stages(task: str, model: Path, inputs: Path) -> None:
     """The picture has the size of the last stage: outside the box its own pixels come back."""
     large = np.random.default_rng(1).integers(0, 255, (32, 32, 3), np.uint8)
     write_image(large, inputs / "large.png")
-    arguments = ("large.png", "--box", "8,8,24,24", "-o", "filled.png", "--model", model, "--stages", 2, "--steps", 1)
-    code = run("fill", "a cat", *(inputs / str(a) if str(a).endswith(".png") else a for a in arguments))
+    arguments = ("large.png", "--box", "8,8,24,24", "-o", "filled.png", "--model", model, "--stages", 2, "--steps", 2)
+    code = run(task, "a cat", *(inputs / str(a) if str(a).endswith(".png") else a for a in arguments))
     assert code == 0
     made = read_image(inputs / "filled.png")
     outside = np.ones((32, 32), bool)
@@ -94,6 +99,20 @@ def test_upscale(model: Path, inputs: Path) -> None:
         assert code == 0 and made.shape == (9, size, size, 3) and fps == 6
     code = run("upscale", inputs / "tall.png", "-o", inputs / "x.png", "--prompt", "a", "--scale", 2, "--model", model)
     assert code == 0 and read_image(inputs / "x.png").shape == (64, 32, 3)
+
+
+def test_negative_prompts_reach_all_stages(model: Path, inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    stream = WaltCascadePipeline.upscale_stream
+
+    def note(self: Any, *args: Any, **call: Any) -> Any:
+        seen.append(inspect.signature(stream).bind(self, *args, **call).arguments.get("negative_prompt"))
+        return stream(self, *args, **call)
+
+    monkeypatch.setattr(WaltCascadePipeline, "upscale_stream", note)
+    common = ("--model", model, "--stages", 2, "--steps", 1, "--negative-prompt", "a dog", "-o", inputs / "x.mp4")
+    assert run("animate", "a cat", inputs / "a.png", "--frames", 5, *common) == 0
+    assert seen == ["a dog"]
 
 
 def test_directions_differ(model: Path, inputs: Path) -> None:
@@ -232,6 +251,7 @@ def test_guidance_options_are_those_of_the_pipelines() -> None:
         (("upscale", "clip.mp4", "--fidelity", "nan"), "--fidelity must be from 0 to 1, got nan"),
         (("upscale", "no.mp4"), "there is no file"),
         (("upscale", "a.png"), "must both be videos, or both pictures"),
+        (("upscale", "still.gif", "--fps", 4), "holds a single picture: give it as .png"),
         (("upscale", "clip.mp4", "--scale", 3, "--prompt", "a"), "scale must be 2, 4"),
         (("upscale", "clip.mp4"), "give the prompt of the video"),
     ],
@@ -240,7 +260,7 @@ def test_errors_are_one_line_and_leave_nothing(
     model: Path, inputs: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[object, ...], message: str
 ) -> None:
     before = sorted(os.listdir(inputs))
-    files = (inputs / str(a) if str(a).endswith((".png", ".mp4")) else a for a in arguments)
+    files = (inputs / str(a) if str(a).endswith((".png", ".mp4", ".gif")) else a for a in arguments)
     steps = () if arguments[0] == "upscale" else ("--steps", 1)
     assert run(*files, "-o", inputs / "out.mp4", "--model", model, *steps) in (1, 2)
     assert message in error_of(capsys)

@@ -56,19 +56,20 @@ def train(args: argparse.Namespace) -> None:
     console, job = Console(), args.job
     if job is None:
         for name, recipe in sorted(recipes().items()):
-            console.print(f"{name}: {(recipe.__doc__ or '').splitlines()[0]}")
+            console.print(f"{name}: {(recipe.__doc__ or '').splitlines()[0]}", markup=False, soft_wrap=True)
         return
     if args.dry_run:
-        console.print(job.model_dump_json(indent=2), highlight=False)
+        console.print(job.model_dump_json(indent=2), highlight=False, markup=False, soft_wrap=True)
         _print_plan(job, args, console)
         return
     if not torch.cuda.is_available():
         keep_freed_memory()
     objective = build_objective(job)
     parameters = sum(p.numel() for p in objective.model.parameters())
-    console.print(f"{args.recipe}: {parameters / 1e6:.2f}M parameters, {job.run.steps} steps, into {job.run.output}")
+    told = f"{args.recipe}: {parameters / 1e6:.2f}M parameters, {job.run.steps} steps, into {job.run.output}"
+    console.print(told, markup=False, soft_wrap=True)
     final = run_loop(job, objective, sheet=draw_sheet, resume=not args.no_resume)
-    console.print(f"wrote {final}")
+    console.print(f"wrote {final}", markup=False, soft_wrap=True)
     _account(console, objective.clips)
 
 
@@ -349,6 +350,7 @@ def _samples(objective: Any, model: Any) -> list[Tensor]:
     """For four training samples: what the model makes of their caption or low resolution, above the real thing."""
     import torch
 
+    from walt.chunking import chunk_length, fitting_frames
     from walt.conditioning import half_rate
     from walt.latents import denormalize
     from walt.pipelines.pipeline_walt import WaltPipeline
@@ -365,36 +367,46 @@ def _samples(objective: Any, model: Any) -> list[Tensor]:
     packed = [sample for sample in packed if sample.start == 0] or packed  # of a recipe of later chunks alone those
     latents = [objective._latent(sample.video, sample.latent) for sample in packed]
     order = sorted(range(len(packed)), key=lambda i: -latents[i].shape[1])[:4]
+    words = objective.words
+    parts: dict[str, Any] = {
+        "tokenizer": words and words.tokenizer,
+        "text_encoder": words and words.encoder,
+        "vae": objective.vae,
+        "transformer": model,
+        "scheduler": objective.scheduler,
+    }
+    ratio = objective.vae.temporal_compression_ratio
     for number in order:
         real, generator = pixels(latents[number]), torch.Generator().manual_seed(number)
+        prompt = packed[number].caption if words is not None else None
+        if not model.config.frame_conditioning:  # it makes one chunk
+            real = real[:, :, : chunk_length(real.shape[2], ratio)]
+        frames = real.shape[2]
         if objective.super_resolution:
-            upscale = WaltSuperResolutionPipeline(vae=objective.vae, transformer=model, scheduler=objective.scheduler)
-            low = half_rate(real) if objective.temporal else pixels(objective._low_res(packed[number]))
+            upscale = WaltSuperResolutionPipeline(**parts)
+            low = half_rate(real) if objective.temporal else pixels(objective._low_res(packed[number]))[:, :, :frames]
             made = upscale(
-                video=low.transpose(1, 2) / 2 + 0.5, num_inference_steps=10, generator=generator, output_type="pt"
+                video=low.transpose(1, 2) / 2 + 0.5,
+                prompt=prompt,
+                num_inference_steps=10,
+                generator=generator,
+                output_type="pt",
             )
         else:
-            words = objective.words
-            sample = WaltPipeline(
-                tokenizer=words and words.tokenizer,
-                text_encoder=words and words.encoder,
-                vae=objective.vae,
-                transformer=model,
-                scheduler=objective.scheduler,
-            )
+            sample = WaltPipeline(**parts)
             sample.set_progress_bar_config(disable=True)
             made = sample(
-                prompt=packed[number].caption if words is not None else None,
+                prompt=prompt,
                 class_labels=None if model.config.num_classes is None else objective._label(packed[number]),
                 height=real.shape[3],
                 width=real.shape[4],
-                num_frames=real.shape[2],
+                num_frames=fitting_frames(frames, ratio),
                 num_inference_steps=20,
                 guidance_scale=4.0 if words is not None else 1.0,
                 generator=generator,
                 output_type="pt",
             )
-        rows += [made.frames[0].transpose(0, 1).cpu() * 2.0 - 1.0, real[0].cpu()]
+        rows += [made.frames[0, :frames].transpose(0, 1).cpu() * 2.0 - 1.0, real[0].cpu()]
     return rows
 
 
@@ -592,7 +604,7 @@ def _check(args: argparse.Namespace, console: Console) -> None:
         with _progress() as progress:
             found += progress.track(decode_all(index), total=len(rows), description="decoding")
     broken = [item for item in found if item is not None]
-    account = Account(Path(args.report) if args.report else None, limit=1.0)
+    account = Account(Path(args.report) if args.report else None, limit=1.0, anew=True)
     account.listed(args.folder, len(rows) + len(index.broken), broken)
     video = rows["video"]
     for name, chosen in (("videos", rows[video]), ("images", rows[~video])):

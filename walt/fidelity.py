@@ -22,7 +22,8 @@ def back_project(video: Tensor, low_res: Tensor, fidelity: float) -> None:
     and the difference is made up for three times over, as a bicubic picture's means are not the picture.
     """
     for t in range(video.shape[2]):  # frame by frame, for memory's sake
-        frame = project_frames(video[:, :, t].float(), low_res[:, :, t].float(), fidelity)
+        small = low_res[:, :, t].to(video.device, torch.float32)  # a user's video stays on the CPU
+        frame = project_frames(video[:, :, t].float(), small, fidelity)
         video[:, :, t] = frame.clamp_(-1, 1).to(video)
 
 

@@ -180,6 +180,10 @@ def prepare(args: argparse.Namespace) -> None:
     _check_top_p(args, "top_p")
     if args.clip is not None and not hasattr(args, "prompt"):
         raise WaltError("--clip scores a prompt, and this task has none")
+    if args.candidates > 1 and not (hasattr(args, "prompt") or hasattr(args, "sketch")):
+        raise WaltError(
+            "--candidates: they are scored by how well they fit a prompt or a sketch, and this task has none"
+        )
     if args.clip is not None and args.candidates == 1:
         raise WaltError("--clip chooses among candidates: say how many with --candidates")
     if hasattr(args, "mask") and (args.mask is None) == (args.box is None):

@@ -59,8 +59,11 @@ def add(task: str, parser: argparse.ArgumentParser) -> None:
     add("--model", metavar="FOLDER", help="a model folder (default: the embedded model)")
     add("--negative-prompt", metavar="TEXT", help="what to steer away from")
     add("--stages", type=int, choices=(1, 2, 3), help="stages to run (default: all of the model)")
-    add("--height", type=int, metavar="PIXELS", help="of the last stage (default: by the shape of what is given)")
-    add("--width", type=int, metavar="PIXELS", help="of the last stage (default: by the shape of what is given)")
+    size = (
+        f"of the last stage{', before what is added' * (task == 'outpaint')} (default: by the shape of what is given)"
+    )
+    add("--height", type=int, metavar="PIXELS", help=size)
+    add("--width", type=int, metavar="PIXELS", help=size)
     add("--fps", type=float, help="frames per second of the file (default: the video's, or 8)")
     add("--seed", type=int, default=0, help="the same seed gives the same video (default: 0)")
     add("--steps", type=int, metavar="N", help="inference steps of the base stage (default: the model's)")
@@ -199,6 +202,8 @@ def prepare(args: argparse.Namespace) -> None:
             args.facts = probe(Path(args.video), Path(args.video).suffix.lower())
         except WaltError as error:
             raise WaltError(f'cannot read "{args.video}": {error}') from error
+        if args.facts.kind == "image" and not picture:
+            raise WaltError(f'"{args.video}" holds a single picture: give it as .png, .jpg or .webp, and write one')
     else:
         if not args.prompt.strip():
             raise WaltError("the prompt is empty: say what to show")
@@ -288,12 +293,13 @@ def run(args: argparse.Namespace) -> None:
                 frames,
                 args.prompt,
                 scale,
+                args.negative_prompt,
                 fidelity=cascade.config.fidelity,
                 generator=torch.Generator().manual_seed(args.seed),
                 callback_on_step_end=step,
             )
         given = getattr(args, "video", None)
-        if args.command == "fill":
+        if args.command == "fill" or (args.command == "edit" and _has_region(args)):
             pieces = _keep(args, pieces)
         fps = args.fps or (given.fps if given is not None and given.fps else 8.0)
         count, size = write(pieces, args.output, fps)
@@ -383,6 +389,11 @@ def _mask(args: argparse.Namespace) -> Any:
             raise WaltError(f"--time {args.time} does not lie in the {frames} frames of the video (0 to {frames - 1})")
         mask[:first], mask[last + 1 :] = 0, 0
     return mask
+
+
+def _has_region(args: argparse.Namespace) -> bool:
+    """Whether an edit has a region; for --time alone `_mask` asks for more."""
+    return any(value is not None for value in (args.mask, args.box, args.time))
 
 
 def _numbers(name: str, text: str, count: int) -> list[int]:
@@ -485,8 +496,7 @@ def _make_outpaint(args: argparse.Namespace, pipe: Any, call: dict[str, Any]) ->
 
 
 def _make_edit(args: argparse.Namespace, pipe: Any, call: dict[str, Any]) -> Any:
-    region = any(value is not None for value in (args.mask, args.box, args.time))  # --time alone: _mask asks for more
-    mask = _mask(args) if region else None
+    mask = _mask(args) if _has_region(args) else None
     return pipe(args.prompt, video=args.video.frames, mask_video=mask, strength=args.strength, **call)
 
 

@@ -230,5 +230,8 @@ def test_the_command_checks_media(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(["data", "check", str(folder), *index, "--all", "--report", str(report)]) == 0
     assert "18 items, 2 skipped (1 damaged, 1 empty)" in capsys.readouterr().out
     assert len(report.read_text().splitlines()) == 2
+    assert main(["data", "check", str(folder), *index, "--report", str(report)]) == 0  # without what decoding found
+    assert "18 items, 1 skipped (1 empty)" in capsys.readouterr().out
+    assert len(report.read_text().splitlines()) == 1
     assert main(["data", "check", str(tmp_path / "none"), *index]) == 1
     assert "there is no folder" in capsys.readouterr().err

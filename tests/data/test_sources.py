@@ -24,7 +24,7 @@ from walt.data import clips as clips_module
 from walt.data.account import Account
 from walt.data.clips import Clips, Draw, fit_size
 from walt.data.index import Broken, build_index, decode_all
-from walt.data.sources import Where, expand_braces, open_source, pick_captions, sniff, split_key
+from walt.data.sources import Where, _guess, expand_braces, open_source, pick_captions, sniff, split_key
 from walt.errors import WaltError
 from walt.media import MediaError, probe, read_window
 from walt.training.job import MediaJob, Shape, SourceJob, load_job
@@ -179,6 +179,10 @@ def test_small_rules() -> None:
     assert pick_captions({"text": "b", "caption": "  a  c "}, None) == ("a c",)
     assert pick_captions({"x": ["p", 3, " "]}, "x") == ("p",) and pick_captions([1], None) == ()
     assert sniff(media.image_bytes(media.noise(0), "jpeg")[:16]) == ".jpg" and sniff(b"text") == ""
+
+
+def test_names_on_the_hub_are_datasets() -> None:
+    assert _guess("hf:owner/name") == "datasets"
 
 
 @pytest.mark.parametrize(

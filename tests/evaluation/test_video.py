@@ -118,7 +118,7 @@ def test_kept_features_belong_to_one_clip_and_one_network(tmp_path: Path) -> Non
         kept(first)
 
 
-@pytest.mark.parametrize("suffix", [".mp4", ".png"])
+@pytest.mark.parametrize("suffix", [".mp4", ".png", ".jpg", ".webp"])
 def test_rendered_clips_take_the_shape_and_kind_of_the_generated(tmp_path: Path, suffix: str) -> None:
     like = tmp_path / f"generated{suffix}"
     if suffix == ".mp4":
@@ -129,6 +129,8 @@ def test_rendered_clips_take_the_shape_and_kind_of_the_generated(tmp_path: Path,
     rendered = list(render_clips(theatre, range(2), like, tmp_path))
     assert [tuple(x.shape) for x in rendered] == [(1, 3, 5 if suffix == ".mp4" else 1, 32, 56)] * 2
     assert not rendered[0].equal(rendered[1])
+    itself = to_video(theatre.render(theatre.scene(0, 1), 32, 56, frames=1)[0])[None]
+    assert suffix == ".mp4" or rendered[0].equal(itself) == (suffix == ".png"), "the format's traces"
     assert [path.name for path in tmp_path.iterdir()] == [like.name]
 
 
@@ -164,6 +166,9 @@ def test_what_the_prompt_judge_kept_is_read(tmp_path: Path) -> None:
     assert read.equal(torch.stack([to_video(clip) for clip in made]))
     real = list(render_clips(theatre, range(2), paths[0], tmp_path / "work"))
     assert [tuple(x.shape) for x in real] == [(1, 3, 5, 32, 56)] * 2
+    make_clips(scenes, lambda prompts, seeds: made, tmp_path / "work", {"guidance": 2})
+    with pytest.raises(WaltError, match=r"--generated: .* holds clip 000. of several models or settings"):
+        clip_files(tmp_path / "work", "--generated")
     paths[1].write_bytes(paths[1].read_bytes()[:99])
     with pytest.raises(WaltError, match=f"{paths[1].name}.* cannot be read"):
         list(read_clips(paths, (5, 32, 56, 3)))

@@ -337,10 +337,15 @@ def test_an_interrupt_ends_tasks_of_several_calls(pipe: WaltConditionPipeline, c
         (5, lambda **call: pipe.interpolate({0: clip[0], 40: clip[1]}, PROMPT, **call), 16),  # after one gap of them
         (3, lambda **call: pipe.interpolate({0: clip[0], 5: clip[1], 10: clip[2], 15: clip[3]}, PROMPT, **call), 10),
         (2, lambda **call: pipe.extend(clip[:9], PROMPT, 24, **back, **call), 18),
+        (1, lambda **call: pipe.loop(clip[:21], PROMPT, 12, **call), 25),  # in the first of two chunks
+        (1, lambda **call: pipe.connect(clip[:21], clip[:21], PROMPT, 12, **call), 25),
     ]
     for last, make, frames in cases:
         steps.clear()
-        assert run(make, callback_on_step_end=stop).shape[1] == frames and len(steps) == last
+        made = run(make, callback_on_step_end=stop)[0]
+        assert len(made) == frames and len(steps) == last
+        if frames == 25:
+            assert close(made[:8], clip[:8], 1e-6), "as far as it came, from the beginning on"
     assert run(pipe.interpolate, {0: clip[0], 1: clip[1], 6: clip[2]}, PROMPT).shape[1] == 7  # what was is over
 
 
@@ -354,6 +359,56 @@ def test_interpolate(pipe: WaltConditionPipeline, clip: Tensor) -> None:
     assert all(not close(a, b, 1e-3) for a, b in itertools.pairwise(made)), "nothing stands still"
     two = run(pipe.interpolate, [clip[0], clip[1]], PROMPT, num_videos_per_prompt=2)
     assert two.shape[:2] == (2, 14) and not close(two[0, 1:13], two[1, 1:13], 1e-2)
+
+
+def test_interpolation_where_latents_hold_eight_frames(pipe: WaltConditionPipeline, clip: Tensor) -> None:
+    other = tiny.quiet(WaltConditionPipeline(**{**pipe.components, "vae": tiny.vae((True,))}))
+    places = {0: clip[0], 3: clip[1], 14: clip[2], 60: clip[3]}
+    made = run(other.interpolate, places, PROMPT, num_inference_steps=1)[0]
+    assert len(made) == 61
+    for at, picture in places.items():
+        assert close(made[at], picture, 1e-6), at
+    assert run(other.interpolate, [clip[0], clip[1]], PROMPT).shape[1] == 1 + 3 * 8 + 1
+
+
+def test_pictures_of_one_latent_are_each_shown_at_their_own_frame(pipe: WaltConditionPipeline) -> None:
+    black, white = torch.zeros(3, 16, 16), torch.ones(3, 16, 16)
+    pictures = [WaltCondition(image=black, frame_index=6), WaltCondition(image=white, frame_index=7)]
+    made = run(pipe, PROMPT, conditions=pictures, composite=True)[0]
+    assert close(made[6], black, 1e-6) and close(made[7], white, 1e-6)
+    last = [
+        WaltCondition(video=black.expand(4, -1, -1, -1), frame_index=13),
+        WaltCondition(image=white, frame_index=-1),
+    ]
+    made = run(pipe, PROMPT, conditions=last, composite=True)[0]
+    assert close(made[13:16], black.expand(3, -1, -1, -1), 1e-6) and close(made[16], white, 1e-6)
+
+
+def test_the_end_of_an_edited_video_is_its_own(pipe: WaltConditionPipeline, clip: Tensor) -> None:
+    """Also where it is padded to whole latents."""
+    white = torch.ones(3, 16, 16)
+    for frames in (16, 17):
+        made = run(pipe, PROMPT, video=clip[:frames], strength=1.0, last_image=white, composite=True)[0]
+        assert len(made) == frames and close(made[-1], white, 1e-6), frames
+
+
+@pytest.mark.parametrize("conditioning", ["model", "repaint"])
+def test_masks_of_a_batch_do_not_touch_each_other(pipe: WaltConditionPipeline, clip: Tensor, conditioning: str) -> None:
+    """One video keeps its first frames, the other one a border: each is made as alone."""
+    masks = torch.zeros(2, 17, 1, 16, 16)
+    masks[0, 9:], masks[1, ..., 4:12, 4:12] = 1, 1
+    videos = torch.stack([clip[:17], clip[12:29]])
+    told: dict[str, Any] = {"conditioning": conditioning, "composite": True}
+    both = run(
+        pipe,
+        [PROMPT, PROMPT],
+        video=videos,
+        mask_video=masks,
+        generator=[tiny.seeded(0), tiny.seeded(1)],
+        **told,
+    )
+    for i in range(2):
+        assert close(both[i], run(pipe, PROMPT, seed=i, video=videos[i], mask_video=masks[i], **told)[0]), i
 
 
 def test_sizes(pipe: WaltConditionPipeline) -> None:
@@ -394,6 +449,8 @@ def test_repaint_needs_no_frame_conditioning(clip: Tensor) -> None:
     assert close(made[:1], shown(pipe, clip[:1]))
     with pytest.raises(WaltError, match=r'built with frame_conditioning=False .* pass conditioning="repaint"'):
         run(pipe, PROMPT, image=clip[0])
+    with pytest.raises(WaltError, match=r'pass conditioning="repaint"'):
+        run(pipe, PROMPT, video=clip[:5], strength=0.5, mask_video=torch.ones(16, 16))
     assert run(pipe, PROMPT, video=clip[:5], strength=0.5).shape[1] == 5, "an edit needs none"
 
 
@@ -436,6 +493,10 @@ FIVE, LARGE = clip_of(5, 1), clip_of(5, 1, 24, 24)
         ({"conditions": WaltCondition(image=FIVE[0], frame_index=17)}, "does not lie in the 17 frames"),
         ({"conditions": WaltCondition(video=FIVE[:4], frame_index=2)}, "later start at 1, 5, 9"),
         ({"image": torch.stack([FIVE[0]] * 3)}, "3 videos or pictures for 1 prompts"),
+        ({"image": FIVE[:2], "last_image": FIVE[:3]}, "what is given has 2 and 3 rows"),
+        ({"conditions": WaltCondition(image=FIVE[0], frame_index=6.0)}, "frame_index must be a whole number, got 6.0"),  # type: ignore[arg-type]
+        ({"max_sequence_length": -1}, "max_sequence_length must be an integer of at least 2, got -1"),
+        ({"max_sequence_length": None}, "max_sequence_length must be"),
         ({"conditioning": "mask"}, 'conditioning must be "model" or "repaint"'),
         ({"resample_steps": 2}, "resample_steps above 1 needs"),
         ({"anchor_every": -1}, "anchor_every must be"),

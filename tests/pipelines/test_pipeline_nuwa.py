@@ -324,6 +324,11 @@ def test_faults(pipe: NuwaPipeline, call: dict[str, Any], message: str) -> None:
         pipe(**call)
 
 
+def test_candidates_need_something_to_fit(pipe: NuwaPipeline) -> None:
+    with pytest.raises(WaltError, match="num_candidates=2: candidates are scored by how well they fit"):
+        pipe(video=torch.zeros(2, 3, 32, 32), num_candidates=2)
+
+
 def test_a_ranker_without_prompts_is_refused_before_anything_is_made(pipe: NuwaPipeline) -> None:
     steps: list[int] = []
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from tests import tiny
@@ -26,7 +27,7 @@ from walt.models.transformer_walt import WaltTransformer3DModel
 from walt.pipelines.pipeline_walt import WaltPipeline
 from walt.pipelines.pipeline_walt_cascade import WaltCascadePipeline
 from walt.pipelines.pipeline_walt_super_resolution import WaltSuperResolutionPipeline
-from walt.pipelines.sampling import decode_latents, encode_video
+from walt.pipelines.sampling import decode_latents, encode_video, set_timesteps
 from walt.tokenizers.text import CompactTextEncoder, quantize_text_encoder
 from walt.training.objectives import TextStates
 
@@ -211,6 +212,14 @@ def test_other_schedulers_reach_the_same_video(base: WaltPipeline, scheduler: An
     assert (few - same).abs().mean() < 0.1 * few.std()
 
 
+@pytest.mark.parametrize("steps", [2, 3, 9, 30, 500])
+def test_the_least_strength_that_is_advised_is_taken(steps: int) -> None:
+    with pytest.raises(WaltError, match="use at least") as error:
+        set_timesteps(make_scheduler(), steps, 1e-4)
+    least = float(str(error.value).split("use at least ")[1].split(",")[0])
+    assert least < 1 / steps + 0.002 and len(set_timesteps(make_scheduler(), steps, least)) == 1
+
+
 def test_class_conditional() -> None:
     pipe = tiny.class_pipeline()
     arguments: dict[str, Any] = {"num_frames": 1, "guidance_scale": 4.0, **FAST}
@@ -377,6 +386,15 @@ def test_back_projection_corrects_the_band_it_is_told() -> None:
         assert (video == 0.5).all()
 
 
+def test_back_projection_brings_the_small_video_along() -> None:
+    """What a user gives stays on the CPU; here a pretended GPU computes."""
+    for fidelity in (0.6, 1.0):
+        with FakeTensorMode():
+            video, small = torch.empty(1, 3, 2, 32, 32, device="cuda"), torch.empty(1, 3, 2, 16, 16)
+            back_project(video, small, fidelity)
+            assert video.device.type == "cuda"
+
+
 def test_full_fidelity_keeps_detail_where_the_input_has_some() -> None:
     """Noise finer than the small video's pixels goes where that is plain; beside an edge half of it stays at most."""
     low = torch.full((1, 3, 1, 16, 64), -0.5)
@@ -491,6 +509,7 @@ def test_cascade_interrupt_returns_the_stage_it_was_in(cascade: WaltCascadePipel
         ({"noise_level": (1, 2, 3)}, "noise_level has 3 values, expected one or 2"),
         ({"fidelity": (1, 0, 1)}, "fidelity has 3 values, expected one or 2"),
         ({"fidelity": -0.1}, "fidelity must be"),
+        ({"noise_level": 5000}, "noise_level must be an integer from 0 to 999, got 5000"),
         ({"guidance_scale": (1, 2, -3)}, "guidance_scale must be"),
         ({"num_frames": 18}, "nearest are 17 and 29"),
         ({"prompt": None}, "give a prompt"),

@@ -291,6 +291,14 @@ def test_upscale_refuses(cascade: WaltCascadePipeline) -> None:
         WaltError, match="30 frames needs a transformer with frame_conditioning; this one enlarges up to 17"
     ):
         rigid(video.expand(-1, 30, -1, -1, -1), PROMPT)
+    states = rigid.encode_prompt(PROMPT, do_classifier_free_guidance=False)[0]
+    with pytest.raises(WaltError, match="a video of more than 17 frames needs a transformer with frame_conditioning"):
+        list(rigid.stream(iter([video.expand(-1, 20, -1, -1, -1)]), states, num_inference_steps=1))
+    parts = {**cascade.components, "transformer_2": rigid.transformer, "transformer_3": None}
+    with pytest.raises(WaltError, match="a video of 20 frames needs stages with frame_conditioning"):
+        tiny.quiet(WaltCascadePipeline(**parts)).upscale(
+            video.expand(-1, 20, -1, -1, -1), PROMPT, callback_on_step_end=lambda *_: pytest.fail("a stage ran")
+        )
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------

@@ -152,6 +152,15 @@ def test_a_cascade_makes_twice_the_frames(tmp_path: Path) -> None:
     assert torch.equal(loaded, made)
 
 
+def test_too_many_frames_for_the_stage_are_refused_before_the_base_runs() -> None:
+    pipe = cascade()
+    rigid = tiny.super_resolution_transformer(6, 1, low_res_scale=1, text_dim=None, frame_conditioning=False)
+    pipe.register_modules(temporal_super_resolution=rigid)
+    with pytest.raises(WaltError, match="a video of 33 frames needs stages with frame_conditioning"):
+        pipe("a rocket", double_frame_rate=True, callback_on_step_end=lambda *_: pytest.fail("a stage ran"))
+    assert pipe("a rocket", num_frames=9, double_frame_rate=True, output_type="pt").frames.shape[1] == 17
+
+
 def test_a_model_without_the_stage_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(WaltError, match="has no temporal super-resolution stage: it makes 8 frames per second"):
         tiny.cascade()("a rocket", double_frame_rate=True)

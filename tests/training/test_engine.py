@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -654,7 +655,6 @@ def test_folders_name_the_classes(tmp_path: Path) -> None:
 
 def test_classes_are_told_and_dropped(tmp_path: Path) -> None:
     """The label comes from the sample, or by its caption from the file; a tenth sees the null label."""
-    import dataclasses
 
     names = tmp_path / "classes.txt"
     job = small_job(save_tokenizer(tmp_path / "vae"), tmp_path / "run", model={"num_classes": 2})
@@ -662,6 +662,10 @@ def test_classes_are_told_and_dropped(tmp_path: Path) -> None:
     names.write_text("cat\n")
     with pytest.raises(WaltError, match="lists 1 classes, the model has num_classes=2"):
         build_objective(job)
+    for lines in ("cat\ndog\ncat\n", "cat\ncat\n"):
+        names.write_text(lines)
+        with pytest.raises(WaltError, match="lists 'cat' more than once"):
+            build_objective(job)
     names.write_text("cat\ndog\n")
     objective = build_objective(job)
     pack = [dataclasses.replace(sample, caption="dog") for sample in objective.batch(0, 0)]
@@ -795,6 +799,9 @@ def test_operations_of_a_pack_are_those_of_its_samples(tmp_path: Path) -> None:
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         objective.model.requires_grad_(False)(noisy, torch.zeros(len(pack)))
     assert objective.flops(pack) == pytest.approx(counter.get_total_flops(), rel=1e-9)
+    kept = [torch.arange(z[0].numel()).reshape(z.shape[1:]) % 4 == 0 for z in noisy]  # patches of one latent pixel
+    dropped = [dataclasses.replace(sample, kept=mask) for sample, mask in zip(pack, kept, strict=True)]
+    assert objective.flops(dropped) == pytest.approx(counter.get_total_flops() / 4, rel=1e-9)
 
 
 REFERENCE = Path(__file__).with_name("reference_curves.json")

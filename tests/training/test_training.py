@@ -16,12 +16,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.training.jobs import denoiser_job, losses, save_tokenizer, saved, tokenizer_job
-from walt.commands import build_objective
+from tests import tiny
+from tests.training.jobs import denoiser_job, losses, save_tokenizer, saved, small_job, tokenizer_job
+from walt.commands import build_objective, draw_sheet
 from walt.data.latents import LatentShards, write_latents
 from walt.data.packing import fill_budget
 from walt.data.scenes import Clip, Scenes, world
 from walt.errors import WaltError
+from walt.media import read_image
 from walt.tokenizers.autoencoder_kl_walt import AutoencoderKLWalt
 from walt.training.job import DataJob, DiffusionJob, Job, OptimizerJob, Shape, load_job, recipes
 from walt.training.loop import learning_rate, train
@@ -54,6 +56,8 @@ def test_budget_is_filled_to_less_than_the_smallest_shape() -> None:
         assert chosen == fill_budget(2240, sizes, weights, np.random.default_rng((0, step)))
     with pytest.raises(WaltError, match="smallest shape of the recipe has 16"):
         fill_budget(8, sizes, weights, np.random.default_rng(0))
+    with pytest.raises(WaltError, match="batch_pixels is 8"):
+        fill_budget(8, sizes, weights, np.random.default_rng(0), "batch_pixels")
 
 
 def test_packs_hold_images_and_clips_with_constant_tokens_and_no_padding(tmp_path: Path) -> None:
@@ -152,6 +156,43 @@ def test_run_folder_refuses_another_recipe(tmp_path: Path) -> None:
     other = tokenizer_job(tmp_path / "run", steps=4).model_copy(update={"batch_pixels": 9 * 5 * 32 * 32})
     with pytest.raises(WaltError, match="another recipe \\(batch_pixels differ"):
         run(other)
+    slower = tokenizer_job(tmp_path / "run", steps=4)
+    slower = slower.model_copy(update={"optimizer": slower.optimizer.model_copy(update={"lr": 1e-4})})
+    run(slower)  # as is advised where steps diverge
+    assert len(losses(tmp_path / "run")) == 4
+
+
+def test_a_sheet_that_cannot_be_drawn_costs_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = tokenizer_job(tmp_path / "run", steps=2)
+    job = job.model_copy(update={"run": job.run.model_copy(update={"sheet_every": 1})})
+
+    def sheet(objective: object, model: object, path: Path | None) -> None:
+        raise WaltError("num_frames=21 does not fit")
+
+    final = train(job, build_objective(job), sheet=sheet)
+    assert (final / "config.json").exists()
+    assert capsys.readouterr().out.count("num_frames=21 does not fit") == 2
+
+
+@pytest.mark.parametrize(
+    "model", [{"low_res_channels": 8}, {}, {"frame_conditioning": False}], ids=["super-resolution", "base", "one chunk"]
+)
+def test_sheets_of_models_with_text_and_clips_of_any_length(tmp_path: Path, model: dict[str, object]) -> None:
+    """21 frames are no chunk's length."""
+    tiny.bert().save_pretrained(tmp_path / "text_encoder")
+    tiny.tokenizer().save_pretrained(tmp_path / "tokenizer")
+    job = small_job(save_tokenizer(tmp_path / "vae"), tmp_path / "run", model={**model, "text_dim": tiny.TEXT_DIM})
+    job = job.model_copy(
+        update={
+            "text_encoder": str(tmp_path / "text_encoder"),
+            "text_tokenizer": str(tmp_path / "tokenizer"),
+            "shapes": (Shape(frames=21, height=64, width=64),),
+            "batch_tokens": 800,
+        }
+    )
+    objective = build_objective(job)
+    draw_sheet(objective, objective.model, tmp_path / "sheet.png")
+    assert read_image(tmp_path / "sheet.png").any()
 
 
 # -- learning
@@ -474,6 +515,9 @@ def test_missing_folders_and_unknown_model_fields(tmp_path: Path) -> None:
         build_objective(job.model_copy(update={"model": {**job.model, "num_layer": 2}}))
     with pytest.raises(WaltError, match="text_encoder"):
         build_objective(job.model_copy(update={"model": {**job.model, "text_dim": 8}}))
+    for wrong in ({"num_layers": "two"}, {"num_attention_heads": 0}, {"sample_size": 5}):
+        with pytest.raises(WaltError, match="model: WaltTransformer3DModel cannot be built of these values"):
+            build_objective(job.model_copy(update={"model": {**job.model, **wrong}}))
 
 
 def test_learning_rate_warms_up_and_decays() -> None:

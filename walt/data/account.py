@@ -28,9 +28,10 @@ class Account:
     Args:
         path: JSON-lines file, appended to; None: nothing is written.
         limit: largest share of a source's items that may be broken.
+        anew: whether what the file says is forgotten, in place of going on from it.
     """
 
-    def __init__(self, path: Path | None, limit: float) -> None:
+    def __init__(self, path: Path | None, limit: float, anew: bool = False) -> None:
         self.path, self.limit = path, limit
         self.totals: dict[str, int] = {}
         self.skipped: dict[tuple[str, str], Broken] = {}
@@ -38,6 +39,8 @@ class Account:
         self.failed: Counter[str] = Counter()
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
+            if anew:
+                path.unlink(missing_ok=True)
             self._merge()
 
     def listed(self, source: str, total: int, broken: Iterable[Broken], write: bool = True) -> None:

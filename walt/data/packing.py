@@ -25,14 +25,21 @@ from walt.latents import Grid
 logger = logging.getLogger(__name__)
 
 
-def fill_budget(budget: int, sizes: Sequence[int], weights: Sequence[float], rng: np.random.Generator) -> list[int]:
+def fill_budget(
+    budget: int,
+    sizes: Sequence[int],
+    weights: Sequence[float],
+    rng: np.random.Generator,
+    name: str = "batch_tokens",
+) -> list[int]:
     """Draws shape indices by weight until none fits what is left of the budget.
 
     Args:
-        budget: tokens in the pack.
-        sizes: tokens of each shape.
+        budget: tokens (or pixels) in the pack.
+        sizes: those of each shape.
         weights: how often each shape is drawn while it still fits.
         rng: the source of the draw; the pack is a pure function of it.
+        name: the recipe's field that the budget is, for the error.
 
     Returns:
         Indices into `sizes` whose sizes sum to at most `budget`. What is left over is smaller than the smallest shape.
@@ -41,7 +48,7 @@ def fill_budget(budget: int, sizes: Sequence[int], weights: Sequence[float], rng
         WaltError: when not even the smallest shape fits.
     """
     if min(sizes) > budget:
-        raise WaltError(f"batch_tokens is {budget}, but the smallest shape of the recipe has {min(sizes)} tokens")
+        raise WaltError(f"{name} is {budget}, but the smallest shape of the recipe has {min(sizes)}")
     size, weight = np.asarray(sizes), np.asarray(weights, dtype=np.float64)
     chosen: list[int] = []
     left = budget

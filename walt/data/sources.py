@@ -101,6 +101,8 @@ def open_source(where: Where) -> Source:
 
 def _guess(path: str) -> str:
     folder = Path(path)
+    if path.startswith("hf:"):
+        return "datasets"
     if path.endswith((".tar", ".tar.gz", ".tgz")) or re.search(r"[*?{\[]", path):
         return "shards"
     if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):

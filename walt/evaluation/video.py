@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -45,6 +46,7 @@ from walt.media import (
     read_image,
     read_video,
     replacing,
+    write_image,
     write_video,
 )
 
@@ -73,7 +75,7 @@ def score_splits(count: int) -> int:
 def clip_files(folder: str | Path, argument: str, least: int = 2) -> list[Path]:
     """The clips of a folder by name: videos, images, or what the prompt judge keeps (`walt.evaluation.prompts`).
 
-    A WaltError names the argument when there are too few.
+    A WaltError names the argument when there are too few, or when the judge keeps clips of several models or settings there.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -81,6 +83,12 @@ def clip_files(folder: str | Path, argument: str, least: int = 2) -> list[Path]:
     paths = sorted(
         path for path in folder.iterdir() if path.suffix.lower() in (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES, CLIP_SUFFIX)
     )
+    judged = Counter(path.name.split("-")[0] for path in paths if path.suffix.lower() == CLIP_SUFFIX)
+    if judged and max(judged.values()) > 1:
+        raise WaltError(
+            f'{argument}: "{folder}" holds clip {judged.most_common(1)[0][0]} of several models or settings: give '
+            "`walt evaluate prompts` a --work folder for each"
+        )
     if len(paths) < least:
         raise WaltError(f'{argument}: expected at least {least} videos or images in "{folder}", got {len(paths)}')
     return paths
@@ -109,12 +117,17 @@ def render_clips(theatre: EmojiTheatre, seeds: Iterable[int], like: Path, folder
     """
     frames, height, width, _ = read_clip(like).shape
     file = folder / f"real{like.suffix.lower()}"
+    lossy_image = file.suffix in IMAGE_SUFFIXES and file.suffix != ".png"
     for seed in seeds:
         scene = theatre.scene(seed, SCENE_FRAMES if frames > 1 else 1)
         pixels, _ = theatre.render(scene, height, width, frames=frames)
         if file.suffix in VIDEO_SUFFIXES:
             write_video(pixels, file)
             pixels = read_video(file)[0]
+            file.unlink()
+        elif lossy_image:
+            write_image(pixels[0], file)
+            pixels = read_image(file)[None]
             file.unlink()
         yield to_video(pixels)[None]
 

@@ -200,8 +200,11 @@ def train(job: Job, objective: Objective, sheet: Sheet | None = None, resume: bo
             # Sharded weights are gathered by all ranks, so all of them draw.
             if ranks.main or ranks.sharded:
                 with report.time("other"), eager(run.compile), averaged(average, model):
-                    sheet(objective, model, path if ranks.main else None)
-            if ranks.main:
+                    try:
+                        sheet(objective, model, path if ranks.main else None)
+                    except WaltError as error:  # what a pipeline cannot make is no reason to stop
+                        report.note(done, f"no sheet after step {done}: {error}")
+            if ranks.main and path.exists():
                 report.sheet(path, done)
 
     stop = _Stop()
@@ -385,7 +388,7 @@ class _Figures:
             else:
                 sums[name] = sums.get(name, 0.0) + value * weight
                 weights[name] = weights.get(name, 0.0) + weight
-        return counts, {name: value / weights[name] for name, value in sums.items()}
+        return counts, {name: value / weights[name] for name, value in sums.items() if weights[name]}
 
 
 def _unread(value: Number) -> Number:
@@ -625,12 +628,18 @@ def _same_recipe(folder: Path, state: dict[str, Any], job: Job, packs: int) -> N
     """A run folder continues its own recipe; only how long, where and how it is watched may change."""
     free = {"steps", "packs", "parallel", "cpu_offload", "checkpoint_every", "checkpoint_async", "keep_checkpoints"}
     free |= {"log_every", "sheet_every", "heldout_every", "heldout_clips", "workers", "wandb", "tensorboard", "output"}
-    free |= {"spike_factor", "max_skips", "gradient_checkpointing", "compile"}
+    free |= {
+        "spike_factor",
+        "max_skips",
+        "gradient_checkpointing",
+        "compile",
+    }  # and optimizer.lr, as where steps diverge
 
     def fixed(values: dict[str, Any]) -> dict[str, Any]:
         plain = json.loads(json.dumps(values))
         watched, data = plain["run"], plain.get("data", {})
         plain["run"] = {key: value for key, value in watched.items() if key not in free}
+        plain["optimizer"] = {key: value for key, value in plain.get("optimizer", {}).items() if key != "lr"}
         if data.get("kind") == "emoji" and data.get("latents"):
             # The last clips of a folder are held out, and which ones a step sees follows from how many are left.
             plain["run.heldout_clips"] = watched.get("heldout_clips") if watched.get("heldout_every") else 0

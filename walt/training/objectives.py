@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import math
+from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -56,9 +57,16 @@ def build_model(cls: type[Any], config: dict[str, Any]) -> Any:
     for name in config:
         if name not in known:
             raise WaltError(f"model: {cls.__name__} has no {name!r}{suggest(name, known)}; known: {', '.join(known)}")
-    model = cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in config.items()})
-    if hasattr(model, "close_branches"):
-        model.close_branches()
+    try:
+        model = cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in config.items()})
+        if hasattr(model, "close_branches"):
+            model.close_branches()
+    except WaltError:
+        raise
+    except (TypeError, ValueError, ArithmeticError, RuntimeError, AssertionError) as error:
+        raise WaltError(
+            f"model: {cls.__name__} cannot be built of these values: {error or type(error).__name__}"
+        ) from error
     return model
 
 
@@ -226,7 +234,7 @@ class TokenizerObjective(Objective):
         rng = np.random.default_rng((self.job.run.seed, step, rank))
         sides = [(s.cut or s.height, s.cut or s.width) for s in shapes]
         pixels = [s.frames * h * w for s, (h, w) in zip(shapes, sides, strict=True)]
-        chosen = fill_budget(self.job.batch_pixels, pixels, [s.weight for s in shapes], rng)
+        chosen = fill_budget(self.job.batch_pixels, pixels, [s.weight for s in shapes], rng, "batch_pixels")
         groups: dict[tuple[int, ...], list[Any]] = {}
         for index in chosen:
             number = int(rng.integers(self.job.data.scenes))
@@ -830,10 +838,10 @@ class DenoiserObjective(Objective):
         errors, sizes, made = self._errors(model, clean, noise, steps, masks, told, twice)
         if knobs.loss_weighting == "token":
             weight = sizes.sum()
-            loss = errors.sum() / weight
+            loss = errors.sum() / weight.clamp_min(1)  # with tokens dropped nothing may be left that is scored
         else:
             weight = torch.tensor(float(count))
-            loss = (errors / sizes).mean()
+            loss = (errors / sizes.clamp_min(1)).mean()
         whole = [z[0].numel() // self.model.config.patch_size**2 for z in clean]
         tokens = sum(n if s.kept is None else int(s.kept.sum()) for n, s in zip(whole, batch, strict=True))
         videos = sum(z.shape[1] > 1 for z in clean)
@@ -1068,7 +1076,8 @@ class DenoiserObjective(Objective):
                 frames, height, width = sample.video.shape[1:]
                 space = self.vae.spatial_compression_ratio
                 grid = (1 + (frames - 1) // self.vae.temporal_compression_ratio, height // space, width // space)
-            total += self.counter(grid)
+            # Of a sample with dropped tokens its share, as nearly all operations go by tokens.
+            total += self.counter(grid) * (1.0 if sample.kept is None else float(sample.kept.float().mean()))
         return total
 
     def _states(self, batch: list[Sample], lost: list[bool]) -> list[Tensor]:
@@ -1181,8 +1190,11 @@ def read_classes(path: str | None, count: int | None) -> dict[str, int]:
         names = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise WaltError(f"classes: {path} cannot be read: {error}") from None
-    if len(set(names)) != count:
-        raise WaltError(f"classes: {path} lists {len(set(names))} classes, the model has num_classes={count}")
+    if len(set(names)) < len(names):
+        twice = Counter(names).most_common(1)[0][0]
+        raise WaltError(f"classes: {path} lists {twice!r} more than once; every class has one line")
+    if len(names) != count:
+        raise WaltError(f"classes: {path} lists {len(names)} classes, the model has num_classes={count}")
     return {name: label for label, name in enumerate(names)}
 
 

@@ -292,14 +292,14 @@ def _packs(
         patch = int(twin.config.patch_size)
         sizes = [(1 + (s.frames - 1) // frames_per_latent, *_side(s, space)) for s in job.shapes]
         cost = [math.prod(size) // patch**2 for size in sizes]
-        budget = job.batch_tokens
+        budget, name = job.batch_tokens, "batch_tokens"
     else:
         sizes = [(s.frames, *_side(s, 1)) for s in job.shapes]
         cost = [math.prod(size) for size in sizes]
-        budget = job.batch_pixels
+        budget, name = job.batch_pixels, "batch_pixels"
     weights = [shape.weight for shape in job.shapes]
     rngs = [np.random.default_rng((job.run.seed, i, 0)) for i in range(PACKS)]
-    return sizes, cost, [fill_budget(budget, cost, weights, rng) for rng in rngs]
+    return sizes, cost, [fill_budget(budget, cost, weights, rng, name) for rng in rngs]
 
 
 def _nuwa_span(job: NuwaJob, twin: Any, autoencoder: type[Any]) -> int:
