@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests import tiny
-from tests.training.jobs import denoiser_job, losses, save_tokenizer, saved, small_job, tokenizer_job
+from tests.training.jobs import data, denoiser_job, losses, save_tokenizer, saved, small_job, tokenizer_job
 from walt.commands import build_objective, draw_sheet
 from walt.data.latents import LatentShards, write_latents
 from walt.data.packing import fill_budget
@@ -435,7 +435,7 @@ def test_latents_go_with_their_recipe_alone(tmp_path: Path) -> None:
     with pytest.raises(WaltError, match=r"another recipe \(shapes\)"):
         write_latents(job.model_copy(update={"shapes": job.shapes[::-1]}), folder, [2, 2], zeros)
     write_latents(job, folder, [2, 3], zeros)
-    assert len(LatentShards(folder, job).latents[1]) == 3
+    assert len(LatentShards(folder, job).sets[1]) == 3
     whole = json.loads((folder / "index.json").read_text())
     rowless = [json.dumps({**whole, "shards": [row]}) for row in ("x", {}, {"file": 1, "shape": {}}, {"file": "x"})]
     for damaged in ("[]", "{}", '{"tokenizer": "x", "data": {}, "world": {}}', *rowless):
@@ -448,6 +448,38 @@ def test_latents_go_with_their_recipe_alone(tmp_path: Path) -> None:
         for use in (lambda: LatentShards(folder, job), lambda: write_latents(job, folder, [2, 2], zeros)):
             with pytest.raises(WaltError, match=told):
                 use()
+
+
+def test_latents_of_another_world_may_be_mixed_in(tmp_path: Path) -> None:
+    """At their share, of the shapes that they have; those of another tokenizer are refused."""
+    vae = save_tokenizer(tmp_path / "vae")
+    model = AutoencoderKLWalt.from_pretrained(vae).eval()
+    job = small_job(vae, tmp_path / "run", steps=2)
+    job = job.model_copy(update={"data": data(subjects=("rocket", "frog"))})
+    other = job.model_copy(update={"data": data(subjects=("sun",)), "shapes": job.shapes[:2]})
+    with torch.no_grad():
+        write_latents(job, tmp_path / "main", [4] * 3, lambda x: model.encode(x).latent_dist.mode())
+        write_latents(other, tmp_path / "other", [5] * 2, lambda x: model.encode(x).latent_dist.mode())
+    told = {"latents": str(tmp_path / "main"), "mixed_latents": str(tmp_path / "other"), "mixed_share": 0.25}
+    mixed = job.model_copy(update={"data": job.data.model_copy(update=told)})
+    shards = LatentShards(tmp_path / "main", mixed, held=1)
+    for shape in (0, 1):
+        captions = [shards.get(shape, number)[2] for number in range(2000)]
+        assert sum("sun" in caption for caption in captions) / 2000 == pytest.approx(0.25, abs=0.005)
+        latents = {shards.get(shape, number)[0].sum().item() for number in range(2000)}
+        assert len(latents) == 3 + 5, "all but the clip that is held out"
+    assert not any("sun" in shards.get(2, number)[2] for number in range(200))
+    assert "sun" not in shards.held_out(0, 0)[2]
+    assert (run(mixed) / "config.json").exists()
+    save_tokenizer(tmp_path / "vae2", seed=5)
+    with torch.no_grad():
+        strange = other.model_copy(update={"tokenizer": str(tmp_path / "vae2")})
+        write_latents(strange, tmp_path / "strange", [1] * 2, lambda x: model.encode(x).latent_dist.mode())
+    told["mixed_latents"] = str(tmp_path / "strange")
+    with pytest.raises(WaltError, match="strange holds latents of another tokenizer"):
+        LatentShards(tmp_path / "main", job.model_copy(update={"data": job.data.model_copy(update=told)}))
+    with pytest.raises(WaltError, match="mixed_latents are drawn among those of latents"):
+        load_job("emoji.base", ["data.mixed_latents=x"])
 
 
 def test_no_more_latents_than_scenes(tmp_path: Path) -> None:

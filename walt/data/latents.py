@@ -29,6 +29,7 @@ from walt.errors import WaltError
 from walt.training.job import DataJob, DenoiserJob, Shape
 
 SHARD = 32
+GOLDEN = (5**0.5 - 1) / 2
 
 
 def fingerprint(tokenizer: Path) -> str:
@@ -164,16 +165,16 @@ def _encoded(clips: Sequence[Any], encode: Callable[[Tensor], Tensor], stage: St
 class LatentShards:
     """The latents of one folder in memory, per shape of a recipe; the last `held` of each shape are not for training.
 
+    Those of `data.mixed_latents` come in between, of the shapes that are there; they are never held out.
+
     A WaltError for latents of another tokenizer, world, subjects or rate, for shapes that are not there, for shards without the
     small videos that a super-resolution recipe needs, and for damaged files.
     """
 
     def __init__(self, folder: Path, job: DenoiserJob, held: int = 0) -> None:
         self.held = held
-        index = _read_index(folder / "index.json")
-        if index["tokenizer"] != fingerprint(Path(job.tokenizer)):
-            raise WaltError(f"{folder} holds latents of another tokenizer than {job.tokenizer}; encode them again")
-        data, stored = _theatre(job), index["data"]
+        data, index = _theatre(job), _read_index_of(folder, job)
+        stored = index["data"]
         if index["world"] != _world(data):
             raise WaltError(f"{folder} holds latents of another world (subjects, sizes, ...); run `walt encode` again")
         held_fields = {"subjects": [*data.subjects], "clip_subjects": [*data.clip_subjects], "fps": data.fps}
@@ -184,41 +185,70 @@ class LatentShards:
                     f"data.{field}: {value} given, but {folder} holds latents of {was}; run `walt encode` again"
                 )
         twins = low_res_kind(job.model) == "space"
-        self.latents: list[Tensor] = []
-        self.low_res: list[Tensor | None] = []
-        self.captions: list[list[str]] = []
+        self.sets: list[_Set] = []
         for shape in job.shapes:
-            name = shape.model_dump(exclude={"weight"})
-            files = [folder / row["file"] for row in index["shards"] if row["shape"] == name]
-            if not files:
+            found = _read_set(folder, index, shape, twins)
+            if found is None:
+                name = shape.model_dump(exclude={"weight"})
                 raise WaltError(f"{folder} has no latents of shape {name}; run `walt encode` with this recipe")
-            parts = [_read_shard(path) for path in files]
-            self.latents.append(torch.cat([tensors["latents"] for tensors, _ in parts]))
-            if len(self.latents[-1]) <= held:
+            if len(found) <= held:
                 raise WaltError(
-                    f"{folder} has {len(self.latents[-1])} clips of shape {name}, and run.heldout_clips={held} of them are "
-                    "not for training; encode more"
+                    f"{folder} has {len(found)} clips of shape {shape.model_dump(exclude={'weight'})}, and "
+                    f"run.heldout_clips={held} of them are not for training; encode more"
                 )
-            low = [tensors["low_res"] for tensors, _ in parts if "low_res" in tensors] if twins else []
-            if twins and len(low) < len(parts):
-                raise WaltError(
-                    f"{folder}: {len(parts) - len(low)} of {len(parts)} shards of shape {name} were encoded without the "
-                    "half-size videos that a super-resolution stage is told; encode this recipe into a folder of its own"
-                )
-            self.low_res.append(torch.cat(low) if low else None)
-            self.captions.append([caption for _, captions in parts for caption in captions])
+            self.sets.append(found)
+        self.share = data.mixed_share
+        self.mixed: list[_Set | None] = [None] * len(job.shapes)
+        if data.mixed_latents is not None:
+            other = Path(data.mixed_latents)
+            mixed_index = _read_index_of(other, job)
+            self.mixed = [_read_set(other, mixed_index, shape, twins) for shape in job.shapes]
+            if not any(self.mixed):
+                raise WaltError(f"data.mixed_latents: {other} has no latents of any shape of this recipe")
 
     def get(self, shape: int, number: int) -> tuple[Tensor, Tensor | None, str]:
         """Clip `number` (cycled) of a shape: raw latent `(8, t, h, w)`, low-resolution latent or None, caption."""
-        return self._row(shape, number % (len(self.latents[shape]) - self.held))
+        mixed = self.mixed[shape]
+        # The golden ratio spreads the numbers of every clip evenly over both folders.
+        if mixed is not None and number * GOLDEN % 1 < self.share:
+            return mixed.row(number % len(mixed))
+        return self.sets[shape].row(number % (len(self.sets[shape]) - self.held))
 
     def held_out(self, shape: int, number: int) -> tuple[Tensor, Tensor | None, str]:
         """Clip `number` (below `held`) of those that `get` never gives."""
-        return self._row(shape, len(self.latents[shape]) - 1 - number % self.held)
+        return self.sets[shape].row(len(self.sets[shape]) - 1 - number % self.held)
 
-    def _row(self, shape: int, row: int) -> tuple[Tensor, Tensor | None, str]:
-        low = self.low_res[shape]
-        return self.latents[shape][row].float(), None if low is None else low[row].float(), self.captions[shape][row]
+
+@dataclasses.dataclass(frozen=True)
+class _Set:
+    """All clips of one shape of a folder."""
+
+    latents: Tensor
+    low_res: Tensor | None
+    captions: list[str]
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def row(self, number: int) -> tuple[Tensor, Tensor | None, str]:
+        low = None if self.low_res is None else self.low_res[number].float()
+        return self.latents[number].float(), low, self.captions[number]
+
+
+def _read_set(folder: Path, index: dict[str, Any], shape: Shape, twins: bool) -> _Set | None:
+    name = shape.model_dump(exclude={"weight"})
+    files = [folder / row["file"] for row in index["shards"] if row["shape"] == name]
+    if not files:
+        return None
+    parts = [_read_shard(path) for path in files]
+    low = [tensors["low_res"] for tensors, _ in parts if "low_res" in tensors] if twins else []
+    if twins and len(low) < len(parts):
+        raise WaltError(
+            f"{folder}: {len(parts) - len(low)} of {len(parts)} shards of shape {name} were encoded without the "
+            "half-size videos that a super-resolution stage is told; encode this recipe into a folder of its own"
+        )
+    captions = [caption for _, captions in parts for caption in captions]
+    return _Set(torch.cat([tensors["latents"] for tensors, _ in parts]), torch.cat(low) if low else None, captions)
 
 
 def _theatre(job: DenoiserJob) -> DataJob:
@@ -241,6 +271,14 @@ def _write_index(path: Path, index: dict[str, Any]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")  # several ranks may write it at once
     temporary.write_text(json.dumps(index, indent=1))
     os.replace(temporary, path)
+
+
+def _read_index_of(folder: Path, job: DenoiserJob) -> dict[str, Any]:
+    """The index of a folder of latents; a WaltError for those of another tokenizer."""
+    index = _read_index(folder / "index.json")
+    if index["tokenizer"] != fingerprint(Path(job.tokenizer)):
+        raise WaltError(f"{folder} holds latents of another tokenizer than {job.tokenizer}; encode them again")
+    return index
 
 
 def _read_index(path: Path) -> dict[str, Any]:

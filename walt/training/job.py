@@ -10,10 +10,10 @@ import contextlib
 import importlib
 import pkgutil
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from walt.errors import WaltError, suggest
 from walt.models.backbone import BACKBONES
@@ -60,6 +60,17 @@ class DataJob(Frozen):
     latents: str | None = Field(
         default=None, description="folder of precomputed latents (walt encode); None: on the fly"
     )
+    mixed_latents: str | None = Field(
+        default=None,
+        description="folder of latents of any other world, on the same tokenizer, among those of `latents`",
+    )
+    mixed_share: float = Field(default=0.3, gt=0, lt=1, description="chance that a sample is of mixed_latents")
+
+    @model_validator(mode="after")
+    def _mixed_into_something(self) -> Self:
+        if self.mixed_latents is not None and self.latents is None:
+            raise ValueError("mixed_latents are drawn among those of latents: give both folders")
+        return self
 
 
 class SourceJob(Frozen):
