@@ -3,6 +3,7 @@
 PYTHON ?= python3
 PROMPT ?= a rocket flies up on a purple background
 OUTPUT ?= demo.mp4
+SEED ?= 1
 WORKERS ?= 2
 BIN := .venv/bin
 RUN_STAMP := .venv/.installed
@@ -12,7 +13,7 @@ TEST_STAMP := .venv/.installed-for-tests
 .DELETE_ON_ERROR:
 
 demo: links $(RUN_STAMP)
-	$(BIN)/walt sample "$(PROMPT)" -o "$(OUTPUT)"
+	$(BIN)/walt sample "$(PROMPT)" -o "$(OUTPUT)" --seed $(SEED)
 	@echo "The video is $(abspath $(OUTPUT))"
 
 test: links $(TEST_STAMP)
