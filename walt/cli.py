@@ -1,4 +1,4 @@
-"""The command line: `walt sample | nuwa | demo | info | train | encode | data | evaluate | export` and the tasks of
+"""The command line: `walt sample | nuwa | demo | info | train | average | encode | data | evaluate | export` and the tasks of
 task_commands.py, one entry of COMMANDS each.
 
 A command has three parts: its arguments, `prepare` (checks them: what it raises is a usage error, exit code 2) and
@@ -454,6 +454,12 @@ COMMANDS: dict[str, Command] = {
     "demo": Command("A local web page over a model.", demo.add, demo.prepare, demo.run),
     "info": Command("Describe a model: shapes, parameters, words, cost.", _info_arguments, _info_prepare, _info_run),
     "train": Command("Run a training recipe.", commands.add_train, commands.load_recipe, commands.train),
+    "average": Command(
+        "Average a run's weights over another length (post-hoc EMA).",
+        commands.add_average,
+        commands.average_prepare,
+        commands.average,
+    ),
     "encode": Command("Precompute a recipe's latents.", commands.add_encode, commands.encode_prepare, commands.encode),
     "data": Command("Fetch and build what training needs.", commands.add_data, commands.nothing, commands.data),
     "evaluate": Command("Measure a model.", commands.add_evaluate, commands.evaluate_prepare, commands.evaluate),

@@ -243,6 +243,104 @@ def _text_tokenizer(folder: str) -> Any:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# average
+
+
+def add_average(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="RUN", help="run folder of a recipe with run.ema_lengths")
+    parser.add_argument(
+        "--lengths",
+        type=float,
+        nargs="+",
+        required=True,
+        metavar="SIGMA",
+        help="sigma_rel of the average; of several the one with the lowest held-out loss (run.heldout_every) is written",
+    )
+    parser.add_argument("-o", "--output", help="model folder to write; without it the losses are only shown")
+
+
+def average_prepare(args: argparse.Namespace) -> None:
+    """The run folder, its snapshots and recipe, and the lengths: mistakes here are usage errors."""
+    from walt.training import average, checkpoint
+    from walt.training.job import NuwaJob, read_job
+
+    run = Path(args.folder)
+    if not run.is_dir():
+        raise WaltError(f'RUN: there is no folder "{run}"')
+    for length in args.lengths:
+        if not 0 < length <= average.LONGEST:
+            raise WaltError(f"--lengths must be above 0 and at most {average.LONGEST}, got {length:g}")
+    args.lengths = list(dict.fromkeys(args.lengths))
+    args.kept = average.snapshots(run)
+    latest = checkpoint.latest(run)
+    if latest is None:
+        raise WaltError(f'"{run}" has no checkpoint, which says of what recipe the averages are')
+    args.job = read_job(checkpoint.read_state(latest)["job"])
+    args.compare = bool(args.job.run.heldout_every) and not isinstance(args.job, NuwaJob)
+    if not args.compare and (args.output is None or len(args.lengths) > 1):
+        raise WaltError(
+            f"the recipe of {run} sets nothing aside to compare lengths by (run.heldout_every=0): give one of --lengths, "
+            "and -o"
+        )
+    if args.output is not None and Path(args.output).exists():
+        raise WaltError(f'-o: "{args.output}" is there already: name a new folder')
+
+
+def average(args: argparse.Namespace) -> None:
+    """Makes averages of other lengths than a run kept (post-hoc EMA), and writes the best."""
+    import shutil
+
+    import torch
+    from rich.table import Table
+
+    from walt.training.average import combination, exponent, mixed
+
+    console, device, output = Console(), _rank_device(), args.output and Path(args.output)
+    objective = build_objective(args.job)
+    model = objective.model.to(device).eval()
+    objective.to(device)
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    half = torch.autocast(device.type, torch.bfloat16, enabled=args.job.run.precision == "bf16")
+    profiles = [(snapshot.updates, exponent(snapshot.length)) for snapshot in args.kept]
+    updates, step = args.kept[-1].updates, args.kept[-1].step
+    found: list[tuple[float, float, float]] = []  # held-out loss, length, what the snapshots miss
+
+    def load(length: float) -> float:
+        shares, missed = combination(profiles, updates, length)
+        weights = mixed(args.kept, [float(share) for share in shares])
+        if {name: weight.shape for name, weight in trained.items()} != {n: w.shape for n, w in weights.items()}:
+            raise WaltError(f'"{args.kept[0].path}" is not of the model that the recipe of {args.folder} describes')
+        with torch.no_grad():
+            for name, weight in weights.items():
+                trained[name].copy_(weight)
+        return missed
+
+    with _progress() as progress:
+        for length in progress.track(args.lengths, description="lengths"):
+            missed, loss = load(length), math.nan
+            if args.compare:
+                with torch.no_grad(), half:
+                    loss = objective.heldout(model)["loss"]
+            found.append((loss, length, missed))
+    best = min(found)[1]
+    rows = Table("length (sigma_rel)", "held-out loss", "profile missed by")
+    for loss, length, missed in found:
+        rows.add_row(f"{length:g}", "" if math.isnan(loss) else f"{loss:.5f}", f"{missed:.1%}")
+    console.print(rows)
+    console.print(f"of {len(args.kept)} snapshots, after step {step}", highlight=False)
+    if output is None:
+        return
+    if len(found) > 1:
+        load(best)
+    temporary = output.with_name(f".{output.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    objective.export(model, temporary)
+    temporary.replace(output)
+    console.print(f"wrote {output}, of length {best:g}", markup=False, highlight=False, soft_wrap=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # sample sheets
 
 
@@ -423,6 +521,12 @@ def add_encode(parser: argparse.ArgumentParser) -> None:
         "--count",
         help="emoji: clips per shape, one number or one per shape: 800,400,900 (default: 1000); media: all are encoded",
     )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of the tokenizer; bfloat16 is faster where the processor computes in it (default: float32)",
+    )
 
 
 def encode_prepare(args: argparse.Namespace) -> None:
@@ -453,17 +557,13 @@ def encode(args: argparse.Namespace) -> None:
     from walt.training.job import MediaJob
 
     if isinstance(args.job.data, MediaJob):
-        _encode_media(args.job, Path(args.output))
+        _encode_media(args.job, Path(args.output), args.dtype)
         return
     job, counts = args.job, args.counts
     device = _rank_device()
-    vae = load_vae(job.tokenizer).eval().to(device)
+    encoder = _latent_encoder(load_vae(job.tokenizer), device, args.dtype)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # latents are kept in float16
-
-    def encoder(video: Tensor) -> Tensor:
-        with torch.no_grad():
-            return vae.encode(video.to(device)).latent_dist.mode()
 
     with _progress() as progress:
         task = progress.add_task("clips", total=None)
@@ -484,10 +584,25 @@ def _rank_device() -> torch.device:
     return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
 
 
-def _encode_media(job: Any, output: Path) -> None:
-    """Encodes a user's media: this rank's share of the units, with the account at the end."""
+def _latent_encoder(vae: Any, device: torch.device, dtype: str) -> Callable[[Tensor], Tensor]:
+    """What maps videos `(B, 3, T, H, W)` in [-1, 1] to the means of their latents, float32, on `device`."""
     import torch
 
+    from walt.cli import choose_dtype, quiet
+
+    quiet()  # diffusers warns of every cast
+    vae.eval().to(device, choose_dtype(dtype, device))
+
+    def encoder(video: Tensor) -> Tensor:
+        with torch.no_grad():
+            mean: Tensor = vae.encode(video.to(device, vae.dtype)).latent_dist.mode()
+        return mean.float()
+
+    return encoder
+
+
+def _encode_media(job: Any, output: Path, dtype: str) -> None:
+    """Encodes a user's media: this rank's share of the units, with the account at the end."""
     from walt.data.precompute import Tally, encode_media
     from walt.training.objectives import open_clips
 
@@ -495,13 +610,9 @@ def _encode_media(job: Any, output: Path) -> None:
     clips = open_clips(job, vae, words is not None, output / "skipped.jsonl")
     assert clips is not None
     device = _rank_device()
-    vae.to(device)
+    encoder = _latent_encoder(vae, device, dtype)
     if words is not None:
         words.to(device)
-
-    def encoder(video: Tensor) -> Tensor:
-        with torch.no_grad():
-            return vae.encode(video.to(vae.device)).latent_dist.mode()
 
     console = Console()
     with _progress() as progress:

@@ -216,6 +216,19 @@ def test_the_command_encodes_and_accounts(tmp_path: Path, capsys: pytest.Capture
     told = capsys.readouterr().out
     assert "of 44 samples 41 were encoded, 0 were there, 3 left out" in told
     assert "18 items, 2 skipped (1 damaged, 1 empty)" in told and "skipped.jsonl" in told
+    assert main(["encode", *arguments, shapes, "--dtype", "bfloat16", "-o", str(tmp_path / "rounded")]) == 0
+    files = sorted(path.relative_to(tmp_path / "latents") for path in (tmp_path / "latents").rglob("*.safetensors"))
+    assert files
+    for file in files:
+        exact, rounded = (
+            safetensors.torch.load_file(tmp_path / "latents" / file),
+            safetensors.torch.load_file(tmp_path / "rounded" / file),
+        )
+        assert exact.keys() == rounded.keys()
+        for name, latents in exact.items():
+            off = (rounded[name].float() - latents.float()).std() / latents.float().std()
+            assert off < 0.02 and (off > 0 or "latents" not in name), f"{name} of {file}: {off}"
+    capsys.readouterr()
     assert main(["encode", *arguments, shapes, "-n", "5", "-o", str(tmp_path / "x")]) == 2
     assert "--count goes with data.kind=emoji" in capsys.readouterr().err
 

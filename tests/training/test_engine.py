@@ -834,6 +834,8 @@ def test_plan_counts_what_the_run_will_hold(tmp_path: Path) -> None:
     assert plan.parameters == plan.trained == count
     assert plan.memory["weights"] == plan.memory["gradients"] == plan.memory["average"] == 4 * count
     assert plan.memory["optimizer"] == 8 * count
+    more = job.model_copy(update={"run": job.run.model_copy(update={"ema_lengths": (0.05, 0.1)})})
+    assert plan_job(more, rate=1e9).memory["average"] == 3 * 4 * count
     run(job)
     logged = [row for row in rows(tmp_path / "run") if "tokens" in row]
     assert plan.tokens == pytest.approx(sum(row["tokens"] for row in logged) / len(logged), rel=0.1)

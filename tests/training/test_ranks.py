@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from tests.data import media
 from tests.training.jobs import ROOT, SPRITES, finish, losses, save_tokenizer, small_job, start, tokenizer_job
 from walt.commands import build_objective
+from walt.training.average import snapshots
 from walt.training.job import DenoiserJob, TokenizerJob
 from walt.training.loop import train
 
@@ -33,6 +35,13 @@ def same_model(a: Path, b: Path) -> None:
     assert left.keys() == right.keys()
     for name in left:
         assert (left[name] - right[name]).abs().max() < 1e-4, name
+    kept, others = snapshots(a), snapshots(b)
+    assert [(one.path.name, one.updates) for one in kept] == [(one.path.name, one.updates) for one in others]
+    for one, other in zip(kept, others, strict=True):
+        left, right = load_file(one.path), load_file(other.path)
+        assert left.keys() == right.keys()
+        for name in left:
+            torch.testing.assert_close(left[name], right[name], rtol=2e-3, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -41,7 +50,8 @@ def test_two_ranks_follow_one_and_checkpoints_go_from_any_number_to_any(tmp_path
     vae = save_tokenizer(tmp_path / "vae")
 
     def job(name: str, optimizer: str, **run: Any) -> DenoiserJob:
-        made = small_job(vae, tmp_path / name, STEPS, checkpoint_every=10, packs=2, **run)
+        averages: dict[str, Any] = {"ema_lengths": (0.1,), "ema_every": 10}
+        made = small_job(vae, tmp_path / name, STEPS, checkpoint_every=10, packs=2, **averages, **run)
         diffusion = made.diffusion.model_copy(update={"mask_probability": 0.3, "loss_weighting": "token"})
         kind = made.optimizer.model_copy(update={"kind": optimizer})
         return made.model_copy(update={"optimizer": kind, "diffusion": diffusion})

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from walt.errors import WaltError
+from walt.training import average
 from walt.training.ranks import Ranks
 
 # A single process is not a mistake.
@@ -216,11 +217,12 @@ def prune(run: Path, keep: int) -> None:
 
 
 def set_aside(run: Path) -> None:
-    """Renames the checkpoints and the log of a run that is started over: they are kept, and never resumed from."""
+    """Renames the checkpoints, the log and the averages of a run that is started over: they are kept, and never resumed
+    from."""
     log = run / "log.jsonl"
     if log.exists():
         os.replace(log, log.with_name(f"replaced-{log.name}"))
-    for path in run.glob(f"{PREFIX}*"):
+    for path in (*run.glob(f"{PREFIX}*"), run / average.FOLDER):
         if path.is_dir():
             old = path.with_name(f"replaced-{path.name}")
             shutil.rmtree(old, ignore_errors=True)

@@ -157,6 +157,14 @@ class RunJob(Frozen):
         description="compile the network's repeated blocks: a minute or more at the start, then faster steps on a GPU",
     )
     ema_decay: float = Field(default=0.999, ge=0, lt=1, description="0: no average is kept")
+    ema_lengths: tuple[Annotated[float, Field(gt=0, le=0.28)], ...] = Field(
+        default=(),
+        description="power-function averages of these lengths (sigma_rel) beside it, such as [0.05, 0.1], whose snapshots "
+        "`walt average` joins to one of any length",
+    )
+    ema_every: int = Field(
+        default=500, gt=0, description="steps between snapshots of ema_lengths; the last is kept too"
+    )
     spike_factor: float = Field(
         default=20.0, ge=0, description="skip a step whose gradient norm is this many times the usual; 0: never"
     )
@@ -171,6 +179,13 @@ class RunJob(Frozen):
     workers: int = Field(default=0, ge=0)
     wandb: bool = True
     tensorboard: bool = False
+
+    @field_validator("ema_lengths")
+    @classmethod
+    def _unlike(cls, lengths: tuple[float, ...]) -> tuple[float, ...]:
+        if len(set(lengths)) < len(lengths):
+            raise ValueError("each length stands there once")
+        return lengths
 
     @field_validator("precision", mode="before")
     @classmethod
@@ -500,6 +515,22 @@ def load_job(name: str, overrides: Sequence[str] = ()) -> Job:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise WaltError(f"{name}: {where}: {first['msg'].lower()}, got {first['input']!r}") from None
+
+
+def read_job(values: Any) -> Job:
+    """The recipe that a checkpoint holds (`model_dump` as JSON); a WaltError where it is none of this walt's."""
+    kinds: dict[str, type[Job]] = {
+        cls.model_fields["kind"].default: cls for cls in (TokenizerJob, DenoiserJob, NuwaJob)
+    }
+    kind = values.get("kind") if isinstance(values, dict) else None
+    if kind not in kinds:
+        raise WaltError(f"the recipe is of kind {kind!r}; known: {', '.join(kinds)}")
+    try:
+        return kinds[kind].model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise WaltError(f"the recipe is of another walt: {where}: {first['msg'].lower()}") from None
 
 
 def _set(values: dict[str, Any], field: str, text: str) -> None:

@@ -28,9 +28,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from walt.errors import Terminated, WaltError
 from walt.training import checkpoint
+from walt.training.average import Average, PowerAverage, averaged, drop_snapshots, snapshot_path, write_snapshot
 from walt.training.compiled import compile_network, compile_parts, eager
 from walt.training.job import Job, OptimizerJob
-from walt.training.optimizers import Average, Guard, averaged, learning_rate, make_optimizer, warm
+from walt.training.optimizers import Guard, learning_rate, make_optimizer, warm
 from walt.training.ranks import Ranks, Reducer, scalar
 from walt.training.report import COUNTS, Report
 
@@ -156,6 +157,7 @@ def train(job: Job, objective: Objective, sheet: Sheet | None = None, resume: bo
         compile_parts(model)
     objective.to(ranks.device)
     average = Average(run.ema_decay, trainers["model"].trained)
+    powers = [PowerAverage(length, trainers["model"].trained) for length in run.ema_lengths]
     guard = Guard(run)
     start = 0
     found = ranks.agree(checkpoint.latest(output) if resume else None)
@@ -165,9 +167,13 @@ def train(job: Job, objective: Objective, sheet: Sheet | None = None, resume: bo
         held = checkpoint.names(found)
         for name, trainer in trainers.items():
             trainer.warm(name, held)
-        checkpoint.load(found, _tensors(trainers, average), ranks)
+        checkpoint.load(found, _tensors(trainers, average, powers), ranks)
         start, average.updates = int(state["step"]), int(state["updates"])
+        for power in powers:
+            power.updates = int(state["power_updates"])
         guard.load(state["guard"])
+    if ranks.main and powers:
+        drop_snapshots(output, after=start)
     rate = _rate(ranks.device, run.precision)
     report = Report(job, output, start, ranks.main, rate and rate * ranks.world)
     writer = checkpoint.Writer(output, ranks, run.keep_checkpoints, run.checkpoint_async, report.say)
@@ -183,7 +189,20 @@ def train(job: Job, objective: Objective, sheet: Sheet | None = None, resume: bo
                 "updates": average.updates,
                 "guard": guard.state(),
             }
-            writer.save(done, _tensors(trainers, average), state, last)
+            if powers:
+                state["power_updates"] = powers[0].updates
+            writer.save(done, _tensors(trainers, average, powers), state, last)
+
+    def keep(done: int) -> None:
+        """Snapshots of the power-function averages; a run that is resumed before them writes the same ones again."""
+        for number, power in enumerate(powers):
+            state = None
+            if ranks.sharded:
+                with averaged(power, model):
+                    state = ranks.whole(model)
+            if ranks.main:
+                weights = power.weights if state is None else {name: state[name] for name in power.weights}
+                write_snapshot(snapshot_path(output, done, number), weights, power, done)
 
     def look(done: int, resumed: bool = False) -> None:
         """Held-out loss and sample sheets, from the averaged weights; of a `resumed` step what it was stopped before."""
@@ -242,6 +261,8 @@ def train(job: Job, objective: Objective, sheet: Sheet | None = None, resume: bo
                         for trainer in trainers.values():
                             trainer.step()
                         average.step()
+                        for power in powers:
+                            power.step()
                 means |= {"loss": trainers["model"].loss, "grad_norm": norms.get("model", 0.0)}
                 for name, trainer in trainers.items():
                     if name != "model" and trainer.weight:
@@ -258,6 +279,9 @@ def train(job: Job, objective: Objective, sheet: Sheet | None = None, resume: bo
                     means = {name: value for name, value in means.items() if math.isfinite(value)}
                 report.step(step, means | {"skipped": float(refused is not None)} | {"lr": trainers["model"].lr})
                 last = done == run.steps
+                if powers and (last or done % run.ema_every == 0):
+                    with report.time("checkpoint"):
+                        keep(done)
                 if last or stopping or done % run.checkpoint_every == 0:
                     save(done, last or stopping)
                 if stopping and not last:
@@ -479,7 +503,7 @@ class _Stop:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _tensors(trainers: dict[str, _Trainer], average: Average) -> dict[str, Tensor]:
+def _tensors(trainers: dict[str, _Trainer], average: Average, powers: Sequence[PowerAverage] = ()) -> dict[str, Tensor]:
     """Everything a checkpoint holds, by name; reading into these tensors restores the run."""
     tensors: dict[str, Tensor] = {}
     for part, trainer in trainers.items():
@@ -491,6 +515,9 @@ def _tensors(trainers: dict[str, _Trainer], average: Average) -> dict[str, Tenso
                     tensors[f"{part}.optimizer.{name}.{key}"] = value
     for name, value in average.weights.items():
         tensors[f"ema.{name}"] = value
+    for number, power in enumerate(powers):
+        for name, value in power.weights.items():
+            tensors[f"power.{number}.{name}"] = value
     return tensors
 
 
@@ -626,7 +653,16 @@ def _rate(device: torch.device, precision: str) -> float | None:
 
 def _same_recipe(folder: Path, state: dict[str, Any], job: Job, packs: int) -> None:
     """A run folder continues its own recipe; only how long, where and how it is watched may change."""
-    free = {"steps", "packs", "parallel", "cpu_offload", "checkpoint_every", "checkpoint_async", "keep_checkpoints"}
+    free = {
+        "steps",
+        "packs",
+        "parallel",
+        "cpu_offload",
+        "ema_every",
+        "checkpoint_every",
+        "checkpoint_async",
+        "keep_checkpoints",
+    }
     free |= {"log_every", "sheet_every", "heldout_every", "heldout_clips", "workers", "wandb", "tensorboard", "output"}
     free |= {
         "spike_factor",

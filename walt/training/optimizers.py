@@ -1,4 +1,4 @@
-"""Optimizers of a recipe, their schedule, the average of the weights, and the guard that refuses bad updates."""
+"""Optimizers of a recipe, their schedule, and the guard that refuses bad updates."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers.training_utils import EMAModel
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
@@ -59,61 +58,6 @@ def learning_rate(optimizer: OptimizerJob, step: int, steps: int) -> float:
     progress = (step - optimizer.warmup_steps) / max(1, steps - optimizer.warmup_steps)
     low = optimizer.final_lr_ratio
     return optimizer.lr * (low + (1.0 - low) * 0.5 * (1.0 + math.cos(math.pi * progress)))
-
-
-class Average:
-    """The running average of trained weights, whole or sharded; without one (`run.ema_decay` 0) the weights themselves.
-
-    The decay of update n is min(ema_decay, 1 - n^-0.75): early updates forget the random start.
-    """
-
-    def __init__(self, decay: float, trained: dict[str, nn.Parameter]) -> None:
-        self.trained = trained
-        self.ema = None
-        if decay:
-            self.ema = EMAModel(
-                trained.values(), decay=decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75, foreach=True
-            )
-
-    @property
-    def weights(self) -> dict[str, Tensor]:
-        return {} if self.ema is None else dict(zip(self.trained, self.ema.shadow_params, strict=True))
-
-    @property
-    def updates(self) -> int:
-        return 0 if self.ema is None else int(self.ema.optimization_step)
-
-    @updates.setter
-    def updates(self, count: int) -> None:
-        if self.ema is not None:
-            self.ema.optimization_step = count
-
-    def step(self) -> None:
-        if self.ema is not None:
-            self.ema.step(self.trained.values())
-
-
-class averaged:
-    """Context: the model carries its averaged weights (and is in eval mode) inside, its own again afterwards."""
-
-    def __init__(self, average: Average, model: nn.Module) -> None:
-        self.average, self.model = average, model
-        self.kept: list[Tensor] = []
-
-    @torch.no_grad()
-    def __enter__(self) -> None:
-        for name, weight in self.average.weights.items():
-            parameter = self.average.trained[name]
-            self.kept.append(parameter.detach().clone())
-            parameter.copy_(weight)
-        self.model.eval()
-
-    @torch.no_grad()
-    def __exit__(self, *exc: object) -> None:
-        for name, weight in zip(self.average.weights, self.kept, strict=True):
-            self.average.trained[name].copy_(weight)
-        self.kept = []
-        self.model.train()
 
 
 class Guard:

@@ -27,9 +27,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from walt.data.packing import fill_budget
 from walt.errors import WaltError
 from walt.linear import has_bfloat16_units
-from walt.training.job import DenoiserJob, NuwaJob, OptimizerJob, TokenizerJob
+from walt.training.average import Average, PowerAverage
+from walt.training.job import DenoiserJob, NuwaJob, OptimizerJob, RunJob, TokenizerJob
 from walt.training.loop import Objective
-from walt.training.optimizers import Average, make_optimizer
+from walt.training.optimizers import make_optimizer
 
 Result = TypeVar("Result")
 TEXT_LENGTH = 16  # text states per sample in a count: their share is small
@@ -353,7 +354,7 @@ def _memory(job: Any, model: nn.Module, trained: list[str], ranks: int, activati
         "weights": own,
         "gradients": learnt,
         "optimizer": _moments(job.optimizer, [parameters[name].shape for name in trained]) / share,
-        "average": learnt if job.run.ema_decay else 0.0,
+        "average": learnt * (bool(job.run.ema_decay) + len(job.run.ema_lengths)),
     }
     quantizer = getattr(model, "quantize", None)
     if quantizer is not None and (codes := sum(buffer.nbytes for buffer in quantizer.buffers())):
@@ -445,18 +446,21 @@ def _timed(run: Callable[[], Result], device: torch.device) -> tuple[float, Resu
 
 
 def _update(
-    parameters: dict[str, nn.Parameter], job: OptimizerJob, ema_decay: float, half: bool, device: torch.device
+    parameters: dict[str, nn.Parameter], job: OptimizerJob, run: RunJob, averages: bool, device: torch.device
 ) -> Callable[[], float]:
-    """What times an update as the loop does it: norm, scale, step, average."""
-    optimizer = make_optimizer(job, list(parameters.values()), half)
-    average = Average(ema_decay, parameters)
+    """What times an update as the loop does it: norm, scale, step, and the model's `averages`."""
+    optimizer = make_optimizer(job, list(parameters.values()), run.precision == "bf16")
+    kept: list[Average | PowerAverage] = []
+    if averages:
+        kept = [Average(run.ema_decay, parameters), *(PowerAverage(length, parameters) for length in run.ema_lengths)]
 
     def step() -> None:
         grads = [p.grad for p in parameters.values() if p.grad is not None]
         torch._foreach_mul_(grads, 0.5)
         float(torch.nn.utils.get_total_norm(grads))
         optimizer.step()
-        average.step()
+        for average in kept:
+            average.step()
         optimizer.zero_grad()
 
     return lambda: _timed(step, device)[0]
@@ -475,8 +479,7 @@ def _rehearse(objective: Objective, job: Any, device: torch.device) -> _Measured
     for name, part in parts.items():
         part.module.to(device).train()
         learnt = {key: p for key, p in part.module.named_parameters() if p.requires_grad}
-        decay, half = job.run.ema_decay if name == "model" else 0.0, job.run.precision == "bf16"
-        timed_updates.append(_update(learnt, part.optimizer, decay, half, device))
+        timed_updates.append(_update(learnt, part.optimizer, job.run, name == "model", device))
     data = compute = operations = 0.0
     updates = []
     for number in range(1 + REHEARSED):
@@ -534,7 +537,7 @@ def _measure(
         chosen.append(index)
         left -= 3 * counter(sizes[index])
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    timed_update = _update(parameters, job.optimizer, job.run.ema_decay, job.run.precision == "bf16", device)
+    timed_update = _update(parameters, job.optimizer, job.run, True, device)
     call = _sample_call(model, [sizes[i] for i in chosen], device)
 
     def forward_backward() -> None:
