@@ -633,7 +633,7 @@ class SamplingPipeline(HubCardMixin, DiffusionPipeline, WaltLoraLoaderMixin):
         return self._guidance_options
 
     def set_guidance(self, options: GuidanceOptions | None = None, **fields: Any) -> None:
-        """Sets oscillating or power-cosine guidance and thresholding for all calls from here on; nothing: back to plain.
+        """Sets where and how guidance acts, and thresholding, for all calls from here on; nothing: back to plain.
 
         Args:
             options, fields: a `walt.diffusion.GuidanceOptions`, or its fields:

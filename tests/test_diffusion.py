@@ -155,6 +155,17 @@ def test_options_give_the_scale_of_a_step() -> None:
     assert GuidanceOptions("power-cosine", power=1.0).scale(6, 0, 0) == pytest.approx(6)
 
 
+def test_guidance_may_act_in_a_part_of_the_way() -> None:
+    options = GuidanceOptions(start=0.25, stop=0.75)
+    found = [options.scale(6, step, 999 * (1 - way)) for step, way in enumerate((0.0, 0.2, 0.25, 0.5, 0.7, 0.75, 1.0))]
+    assert found == [1, 1, 6, 6, 6, 1, 1]
+    assert [GuidanceOptions(start=0.5).scale(6, 0, t) for t in (999, 500, 499, 0)] == [1, 1, 6, 6]
+    assert [GuidanceOptions(stop=0.5).scale(6, 0, t) for t in (999, 500, 499, 0)] == [6, 6, 1, 1]
+    # Inside it is the schedule's.
+    assert GuidanceOptions("oscillating", hold=0, low=2.0, stop=0.5).scale(6, 0, 900) == 2
+    assert GuidanceOptions("oscillating", hold=0, low=2.0, stop=0.5).scale(6, 1, 900) == 6
+
+
 def test_thresholds_are_imagens(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
     """Section 2.3 of arXiv 2205.11487, in numpy and float64."""
     x0 = pair[0] * torch.tensor([0.1, 1.0, 2.0, 5.0], dtype=torch.float64).reshape(-1, 1, 1, 1, 1)
@@ -192,6 +203,9 @@ def test_a_bounded_prediction_has_the_thresholded_latents(pair: tuple[torch.Tens
         ({"schedule": "cosine"}, "must be one of constant, oscillating, power-cosine, got 'cosine'"),
         ({"hold": -1}, "at least 0"),
         ({"power": 0}, "must be positive, got 0"),
+        ({"start": 0.5, "stop": 0.5}, "in this order, got 0.5 and 0.5"),
+        ({"stop": 1.1}, "between 0 and 1"),
+        ({"start": math.nan}, "between 0 and 1"),
         ({"threshold": 0.0}, "must be positive, got 0.0"),
         ({"percentile": 0.9}, "go with a threshold"),
         ({"threshold": 1.0, "percentile": 1.0}, "between 0 and 1"),

@@ -145,6 +145,7 @@ def test_guidance_is_spread_and_bounded_in_every_task(stages: int, model: Path, 
         (),
         ("--guidance-schedule", "oscillating", "--guidance-hold", 0, "--guidance-low", 0),
         ("--guidance-schedule", "power-cosine"),
+        ("--guidance-start", 0.4),
         ("--threshold", 0.3),
         ("--threshold", 0.01, "--threshold-percentile", 0.5),
     )
@@ -243,6 +244,14 @@ def test_guidance_options_are_those_of_the_pipelines() -> None:
         (("loop", "a", "clip.mp4", "--guidance-hold", -1), "hold and low of oscillating guidance must be at least 0"),
         (("loop", "a", "clip.mp4", "--guidance-low", "nan"), "hold and low of oscillating guidance must be at least 0"),
         (("fill", "a", "clip.mp4", "--guidance-power", 0), "power of power-cosine guidance must be positive, got 0.0"),
+        (
+            ("fill", "a", "clip.mp4", "--guidance-start", 0.5, "--guidance-stop", 0.5),
+            "guidance must start and stop between 0 and 1, in this order, got 0.5 and 0.5",
+        ),
+        (
+            ("loop", "a", "clip.mp4", "--guidance-stop", 0.5, "--guidance", 1),
+            "--guidance-start or --guidance-stop does nothing without guidance",
+        ),
         (("edit", "a", "clip.mp4", "--threshold", -2), "threshold of predicted latents must be positive, got -2.0"),
         (("edit", "a", "clip.mp4", "--threshold-percentile", 0.9), "go with a threshold"),
         (("edit", "a", "clip.mp4", "--guidance", "nan"), "--guidance must be at least 0 and finite, got nan"),

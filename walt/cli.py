@@ -220,6 +220,8 @@ def add_guidance(add: Callable[..., Any]) -> None:
     add("--guidance-hold", type=int, default=5, metavar="N", help="oscillating: steps at full scale first (default: 5)")
     add("--guidance-low", type=float, default=1.0, metavar="SCALE", help="oscillating: scale in turn (default: 1)")
     add("--guidance-power", type=float, default=4.0, metavar="S", help="power-cosine: weak for longer (default: 4)")
+    add("--guidance-start", type=float, default=0.0, metavar="A", help="guide from this share of the way (default: 0)")
+    add("--guidance-stop", type=float, default=1.0, metavar="B", help="to this share, 1 is clean (default: 1)")
     add("--threshold", type=float, metavar="X", help="bound on predicted latents, in standard deviations")
     add("--threshold-percentile", type=float, metavar="P", help="makes the bound dynamic, such as 0.995")
 
@@ -233,17 +235,23 @@ def guidance_options(args: argparse.Namespace) -> GuidanceOptions:
         hold=args.guidance_hold,
         low=args.guidance_low,
         power=args.guidance_power,
+        start=args.guidance_start,
+        stop=args.guidance_stop,
         threshold=args.threshold,
         percentile=args.threshold_percentile,
     )
 
 
 def check_schedule(options: GuidanceOptions, scales: Sequence[float]) -> None:
-    """Raises a UsageError where a schedule is asked for and no stage is guided, so that it would do nothing."""
-    if options.schedule != "constant" and max(scales) <= 1:
-        raise UsageError(
-            f"--guidance-schedule {options.schedule} does nothing without guidance: give --guidance a scale above 1"
-        )
+    """Raises a UsageError where a schedule or part of the steps is asked for and no stage is guided, so that it would do
+    nothing."""
+    if max(scales) > 1:
+        return
+    asked = None if options.schedule == "constant" else f"--guidance-schedule {options.schedule}"
+    if options.start > 0 or options.stop < 1:
+        asked = asked or "--guidance-start or --guidance-stop"
+    if asked is not None:
+        raise UsageError(f"{asked} does nothing without guidance: give --guidance a scale above 1")
 
 
 def _sample_prepare(args: argparse.Namespace) -> None:

@@ -491,6 +491,8 @@ class Studio:
         hold: float = 5,
         low: float = 1.0,
         power: float = 4.0,
+        start: float = 0.0,
+        stop: float = 1.0,
         threshold: float = 0.0,
         percentile: float = 0.0,
     ) -> Request:
@@ -522,12 +524,15 @@ class Studio:
         for name, value, most in (
             ("low guidance", low, 30),
             ("power", power, 100),
+            ("start", start, 1),
+            ("stop", stop, 1),
             ("threshold", threshold, 100),
             ("percentile", percentile, 1),
         ):
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
                 raise WaltError(f"{name} must be from 0 to {most}, got {value}")
-        options = GuidanceOptions(schedule, int(hold), low, power, threshold or None, percentile or None)  # type: ignore[arg-type]
+        bounds = {"threshold": threshold or None, "percentile": percentile or None}
+        options = GuidanceOptions(schedule, int(hold), low, power, start, stop, **bounds)  # type: ignore[arg-type]
         files, choices = self._fields(TASKS[task], given)
         scale = float(self.pipe.config.super_resolution_guidance_scale)
         return Request(

@@ -227,9 +227,12 @@ def _guidance(limits: Limits) -> list[Any]:
         low = gr.Slider(0, 30, plain.low, step=0.1, label="Oscillating: scale in turn")
         power = gr.Slider(0.5, 20, plain.power, step=0.5, label="Power-cosine: weak for longer")
     with gr.Row():
+        start = gr.Slider(0, 1, plain.start, step=0.05, label="Guide from this share of the way")
+        stop = gr.Slider(0, 1, plain.stop, step=0.05, label="to this one (1: clean)")
+    with gr.Row():
         threshold = gr.Slider(0, 10, 0, step=0.1, label="Threshold in standard deviations (0: none)")
         percentile = gr.Slider(0, 0.999, 0, step=0.001, label="Dynamic threshold's percentile (0: static)")
-    return [schedule, hold, low, power, threshold, percentile]
+    return [schedule, hold, low, power, start, stop, threshold, percentile]
 
 
 def _component(elem_id: str, field_: Field, visible: bool) -> Any:

@@ -176,6 +176,9 @@ class GuidanceOptions:
         hold: oscillating: steps at the full scale before it alternates.
         low: oscillating: the scale of every other step after them; 1 is no guidance, and half the work.
         power: power-cosine: larger stays weak for longer.
+        start, stop: shares of the way from noise to clean between which guidance acts, whatever the schedule; outside the
+            scale is 1, at half the work (Kynkaanniemi et al. 2024, arXiv 2404.07724). For evenly spaced steps the start and
+            stop of diffusers' guiders.
         threshold: bound on predicted clean latents, in units of their standard deviation; None for none.
         percentile: None for a static bound, or the share of a sample's values that the dynamic one keeps (`threshold_x0`).
 
@@ -187,6 +190,8 @@ class GuidanceOptions:
     hold: int = 5
     low: float = 1.0
     power: float = 4.0
+    start: float = 0.0
+    stop: float = 1.0
     threshold: float | None = None
     percentile: float | None = None
 
@@ -198,6 +203,10 @@ class GuidanceOptions:
             raise WaltError(f"hold and low of oscillating guidance must be at least 0, got {self.hold} and {self.low}")
         if not self.power > 0:
             raise WaltError(f"power of power-cosine guidance must be positive, got {self.power}")
+        if not 0 <= self.start < self.stop <= 1:
+            raise WaltError(
+                f"guidance must start and stop between 0 and 1, in this order, got {self.start} and {self.stop}"
+            )
         if self.threshold is not None and not self.threshold > 0:
             raise WaltError(f"threshold of predicted latents must be positive, got {self.threshold}")
         if self.percentile is not None and (self.threshold is None or not 0 < self.percentile < 1):
@@ -213,6 +222,9 @@ class GuidanceOptions:
             step: 0, 1, ... of the steps that run.
             timestep: of that step, `last` at pure noise to 0.
         """
+        way = 1 - timestep / last
+        if way < self.start or (way >= self.stop and self.stop < 1):
+            return 1.0
         if self.schedule == "oscillating":
             return oscillating_scale(scale, step, self.hold, self.low)
         if self.schedule == "power-cosine":

@@ -35,6 +35,27 @@ def test_guidance_options_of_a_pipeline() -> None:
         pipe.set_guidance(powr=3)
 
 
+def test_steps_outside_of_the_guided_part_compute_no_second_branch() -> None:
+    """And are those of a call whose scale a callback sets to 1 there."""
+    pipe = tiny.base_pipeline()
+    call: dict[str, Any] = {"num_inference_steps": 5, "guidance_scale": 7.0, "output_type": "pt", "num_frames": 5}
+    rows: list[int] = []
+    hook = pipe.transformer.register_forward_pre_hook(lambda model, args: rows.append(len(args[0])) if args else None)
+    pipe.set_guidance(start=0.2, stop=0.7)
+    part = pipe("a rocket", generator=tiny.seeded(0), **call).frames
+    hook.remove()
+    ways = [1 - float(t) / 999 for t in pipe.scheduler.timesteps]
+    assert rows == [2 if 0.2 <= way < 0.7 else 1 for way in ways] and 1 < sum(rows) - 5 < 4
+
+    def by_hand(pipe: Any, step: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        pipe._guidance_scale = 7.0 if step + 1 < 5 and rows[step + 1] == 2 else 1.0
+        return {}
+
+    pipe.set_guidance(start=0.2)  # the first step is not guided, the callback decides about the others
+    expected = pipe("a rocket", generator=tiny.seeded(0), callback_on_step_end=by_hand, **call).frames
+    torch.testing.assert_close(part, expected, rtol=0, atol=1e-5)
+
+
 def test_thresholds_bound_the_latents_of_every_stage() -> None:
     pipe = tiny.cascade()
     call: dict[str, Any] = {"num_frames": 5, "output_type": "latent", "guidance_scale": 8.0, "stages": 2}
