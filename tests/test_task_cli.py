@@ -250,7 +250,7 @@ def test_guidance_options_are_those_of_the_pipelines() -> None:
         ),
         (
             ("loop", "a", "clip.mp4", "--guidance-stop", 0.5, "--guidance", 1),
-            "--guidance-start or --guidance-stop does nothing without guidance",
+            "--guidance-stop 0.5 does nothing without guidance",
         ),
         (("edit", "a", "clip.mp4", "--threshold", -2), "threshold of predicted latents must be positive, got -2.0"),
         (("edit", "a", "clip.mp4", "--threshold-percentile", 0.9), "go with a threshold"),

@@ -247,11 +247,14 @@ def check_schedule(options: GuidanceOptions, scales: Sequence[float]) -> None:
     nothing."""
     if max(scales) > 1:
         return
-    asked = None if options.schedule == "constant" else f"--guidance-schedule {options.schedule}"
-    if options.start > 0 or options.stop < 1:
-        asked = asked or "--guidance-start or --guidance-stop"
-    if asked is not None:
-        raise UsageError(f"{asked} does nothing without guidance: give --guidance a scale above 1")
+    given = (
+        ("--guidance-schedule", options.schedule, "constant"),
+        ("--guidance-start", options.start, 0),
+        ("--guidance-stop", options.stop, 1),
+    )
+    for name, value, plain in given:
+        if value != plain:
+            raise UsageError(f"{name} {value} does nothing without guidance: give --guidance a scale above 1")
 
 
 def _sample_prepare(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""What `walt train`, `encode`, `data`, `evaluate` and `export` do: they join recipes, models and data.
+"""What `walt train`, `average`, `encode`, `data`, `evaluate` and `export` do: they join recipes, models and data.
 
 Like cli.py this file may import anything.
 """
@@ -115,12 +115,15 @@ def _rehearsal(job: Any) -> Any:
         return None
     if isinstance(job, TokenizerJob) and (job.architecture == "frames" or job.model.get("quantizer") is not None):
         return None
-    # Fits of the start say nothing about a step.
-    short = {name: 1 for name in ("low_res_batches", "shortcut_batches") if hasattr(job, name)}
     try:
-        return build_objective(job.model_copy(update=short))
+        return build_objective(_without_fits(job))
     except WaltError:
         return None
+
+
+def _without_fits(job: Any) -> Any:
+    """The recipe with its start's fits cut short: they say nothing about a step, and trained weights replace them."""
+    return job.model_copy(update={name: 1 for name in ("low_res_batches", "shortcut_batches") if hasattr(job, name)})
 
 
 def _print_plan(job: Any, args: argparse.Namespace, console: Console) -> None:
@@ -152,6 +155,11 @@ def _print_plan(job: Any, args: argparse.Namespace, console: Console) -> None:
     parts = ", ".join(f"{name} {value:.3g} s" for name, value in plan.seconds.items())
     missing = "" if "data" in plan.seconds else "; of the model alone: data, tokenizer, words are not counted"
     say(f"seconds per step: {plan.total_seconds:.3g} ({parts}{missing})")
+    if job.run.ema_lengths:
+        kept = len(job.run.ema_lengths) * -(-job.run.steps // job.run.ema_every)
+        say(
+            f"snapshots of averages: {kept}, {kept * 2 * plan.trained / 2**30:.3g} GiB (run.ema_every={job.run.ema_every})"
+        )
     say(f"{job.run.steps} steps: {plan.total_seconds * job.run.steps / 86400:.3g} days")
 
 
@@ -275,7 +283,11 @@ def average_prepare(args: argparse.Namespace) -> None:
     latest = checkpoint.latest(run)
     if latest is None:
         raise WaltError(f'"{run}" has no checkpoint, which says of what recipe the averages are')
-    args.job = read_job(checkpoint.read_state(latest)["job"])
+    try:
+        args.job = read_job(checkpoint.read_state(latest).get("job"))
+    except WaltError as error:
+        raise WaltError(f"{latest}: {error}") from None
+    args.checkpoint = latest
     args.compare = bool(args.job.run.heldout_every) and not isinstance(args.job, NuwaJob)
     if not args.compare and (args.output is None or len(args.lengths) > 1):
         raise WaltError(
@@ -292,11 +304,18 @@ def average(args: argparse.Namespace) -> None:
 
     import torch
     from rich.table import Table
+    from safetensors import SafetensorError
 
+    from walt.training import checkpoint
     from walt.training.average import combination, exponent, mixed
+    from walt.training.loop import own_state
+    from walt.training.ranks import Ranks
 
     console, device, output = Console(), _rank_device(), args.output and Path(args.output)
-    objective = build_objective(args.job)
+    objective = build_objective(_without_fits(args.job))
+    # What is not averaged (codebooks, running means, a frozen encoder's fit) is the run's own.
+    state = {f"model.model.{name}": value for name, value in own_state(objective.model).items()}
+    checkpoint.load(args.checkpoint, state, Ranks(args.job.run), all_of_it=False)
     model = objective.model.to(device).eval()
     objective.to(device)
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
@@ -304,25 +323,26 @@ def average(args: argparse.Namespace) -> None:
     profiles = [(snapshot.updates, exponent(snapshot.length)) for snapshot in args.kept]
     updates, step = args.kept[-1].updates, args.kept[-1].step
     found: list[tuple[float, float, float]] = []  # held-out loss, length, what the snapshots miss
+    best: tuple[float, float, dict[str, Tensor]] = (math.inf, args.lengths[0], {})
 
-    def load(length: float) -> float:
-        shares, missed = combination(profiles, updates, length)
-        weights = mixed(args.kept, [float(share) for share in shares])
+    def load(weights: dict[str, Tensor]) -> None:
         if {name: weight.shape for name, weight in trained.items()} != {n: w.shape for n, w in weights.items()}:
             raise WaltError(f'"{args.kept[0].path}" is not of the model that the recipe of {args.folder} describes')
         with torch.no_grad():
             for name, weight in weights.items():
                 trained[name].copy_(weight)
-        return missed
 
     with _progress() as progress:
         for length in progress.track(args.lengths, description="lengths"):
-            missed, loss = load(length), math.nan
+            shares, missed = combination(profiles, updates, length)
+            weights, loss = mixed(args.kept, [float(share) for share in shares]), math.nan
+            load(weights)
             if args.compare:
                 with torch.no_grad(), half:
                     loss = objective.heldout(model)["loss"]
             found.append((loss, length, missed))
-    best = min(found)[1]
+            if loss < best[0] or not best[2]:
+                best = (math.inf if math.isnan(loss) else loss, length, weights)
     rows = Table("length (sigma_rel)", "held-out loss", "profile missed by")
     for loss, length, missed in found:
         rows.add_row(f"{length:g}", "" if math.isnan(loss) else f"{loss:.5f}", f"{missed:.1%}")
@@ -330,14 +350,17 @@ def average(args: argparse.Namespace) -> None:
     console.print(f"of {len(args.kept)} snapshots, after step {step}", highlight=False)
     if output is None:
         return
-    if len(found) > 1:
-        load(best)
+    load(best[2])
     temporary = output.with_name(f".{output.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    objective.export(model, temporary)
-    temporary.replace(output)
-    console.print(f"wrote {output}, of length {best:g}", markup=False, highlight=False, soft_wrap=True)
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        objective.export(model, temporary)
+        temporary.replace(output)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise WaltError(f'-o: cannot write "{output}": {error}') from error
+    console.print(f"wrote {output}, of length {best[1]:g}", markup=False, highlight=False, soft_wrap=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -173,12 +173,12 @@ class GuidanceOptions:
 
     Attributes:
         schedule: "constant"; "oscillating" (`oscillating_scale`); "power-cosine" (`power_cosine_scale`).
-        hold: oscillating: steps at the full scale before it alternates.
+        hold: oscillating: steps at the full scale before it alternates, counted from the first one, guided or not.
         low: oscillating: the scale of every other step after them; 1 is no guidance, and half the work.
         power: power-cosine: larger stays weak for longer.
-        start, stop: shares of the way from noise to clean between which guidance acts, whatever the schedule; outside the
-            scale is 1, at half the work (Kynkaanniemi et al. 2024, arXiv 2404.07724). For evenly spaced steps the start and
-            stop of diffusers' guiders.
+        start, stop: shares of the whole way from noise to clean between which guidance acts, whatever the schedule; outside
+            them the scale is 1, at half the work (Kynkaanniemi et al. 2024, arXiv 2404.07724). An edit of strength s begins
+            at 1 - s. With evenly spaced steps, up to one step, what they are of diffusers' guiders.
         threshold: bound on predicted clean latents, in units of their standard deviation; None for none.
         percentile: None for a static bound, or the share of a sample's values that the dynamic one keeps (`threshold_x0`).
 

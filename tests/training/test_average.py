@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from tests.training.jobs import denoiser_job, save_tokenizer, saved, small_job
+from tests.training.jobs import denoiser_job, save_tokenizer, saved, small_job, tokenizer_job
 from walt.cli import main
 from walt.commands import build_objective
 from walt.errors import WaltError
@@ -28,8 +28,9 @@ from walt.training.average import (
     snapshots,
     write_snapshot,
 )
-from walt.training.job import read_job
+from walt.training.job import TokenizerLoss, read_job
 from walt.training.loop import train
+from walt.training.objectives import DenoiserObjective
 
 
 def profile(length: float, time: float, at: Any) -> Any:
@@ -226,6 +227,57 @@ def test_the_command_writes_what_was_followed_and_compares(tmp_path: Path, capsy
         assert objective.heldout(objective.model.eval())["loss"] == pytest.approx(losses[chosen], abs=2e-5)
 
 
+def test_what_is_not_averaged_is_the_runs_own(tmp_path: Path) -> None:
+    """A codebook of running means is no parameter."""
+    job = tokenizer_job(tmp_path / "run", 6, ema_lengths=(0.1,), ema_every=2)
+    model = {**job.model, "quantizer": "vq", "quantizer_config": {"size": 16}}
+    job = job.model_copy(update={"model": model, "loss": TokenizerLoss(latent_noise=0.0)})
+    train(job, build_objective(job))
+    out = tmp_path / "out"
+    assert main(["average", str(tmp_path / "run"), "--lengths", "0.1", "-o", str(out)]) == 0
+    made, state = (
+        load_file(out / "diffusion_pytorch_model.safetensors"),
+        saved(tmp_path / "run" / "checkpoint-00000006"),
+    )
+    books = [name for name in made if name.startswith("quantize.") and f"power.0.{name}" not in state]
+    assert books
+    for name in books:
+        assert torch.equal(made[name].reshape(-1), state[f"model.model.{name}"].reshape(-1)), name
+
+
+def test_snapshots_that_cannot_be_written_are_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = recipe(tmp_path, "run", steps=4, ema_every=2)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "averages").write_text("in the way")
+    train(job, build_objective(job))
+    assert capsys.readouterr().out.count("no snapshot of averages after step") == 4
+    assert (tmp_path / "run" / "final").is_dir()
+
+
+def test_a_loss_that_is_no_number_is_not_the_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = recipe(tmp_path, "run", steps=4, ema_every=2)
+    train(job, build_objective(job))
+    losses = iter([float("nan"), 0.3, 0.4])
+    monkeypatch.setattr(DenoiserObjective, "heldout", lambda objective, model: {"loss": next(losses)})
+    out = str(tmp_path / "out")
+    assert main(["average", str(tmp_path / "run"), "--lengths", "0.05", "0.1", "0.2", "-o", out]) == 0
+    assert "of length 0.1" in capsys.readouterr().out
+
+
+def test_the_averages_of_a_run_that_begins_anew_are_not_taken_for_its_own(tmp_path: Path) -> None:
+    job = recipe(tmp_path, "run", steps=4)
+    train(job, build_objective(job))
+    left = tmp_path / "run" / "averages" / ".00000004-0.abcdef.safetensors"
+    left.write_bytes(b"of a killed write")
+    for path in (tmp_path / "run").glob("checkpoint-*"):
+        shutil.rmtree(path)
+    plain = recipe(tmp_path, "run", steps=2, ema_lengths=())
+    train(plain, build_objective(plain))
+    assert not list((tmp_path / "run" / "averages").iterdir())
+
+
 def test_the_command_refuses_what_does_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def refused(*words: str) -> str:
         assert main(["average", *words]) == 2
@@ -249,8 +301,9 @@ def test_the_command_refuses_what_does_not_fit(tmp_path: Path, capsys: pytest.Ca
     for path in (tmp_path / "run").glob("checkpoint-*"):
         shutil.rmtree(path)
     assert "has no checkpoint, which says of what recipe" in refused(run, "--lengths", "0.1", "-o", "x")
-    with pytest.raises(WaltError, match="the recipe is of kind 'cascade'; known: tokenizer, denoiser, nuwa"):
-        read_job({"kind": "cascade"})
-    with pytest.raises(WaltError, match=r"the recipe is of another walt: run\.stepps"):
+    for kind in ("cascade", ["denoiser"], None):
+        with pytest.raises(WaltError, match=r"the recipe is of kind .*; known: tokenizer, denoiser, nuwa"):
+            read_job({"kind": kind})
+    with pytest.raises(WaltError, match=r"the recipe is of another walt: run\.stepps: .*, got 3"):
         values = denoiser_job(tmp_path, tmp_path).model_dump()
         read_job({**values, "run": {**values["run"], "stepps": 3}})

@@ -2,7 +2,7 @@
 an average of any length is made afterwards (Karras et al. 2024, arXiv 2312.02696, section 3).
 
 A length is sigma_rel, the standard deviation of the average's weight profile over time, as a share of the time trained: at
-0.1 the first half of a run counts 0.4 %, at 0.05 1e-5. Time is counted in updates.
+0.1 the first half of a run counts 0.4 %, at 0.05 0.0004 %. Time is counted in updates.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from walt.media import replacing
 
 FOLDER = "averages"
 _NAME = re.compile(r"(\d{8,})-\d+\.safetensors")
+ROUNDING = 2.0**-12  # of float16
+LEAST_SHARE = 1e-7  # of a snapshot that is read
 LONGEST = 0.28  # a mean of everything since the first update has 0.289
 
 
@@ -159,9 +161,11 @@ def write_snapshot(path: Path, weights: Mapping[str, Tensor], average: PowerAver
 
 
 def drop_snapshots(run: Path, after: int) -> None:
-    """Deletes the snapshots of later steps: those of a run that was continued otherwise, or will write them again."""
-    for path in (run / FOLDER).glob("*.safetensors"):
-        if (found := _NAME.fullmatch(path.name)) and int(found[1]) > after:
+    """Deletes the snapshots of later steps, of a run that was continued otherwise or will write them again, and what
+    killed writes left."""
+    for path in (*(run / FOLDER).glob("*.safetensors"), *(run / FOLDER).glob(".*.safetensors")):
+        found = _NAME.fullmatch(path.name)
+        if path.name.startswith(".") or (found and int(found[1]) > after):
             path.unlink(missing_ok=True)
 
 
@@ -207,13 +211,13 @@ def combination(kept: Sequence[tuple[int, float]], updates: int, length: float) 
     gram = profile_product(times[:, None], gammas[:, None], times[None], gammas[None])
     towards = profile_product(times, gammas, *wanted)
     norm = float(profile_product(*wanted, *wanted)[0])
-    # Lagrange's multiplier holds the sum at 1. Near copies make the matrix nearly singular: the pseudoinverse takes the
-    # smallest of equal solutions.
+    # Lagrange's multiplier holds the sum at 1. Large shares of opposite sign would fit a little better and add up the
+    # snapshots' rounding: each counts as that far off.
     count = len(times)
-    scale = norm
     system = np.zeros((count + 1, count + 1))
-    system[:count, :count], system[:count, count], system[count, :count] = gram / scale, 1, 1
-    shares = (np.linalg.pinv(system, rcond=1e-13) @ np.append(towards / scale, 1.0))[:count]
+    system[:count, :count] = gram / norm + ROUNDING**2 * np.eye(count)
+    system[:count, count] = system[count, :count] = 1
+    shares = np.linalg.solve(system, np.append(towards / norm, 1.0))[:count]
     left = shares @ gram @ shares - 2 * shares @ towards + norm
     return shares, math.sqrt(max(0.0, float(left)) / norm)
 
@@ -236,6 +240,8 @@ def mixed(kept: Iterable[Snapshot], shares: Sequence[float]) -> dict[str, Tensor
     """
     total: dict[str, Tensor] = {}
     for snapshot, share in zip(kept, shares, strict=True):
+        if abs(share) < LEAST_SHARE:
+            continue
         held = dict(_read(snapshot.path))
         if total and {name: t.shape for name, t in held.items()} != {name: t.shape for name, t in total.items()}:
             raise WaltError(f'"{snapshot.path}" is of another model than the snapshots before it')

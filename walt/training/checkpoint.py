@@ -1,8 +1,8 @@
 """Atomic checkpoints in safetensors and JSON: a folder appears whole under its name, or not at all.
 
 torch.distributed.checkpoint writes one safetensors file per rank, in a thread, and reads them on any number of ranks.
-Tensors are named `PART.model.NAME`, `PART.optimizer.NAME.KEY` and `ema.NAME`; `state.json`, written last, holds the
-step, the recipe, the guard's memory and the size of every file.
+Tensors are named `PART.model.NAME`, `PART.optimizer.NAME.KEY`, `ema.NAME` and `power.NUMBER.NAME`; `state.json`, written
+last, holds the step, the recipe, the guard's memory and the size of every file.
 """
 
 from __future__ import annotations
@@ -140,8 +140,10 @@ class Writer:
         return f"cannot write checkpoint {target}: {words.splitlines()[-1]}; {kept}"
 
 
-def load(folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Any]:
+def load(folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks, all_of_it: bool = True) -> dict[str, Any]:
     """Reads what `Writer.save` wrote into `tensors`, in place, on any number of ranks; returns the JSON state.
+
+    Without `all_of_it` the checkpoint may hold more than `tensors`.
 
     Raises:
         WaltError: a file is missing, truncated or of another model; names the file and what to do.
@@ -152,7 +154,8 @@ def load(folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str,
         found = _sizes(storage)
         rowed = {name: _rowed(tensor) for name, tensor in tensors.items()}
         wanted = {name: tuple(tensor.shape) for name, tensor in rowed.items()}
-        differ = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+        compared = found.keys() | wanted.keys() if all_of_it else wanted.keys()
+        differ = sorted(name for name in compared if found.get(name) != wanted.get(name))
         if differ:
             raise WaltError(f"{folder} belongs to another model ({differ[0]} differs); change run.output")
         dcp.load(rowed, storage_reader=storage, process_group=ranks.writers, no_dist=ranks.world == 1)

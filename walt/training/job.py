@@ -159,8 +159,8 @@ class RunJob(Frozen):
     ema_decay: float = Field(default=0.999, ge=0, lt=1, description="0: no average is kept")
     ema_lengths: tuple[Annotated[float, Field(gt=0, le=0.28)], ...] = Field(
         default=(),
-        description="power-function averages of these lengths (sigma_rel) beside it, such as [0.05, 0.1], whose snapshots "
-        "`walt average` joins to one of any length",
+        description="power-function averages kept beside that of ema_decay, by length (sigma_rel), such as [0.05, 0.1]: "
+        "`walt average` makes one of any length of their snapshots",
     )
     ema_every: int = Field(
         default=500, gt=0, description="steps between snapshots of ema_lengths; the last is kept too"
@@ -184,7 +184,7 @@ class RunJob(Frozen):
     @classmethod
     def _unlike(cls, lengths: tuple[float, ...]) -> tuple[float, ...]:
         if len(set(lengths)) < len(lengths):
-            raise ValueError("each length stands there once")
+            raise ValueError("give each length once")
         return lengths
 
     @field_validator("precision", mode="before")
@@ -523,14 +523,16 @@ def read_job(values: Any) -> Job:
         cls.model_fields["kind"].default: cls for cls in (TokenizerJob, DenoiserJob, NuwaJob)
     }
     kind = values.get("kind") if isinstance(values, dict) else None
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         raise WaltError(f"the recipe is of kind {kind!r}; known: {', '.join(kinds)}")
     try:
         return kinds[kind].model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise WaltError(f"the recipe is of another walt: {where}: {first['msg'].lower()}") from None
+        raise WaltError(
+            f"the recipe is of another walt: {where}: {first['msg'].lower()}, got {first['input']!r}"
+        ) from None
 
 
 def _set(values: dict[str, Any], field: str, text: str) -> None:

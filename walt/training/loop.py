@@ -172,7 +172,7 @@ def train(job: Job, objective: Objective, sheet: Sheet | None = None, resume: bo
         for power in powers:
             power.updates = int(state["power_updates"])
         guard.load(state["guard"])
-    if ranks.main and powers:
+    if ranks.main:
         drop_snapshots(output, after=start)
     rate = _rate(ranks.device, run.precision)
     report = Report(job, output, start, ranks.main, rate and rate * ranks.world)
@@ -197,12 +197,17 @@ def train(job: Job, objective: Objective, sheet: Sheet | None = None, resume: bo
         """Snapshots of the power-function averages; a run that is resumed before them writes the same ones again."""
         for number, power in enumerate(powers):
             state = None
+            if not power.updates:
+                continue
             if ranks.sharded:
                 with averaged(power, model):
                     state = ranks.whole(model)
             if ranks.main:
                 weights = power.weights if state is None else {name: state[name] for name in power.weights}
-                write_snapshot(snapshot_path(output, done, number), weights, power, done)
+                try:
+                    write_snapshot(snapshot_path(output, done, number), weights, power, done)
+                except WaltError as error:  # the others do without
+                    report.note(done, f"no snapshot of averages after step {done}: {error}")
 
     def look(done: int, resumed: bool = False) -> None:
         """Held-out loss and sample sheets, from the averaged weights; of a `resumed` step what it was stopped before."""
@@ -507,7 +512,7 @@ def _tensors(trainers: dict[str, _Trainer], average: Average, powers: Sequence[P
     """Everything a checkpoint holds, by name; reading into these tensors restores the run."""
     tensors: dict[str, Tensor] = {}
     for part, trainer in trainers.items():
-        for name, value in _own_state(trainer.module).items():
+        for name, value in own_state(trainer.module).items():
             tensors[f"{part}.model.{name}"] = value
         for name, parameter in trainer.trained.items():
             for key, value in trainer.optimizer.state.get(parameter, {}).items():
@@ -521,7 +526,7 @@ def _tensors(trainers: dict[str, _Trainer], average: Average, powers: Sequence[P
     return tensors
 
 
-def _own_state(module: nn.Module) -> dict[str, Tensor]:
+def own_state(module: nn.Module) -> dict[str, Tensor]:
     """A module's state; with LoRA the adapters alone, as the rest stands in the recipe's `init`."""
     state = module.state_dict()
     if getattr(module, "peft_config", None):
