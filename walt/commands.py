@@ -315,7 +315,8 @@ def average(args: argparse.Namespace) -> None:
     objective = build_objective(_without_fits(args.job))
     # What is not averaged (codebooks, running means, a frozen encoder's fit) is the run's own.
     state = {f"model.model.{name}": value for name, value in own_state(objective.model).items()}
-    checkpoint.load(args.checkpoint, state, Ranks(args.job.run), all_of_it=False)
+    alone = args.job.run.model_copy(update={"parallel": "ddp", "cpu_offload": False, "packs": None})
+    checkpoint.load(args.checkpoint, state, Ranks(alone), all_of_it=False)
     model = objective.model.to(device).eval()
     objective.to(device)
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}

@@ -213,6 +213,12 @@ def test_the_command_writes_what_was_followed_and_compares(tmp_path: Path, capsy
     assert json.loads((out / "config.json").read_text())["num_layers"] == 2
     capsys.readouterr()
 
+    # Of a sharded run, too, one process makes them.
+    at = tmp_path / "run" / "checkpoint-00000012" / "state.json"
+    told = json.loads(at.read_text())
+    told["job"]["run"] |= {"parallel": "fsdp", "cpu_offload": True, "packs": 8}
+    at.write_text(json.dumps(told))
+
     best = tmp_path / "best"
     assert main(["average", run, "--lengths", "0.08", "0.15", "0.25", "-o", str(best)]) == 0
     said = capsys.readouterr().out
