@@ -115,9 +115,9 @@ def test_guidance_is_spread_and_bounded(task: str, studio: demo.Studio, uploads:
         request = ask(studio, task, given, guidance=20.0, **options)
         made.append(read_video(studio.run("me", task, request, silent).path)[0])
     assert all(not np.array_equal(made[i], made[j]) for i in range(6) for j in range(i))
-    assert (
-        np.abs(made[0].astype(int) - made[6]).mean() < 0.5
-    )  # products may differ in the last bit by where tensors lie
+    # Products may differ in the last bit by where tensors lie: the same request gives the same video up to that.
+    off = [float(np.abs(made[0].astype(int) - video).mean()) for video in made]
+    assert off[6] < 0.5 < min(off[1:6])
 
 
 def test_a_still_is_a_png(studio: demo.Studio) -> None:
