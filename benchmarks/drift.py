@@ -77,6 +77,7 @@ def main() -> int:
     parts = [getattr(cascade, name) for name in ("tokenizer", "text_encoder", "vae", "transformer", "scheduler")]
     pipe = WaltPipeline(*parts)
     pipe.set_progress_bar_config(disable=True)
+    pipe.set_guidance(cascade.base_guidance_options)
     print(f"{args.frames} frames ({args.frames / 8:.1f} s), {args.steps} steps, {args.prompts} prompts")
     print(f"{'setting':<26}" + "".join(f"{name:>10}" for name in COLUMNS), flush=True)
     rows: dict[str, list[list[dict[str, float]]]] = {}

@@ -103,6 +103,7 @@ def main() -> int:
     parts = [getattr(cascade, name) for name in ("tokenizer", "text_encoder", "vae", "transformer", "scheduler")]
     pipe = WaltConditionPipeline(*parts)
     pipe.set_progress_bar_config(disable=True)
+    pipe.set_guidance(cascade.base_guidance_options)
     data = DataJob(seed=SEED) if args.source is None else DataJob(seed=SEED, source=args.source)
     scenes = Scenes(data)
     found: dict[str, list[float]] = defaultdict(list)

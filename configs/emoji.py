@@ -9,6 +9,7 @@ from __future__ import annotations
 from walt.training.job import (
     AdversarialJob,
     DataJob,
+    DenoisedJob,
     DenoiserJob,
     DiffusionJob,
     OptimizerJob,
@@ -535,6 +536,51 @@ def large_base_clips() -> DenoiserJob:
     )
 
 
+def decoder_denoised() -> TokenizerJob:
+    """The embedded decoder: `large_tokenizer`'s goes on with the eight subjects, on latents that their base has
+    denoised; encoder, latents and all stages stay. About half an hour of one core with AVX512-BF16.
+
+    Cuts of 96 and 128 are those that the base knows, so the other sizes have others.
+    """
+    first = large_tokenizer()
+    return first.model_copy(
+        update={
+            "init": "runs/emoji-large-tokenizer/final",
+            "freeze_encoder": True,
+            "denoised": DenoisedJob(
+                denoiser="runs/emoji-embedded-base-2/final",
+                text_encoder="cache/text_encoder",
+                text_tokenizer="cache/tokenizer",
+                sizes=((96, 96), (128, 128)),
+            ),
+            "data": DataJob(seed=71),
+            "shapes": (
+                Shape(frames=17, height=128, width=224, cut=96, weight=4),
+                Shape(frames=17, height=128, width=224, start=12, cut=96, weight=1),
+                Shape(frames=17, height=512, width=896, cut=112, weight=0.7),
+                Shape(frames=17, height=256, width=448, cut=112, weight=0.3),
+                Shape(frames=1, height=128, width=224, cut=128, weight=1),
+                Shape(frames=1, height=512, width=896, cut=144, weight=0.7),
+            ),
+            "batch_pixels": 3 * 17 * 96 * 96,
+            "loss": first.loss.model_copy(update={"perceptual": 0.3, "perceptual_frames": 3}),
+            # Five times this rate is too much: LPIPS doubles in 50 steps.
+            "optimizer": first.optimizer.model_copy(update={"lr": 1.2e-4, "warmup_steps": 30}),
+            "run": first.run.model_copy(
+                update={
+                    "output": "runs/emoji-decoder-denoised",
+                    "seed": 71,
+                    "steps": 900,
+                    "ema_decay": 0.995,
+                    "checkpoint_every": 150,
+                    "heldout_every": 600,
+                    "heldout_clips": 6,
+                }
+            ),
+        }
+    )
+
+
 def _on_large_latents(first: DenoiserJob, output: str, seed: int) -> DenoiserJob:
     """A super-resolution stage of 64 subjects, on the latents of `large_tokenizer`."""
     return first.model_copy(
@@ -583,6 +629,7 @@ RECIPES = {
     "super_resolution_2_finish": super_resolution_2_finish,
     "temporal_super_resolution": temporal_super_resolution,
     "large_tokenizer": large_tokenizer,
+    "decoder_denoised": decoder_denoised,
     "large_base": large_base,
     "embedded_base": embedded_base,
     "large_base_images": large_base_images,

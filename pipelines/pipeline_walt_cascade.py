@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from walt.chunking import chunk_count, chunk_length, peek, windows
 from walt.conditioning import TEXT_TOKENS, low_res_kind
+from walt.diffusion import GuidanceOptions, check_part
 from walt.errors import WaltError
 from walt.models.transformer_walt import WaltTransformer3DModel
 from walt.pipelines.conditions import read_video
@@ -49,6 +50,8 @@ class WaltCascadePipeline(SamplingPipeline):
         base_guidance_scale, super_resolution_guidance_scale: default guidance.
         noise_level: default noise on the low-resolution latents (a timestep).
         fidelity: default of how closely a super-resolution stage keeps to the frames it enlarges, from 0 to 1.
+        base_guidance_start, base_guidance_stop: shares of the base's way from noise to clean between which it is guided by
+            default; others are `set_guidance(start=..., stop=...)`.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->temporal_super_resolution->transformer_2->transformer_3->vae"
@@ -71,8 +74,11 @@ class WaltCascadePipeline(SamplingPipeline):
         noise_level: int = 50,
         temporal_super_resolution: WaltTransformer3DModel | None = None,
         fidelity: float = 0.0,
+        base_guidance_start: float = 0.0,
+        base_guidance_stop: float = 1.0,
     ) -> None:
         super().__init__()
+        check_part(base_guidance_start, base_guidance_stop, "base_guidance_start and base_guidance_stop must lie")
         if temporal_super_resolution is not None and low_res_kind(temporal_super_resolution.config) != "time":
             raise WaltError("temporal_super_resolution needs a transformer with low_res_channels and low_res_scale=1")
         if transformer is not None and low_res_kind(transformer.config) is not None:
@@ -99,6 +105,8 @@ class WaltCascadePipeline(SamplingPipeline):
             super_resolution_guidance_scale=super_resolution_guidance_scale,
             noise_level=noise_level,
             fidelity=fidelity,
+            base_guidance_start=base_guidance_start,
+            base_guidance_stop=base_guidance_stop,
         )
         self._set_up()
         self._current_stage = 0
@@ -560,6 +568,14 @@ class WaltCascadePipeline(SamplingPipeline):
         }
         return _Plan(begin, order, (height // down, width // down), steps, scales, levels, fidelities, shared)
 
+    @property
+    def base_guidance_options(self) -> GuidanceOptions:
+        """`guidance_options` as the base follows them: where they name no part of the steps, in the model's.
+
+        For a pipeline of the same base: `WaltConditionPipeline(...).set_guidance(cascade.base_guidance_options)`.
+        """
+        return self.guidance_options.within(self.config.base_guidance_start, self.config.base_guidance_stop)
+
     def _stage(self, i: int) -> Any:
         """The pipeline of one stage, 0 for the base, with this pipeline's parts."""
         model = self._model(i)
@@ -568,7 +584,7 @@ class WaltCascadePipeline(SamplingPipeline):
         else:
             stage = WaltSuperResolutionPipeline(self.vae, model, self.scheduler)
         stage.set_progress_bar_config(**getattr(self, "_progress_bar_config", {}))
-        stage.set_guidance(self.guidance_options)
+        stage.set_guidance(self.guidance_options if i else self.base_guidance_options)
         return stage
 
     def _model(self, i: int) -> Any:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -251,6 +252,19 @@ def test_counted_operations_match_a_hand_count() -> None:
     width, tokens = 16, 20
     blocks = 2 * (2 * 12 * width**2) * tokens
     assert blocks < flops < 2.5 * blocks and largest > 0
+
+
+def test_only_guided_steps_cost_twice() -> None:
+    import torch
+
+    from walt.evaluation.cost import describe
+
+    def base(**settings: Any) -> float:
+        return describe(tiny.cascade(base_steps=10, **settings), 5, torch.device("cpu"), torch.float32).stages[0].flops
+
+    one = base(base_guidance_scale=1.0)
+    whole = base() - one
+    assert base(base_guidance_start=0.25, base_guidance_stop=0.6) - one == pytest.approx(0.3 * whole)
 
 
 def test_base_alone_is_a_cascade_of_one_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

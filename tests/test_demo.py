@@ -120,6 +120,26 @@ def test_guidance_is_spread_and_bounded(task: str, studio: demo.Studio, uploads:
     assert off[6] < 0.5 < min(off[1:6])
 
 
+def test_a_model_may_say_where_its_base_is_guided(tmp_path: Path) -> None:
+    """The page shows the model's part of the steps; sent back unchanged, or left out, it is that of the base alone."""
+    pipe = tiny.cascade(base_guidance_start=0.2, base_guidance_stop=0.7)
+    studio = demo.Studio(pipe, demo.Limits(), tmp_path)
+    same: tuple[dict[str, Any], ...] = ({}, {"start": 0.2, "stop": 0.7})
+    for changes in same:
+        assert (ask(studio, **changes).options.start, ask(studio, **changes).options.stop) == (None, None)
+    asked = ask(studio, start=0.0, stop=0.7).options
+    assert (asked.start, asked.stop) == (0.0, 0.7)
+    assert ask(studio, start=0.4).options.part == (0.4, 1.0)
+    rows: list[int] = []
+    pipe.transformer.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])) if args else None)
+    video = tmp_path / "x.mp4"
+    write_video(np.zeros((5, 16, 16, 3), np.uint8), video, 8)
+    for task, given in (("text", None), ("edit", {"video": video, "strength": 1.0})):
+        rows.clear()
+        studio.run("me", task, ask(studio, task, given, steps=5), silent)
+        assert 0 < sum(count == 2 for count in rows) < 5 == len(rows), task
+
+
 def test_a_still_is_a_png(studio: demo.Studio) -> None:
     result = studio.run("me", "text", ask(studio, frames=1), silent)
     assert result.still and result.path.suffix == ".png" and read_image(result.path).shape == (16, 16, 3)

@@ -166,6 +166,15 @@ def test_guidance_may_act_in_a_part_of_the_way() -> None:
     assert GuidanceOptions("oscillating", hold=0, low=2.0, stop=0.5).scale(6, 1, 900) == 6
 
 
+def test_a_default_part_of_the_way_gives_way_to_either_end() -> None:
+    assert GuidanceOptions("oscillating", low=2.0).within(0.25, 0.6) == GuidanceOptions(
+        "oscillating", low=2.0, start=0.25, stop=0.6
+    )
+    for given in (GuidanceOptions(start=0.0), GuidanceOptions(stop=0.2), GuidanceOptions(start=0.7)):
+        assert given.within(0.25, 0.6) is given
+    assert GuidanceOptions(start=0.7).part == (0.7, 1.0) and GuidanceOptions(stop=0.2).part == (0.0, 0.2)
+
+
 def test_thresholds_are_imagens(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
     """Section 2.3 of arXiv 2205.11487, in numpy and float64."""
     x0 = pair[0] * torch.tensor([0.1, 1.0, 2.0, 5.0], dtype=torch.float64).reshape(-1, 1, 1, 1, 1)

@@ -31,7 +31,8 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def export(parts: Path, output: Path, **changes: Path | str) -> int:
     folders = {name: parts / name for name in ("vae", "base", "sr1", "sr2", "temporal")} | {"text": parts} | changes
     options = [text for name, folder in folders.items() for text in (f"--{name}", str(folder))]
-    return cli.main(["export", str(output), *options, "--base-steps", "2", "--sr-steps", "1"])
+    settings = ("--base-steps", "2", "--sr-steps", "1", "--guidance-start", "0.25", "--guidance-stop", "0.6")
+    return cli.main(["export", str(output), *options, *settings])
 
 
 def test_a_temporal_stage_is_exported_and_makes_16_frames_per_second(parts: Path, tmp_path: Path) -> None:
@@ -41,6 +42,7 @@ def test_a_temporal_stage_is_exported_and_makes_16_frames_per_second(parts: Path
     assert not list(tmp_path.glob(".*")) and (folder / "world.json").is_file()
 
     pipe = tiny.quiet(DiffusionPipeline.from_pretrained(folder))
+    assert pipe.base_guidance_options.part == (0.25, 0.6)
     temporal = tiny.super_resolution_transformer(6, 1, low_res_scale=1, text_dim=None)
     for name, value in temporal.state_dict().items():
         torch.testing.assert_close(
@@ -111,6 +113,9 @@ def test_export_errors_are_one_line_and_delete_nothing(
         ("--base-steps", "0"),
         ("--sr-steps", "-1"),
         ("--guidance", "nan"),
+        ("--guidance-start", "1"),
+        ("--guidance-stop", "1.5"),
+        ("--guidance-stop", "nan"),
         ("--noise-level", "1000"),
         ("--fidelity", "2"),
     ],

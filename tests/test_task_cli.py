@@ -160,6 +160,24 @@ def test_guidance_is_spread_and_bounded_in_every_task(stages: int, model: Path, 
         assert all(not np.array_equal(*pair) for pair in combinations(made, 2)), name
 
 
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_model_may_say_where_its_base_is_guided(stages: int, model: Path, inputs: Path) -> None:
+    tiny.cascade(base_guidance_start=0.2, base_guidance_stop=0.7).save_pretrained(inputs / "part")
+    part = ("--guidance-start", 0.2, "--guidance-stop", 0.7)
+    made = []
+    for folder, options in (
+        (model, ()),
+        (model, part),
+        (inputs / "part", ()),
+        (inputs / "part", ("--guidance-start", 0)),
+    ):
+        common = ("-o", inputs / "x.mp4", "--model", folder, "--steps", 5, "--guidance", 20, "--stages", stages)
+        assert run("animate", "a cat", inputs / "a.png", "--frames", 5, *common, *options) == 0
+        made.append(read_video(inputs / "x.mp4")[0].astype(int))
+    off = [[float(np.abs(one - other).mean()) for other in made] for one in made]
+    assert max(off[1][2], off[0][3]) < 1 < 2 < off[0][1]  # the last bits of pixels, and what a video file makes of them
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -1,5 +1,5 @@
-"""The command line: `walt sample | nuwa | demo | info | train | average | encode | data | evaluate | export` and the tasks of
-task_commands.py, one entry of COMMANDS each.
+"""The command line: `walt sample | nuwa | demo | info | train | average | merge | encode | data | evaluate | export` and the
+tasks of task_commands.py, one entry of COMMANDS each.
 
 A command has three parts: its arguments, `prepare` (checks them: what it raises is a usage error, exit code 2) and
 `run` (what it raises happens at run time, exit code 1). Every error is one line, "walt: error: ..."; Ctrl-C exits with
@@ -220,8 +220,8 @@ def add_guidance(add: Callable[..., Any]) -> None:
     add("--guidance-hold", type=int, default=5, metavar="N", help="oscillating: steps at full scale first (default: 5)")
     add("--guidance-low", type=float, default=1.0, metavar="SCALE", help="oscillating: scale in turn (default: 1)")
     add("--guidance-power", type=float, default=4.0, metavar="S", help="power-cosine: weak for longer (default: 4)")
-    add("--guidance-start", type=float, default=0.0, metavar="A", help="guide from this share of the way (default: 0)")
-    add("--guidance-stop", type=float, default=1.0, metavar="B", help="to this share, 1 is clean (default: 1)")
+    add("--guidance-start", type=float, metavar="A", help="guide from this share of the way, 0 is noise")
+    add("--guidance-stop", type=float, metavar="B", help="to this share, 1 is clean (default of neither: the model's)")
     add("--threshold", type=float, metavar="X", help="bound on predicted latents, in standard deviations")
     add("--threshold-percentile", type=float, metavar="P", help="makes the bound dynamic, such as 0.995")
 
@@ -249,8 +249,8 @@ def check_schedule(options: GuidanceOptions, scales: Sequence[float]) -> None:
         return
     given = (
         ("--guidance-schedule", options.schedule, "constant"),
-        ("--guidance-start", options.start, 0),
-        ("--guidance-stop", options.stop, 1),
+        ("--guidance-start", options.part[0], 0),
+        ("--guidance-stop", options.part[1], 1),
     )
     for name, value, plain in given:
         if value != plain:
@@ -471,6 +471,7 @@ COMMANDS: dict[str, Command] = {
         commands.average_prepare,
         commands.average,
     ),
+    "merge": Command("Average several models' weights.", commands.add_merge, commands.merge_prepare, commands.merge),
     "encode": Command("Precompute a recipe's latents.", commands.add_encode, commands.encode_prepare, commands.encode),
     "data": Command("Fetch and build what training needs.", commands.add_data, commands.nothing, commands.data),
     "evaluate": Command("Measure a model.", commands.add_evaluate, commands.evaluate_prepare, commands.evaluate),

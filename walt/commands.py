@@ -1,4 +1,4 @@
-"""What `walt train`, `average`, `encode`, `data`, `evaluate` and `export` do: they join recipes, models and data.
+"""What `walt train`, `average`, `merge`, `encode`, `data`, `evaluate` and `export` do: they join recipes, models and data.
 
 Like cli.py this file may import anything.
 """
@@ -6,10 +6,12 @@ Like cli.py this file may import anything.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
+import os
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -189,7 +191,8 @@ def build_objective(job: Any) -> Any:
             adversary = AdversarialLoss(
                 discriminator, gan.loss, gan.weight, gan.adaptive, gan.lecam, gan.r1, gan.r1_every
             )
-        objective = TokenizerObjective(job, model, PerceptualLoss(weights) if weights else None, adversary)
+        perceptual = PerceptualLoss(weights) if weights else None
+        objective = TokenizerObjective(job, model, perceptual, adversary, _denoised(job))
         if image is not None:
             try:
                 inflate(image, objective.model)
@@ -199,6 +202,18 @@ def build_objective(job: Any) -> Any:
     vae, words = _encoders(job)
     weights = None if job.pixels is None else job.pixels.perceptual_weights
     return DenoiserObjective(job, backbone(job.backbone), vae, words, PerceptualLoss(weights) if weights else None)
+
+
+def _denoised(job: Any) -> Any:
+    """The denoiser that a tokenizer recipe's decoder learns from; None where there is none."""
+    from walt.models.transformer_walt import WaltTransformer3DModel
+    from walt.training.denoised import DenoisedLatents
+    from walt.training.objectives import load_folder
+
+    if job.denoised is None:
+        return None
+    transformer = load_folder(WaltTransformer3DModel, job.denoised.denoiser, "denoised.denoiser")
+    return DenoisedLatents(job.denoised, transformer, _words(job.denoised))
 
 
 def _image_tokenizer(job: Any) -> Any:
@@ -300,11 +315,9 @@ def average_prepare(args: argparse.Namespace) -> None:
 
 def average(args: argparse.Namespace) -> None:
     """Makes averages of other lengths than a run kept (post-hoc EMA), and writes the best."""
-    import shutil
 
     import torch
     from rich.table import Table
-    from safetensors import SafetensorError
 
     from walt.training import checkpoint
     from walt.training.average import combination, exponent, mixed
@@ -352,16 +365,86 @@ def average(args: argparse.Namespace) -> None:
     if output is None:
         return
     load(best[2])
+    with _new_folder(output) as temporary:
+        objective.export(model, temporary)
+    console.print(f"wrote {output}, of length {best[1]:g}", markup=False, highlight=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def _new_folder(output: Path) -> Iterator[Path]:
+    """A temporary folder beside `output` to write into, which becomes it; nothing is left of one that fails."""
+    import shutil
+
+    from safetensors import SafetensorError
+
     temporary = output.with_name(f".{output.name}.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         output.parent.mkdir(parents=True, exist_ok=True)
-        objective.export(model, temporary)
+        yield temporary
         temporary.replace(output)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise WaltError(f'-o: cannot write "{output}": {error}') from error
-    console.print(f"wrote {output}, of length {best[1]:g}", markup=False, highlight=False, soft_wrap=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# merge
+
+
+def add_merge(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "folders", nargs="+", metavar="FOLDER", help="model folders of one shape, trained from one start"
+    )
+    parser.add_argument("--shares", type=float, nargs="+", metavar="W", help="of each folder (default: equal ones)")
+    parser.add_argument("-o", "--output", required=True, help="model folder to write, in float32")
+
+
+def merge_prepare(args: argparse.Namespace) -> None:
+    """The folders and their shares: mistakes here are usage errors."""
+    count = len(args.folders)
+    if count < 2:
+        raise WaltError(f"FOLDER: a mean is of two models or more, got {count}")
+    shares = args.shares or [1.0] * count
+    if len(shares) != count or not all(share >= 0 for share in shares) or not 0 < sum(shares) < math.inf:
+        raise WaltError(f"--shares takes {count} numbers of at least 0, one for each folder, got {args.shares}")
+    args.shares = [share / sum(shares) for share in shares]
+    for folder in args.folders:
+        if not (Path(folder) / "config.json").is_file():
+            raise WaltError(f'FOLDER: there is no model in "{folder}" (config.json is missing)')
+    if os.path.lexists(args.output):
+        raise WaltError(f'-o: "{args.output}" is there already: name a new folder')
+
+
+def merge(args: argparse.Namespace) -> None:
+    """Writes the mean of several models' weights."""
+    from diffusers import ModelMixin
+
+    import walt
+    from walt.pipelines.loading import read_json
+    from walt.training.average import soup
+    from walt.training.objectives import load_folder
+
+    known = {name: cls for name in walt.__all__ if isinstance(cls := getattr(walt, name), type)}
+    name = read_json(Path(args.folders[0]) / "config.json").get("_class_name")
+    if not isinstance(name, str) or name not in known or not issubclass(known[name], ModelMixin):
+        raise WaltError(f'FOLDER: "{args.folders[0]}" is of class {name}, which is no model of walt\'s')
+    classes = [Path(folder) / "classes.txt" for folder in args.folders]
+    texts = [path.read_bytes() if path.is_file() else None for path in classes]
+    for folder, text in zip(args.folders, texts, strict=True):
+        if text != texts[0]:
+            raise WaltError(f'FOLDER: "{folder}" has other classes than "{args.folders[0]}" (classes.txt)')
+    models = [load_folder(known[name], folder, "FOLDER") for folder in args.folders]
+    model: Any = soup(models, args.shares, args.folders)
+    output = Path(args.output)
+    with _new_folder(output) as temporary:
+        model.save_pretrained(temporary)
+        _forget_origin(temporary / "config.json")
+        if texts[0] is not None:
+            (temporary / "classes.txt").write_bytes(texts[0])
+    said = ", ".join(f"{share:.3g} {folder}" for share, folder in zip(args.shares, args.folders, strict=True))
+    Console().print(f"wrote {output}: {said}", markup=False, highlight=False, soft_wrap=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -849,6 +932,8 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base-steps", type=int, default=50)
     parser.add_argument("--sr-steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=4.0, help="default guidance scale of the base")
+    parser.add_argument("--guidance-start", type=float, default=0.0, help="its default start, 0 to 1 (default: 0)")
+    parser.add_argument("--guidance-stop", type=float, default=1.0, help="its default stop, 1 is clean (default: 1)")
     parser.add_argument("--noise-level", type=int, default=50, help="default noise on the low-resolution latents")
     parser.add_argument("--fidelity", type=float, default=0.6, help="default of how closely a stage keeps to its input")
 
@@ -857,17 +942,24 @@ def save_parts(pipe: Any, folder: Path) -> None:
     """Writes a pipeline's parts in small files; where they lay before is nobody's business and left out."""
     pipe.save_pretrained(folder, safe_serialization=True, max_shard_size="14MB")
     for path in folder.glob("*/config.json"):
-        config = json.loads(path.read_text(encoding="utf-8"))
-        if config.pop("_name_or_path", None) is not None:
-            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        _forget_origin(path)
+
+
+def _forget_origin(path: Path) -> None:
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.pop("_name_or_path", None) is not None:
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def export_prepare(args: argparse.Namespace) -> None:
     """The defaults that the folder will have: mistakes here are usage errors."""
+    from walt.diffusion import check_part
+
     if args.base_steps < 1 or args.sr_steps < 1:
         raise WaltError(f"--base-steps and --sr-steps must be at least 1, got {args.base_steps} and {args.sr_steps}")
     if not 0 <= args.guidance < math.inf:
         raise WaltError(f"--guidance must be at least 0, got {args.guidance}")
+    check_part(args.guidance_start, args.guidance_stop, "--guidance-start and --guidance-stop must lie")
     if not 0 <= args.noise_level <= 999:
         raise WaltError(f"--noise-level must be from 0 to 999, got {args.noise_level}")
     if not 0 <= args.fidelity <= 1:
@@ -908,6 +1000,8 @@ def export(args: argparse.Namespace) -> None:
         base_steps=args.base_steps,
         super_resolution_steps=args.sr_steps,
         base_guidance_scale=args.guidance,
+        base_guidance_start=args.guidance_start,
+        base_guidance_stop=args.guidance_stop,
         noise_level=args.noise_level,
         fidelity=args.fidelity,
         **stages,

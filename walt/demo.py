@@ -201,7 +201,7 @@ def _conditioned(make: Callable[[Any, Request, dict[str, Any]], Any]) -> Make:
 
         base = WaltConditionPipeline(pipe.tokenizer, pipe.text_encoder, pipe.vae, pipe.transformer, pipe.scheduler)
         base.set_progress_bar_config(disable=True)
-        base.set_guidance(request.options)
+        base.set_guidance(pipe.base_guidance_options)
         call = {
             "prompt": request.prompt,
             "negative_prompt": request.negative_prompt,
@@ -491,15 +491,16 @@ class Studio:
         hold: float = 5,
         low: float = 1.0,
         power: float = 4.0,
-        start: float = 0.0,
-        stop: float = 1.0,
+        start: float | None = None,
+        stop: float | None = None,
         threshold: float = 0.0,
         percentile: float = 0.0,
     ) -> Request:
         """A Request from the page's values, `given` those of the task's own fields.
 
-        Those from `schedule` on are the fields of a `GuidanceOptions`; 0 is no threshold, and no percentile. They
-        may come from any program: a WaltError for what is not allowed.
+        Those from `schedule` on are the fields of a `GuidanceOptions`; 0 is no threshold, and no percentile, and the
+        model's own start and stop are those of its base alone, as None. They may come from any program: a WaltError for
+        what is not allowed.
         """
         from walt.diffusion import GuidanceOptions
 
@@ -524,13 +525,15 @@ class Studio:
         for name, value, most in (
             ("low guidance", low, 30),
             ("power", power, 100),
-            ("start", start, 1),
-            ("stop", stop, 1),
+            ("start", 0 if start is None else start, 1),
+            ("stop", 1 if stop is None else stop, 1),
             ("threshold", threshold, 100),
             ("percentile", percentile, 1),
         ):
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
                 raise WaltError(f"{name} must be from 0 to {most}, got {value}")
+        if (start, stop) == (self.pipe.config.base_guidance_start, self.pipe.config.base_guidance_stop):
+            start = stop = None
         bounds = {"threshold": threshold or None, "percentile": percentile or None}
         options = GuidanceOptions(schedule, int(hold), low, power, start, stop, **bounds)  # type: ignore[arg-type]
         files, choices = self._fields(TASKS[task], given)

@@ -88,7 +88,7 @@ def build_page(studio: Studio, words: dict[str, Any]) -> Any:
                             1, limits.steps, pipe.config.super_resolution_steps, step=1, label="Super-resolution steps"
                         )
                         guidance = gr.Slider(0, 30, pipe.config.base_guidance_scale, step=0.1, label="Guidance")
-                    spread = _guidance(limits)
+                    spread = _guidance(limits, pipe.config)
                     dice = gr.Button("New seed", size="sm")
                 with gr.Row():
                     make = gr.Button("Generate", variant="primary", elem_id="make", scale=3)
@@ -216,7 +216,7 @@ def _show(key: str, pipe: Any) -> list[Any]:
     return [key, gr.Textbox(visible=task.told(pipe)), gr.Dropdown(visible=task.size), gr.Dropdown(visible=task.length)]
 
 
-def _guidance(limits: Limits) -> list[Any]:
+def _guidance(limits: Limits, config: Any) -> list[Any]:
     """How guidance is spread over the steps and bounded: the last values of `Studio.check`, in its order."""
     plain = GuidanceOptions()
     with gr.Row():
@@ -227,8 +227,8 @@ def _guidance(limits: Limits) -> list[Any]:
         low = gr.Slider(0, 30, plain.low, step=0.1, label="Oscillating: scale in turn")
         power = gr.Slider(0.5, 20, plain.power, step=0.5, label="Power-cosine: weak for longer")
     with gr.Row():
-        start = gr.Slider(0, 1, plain.start, step=0.05, label="Guide from this share of the way")
-        stop = gr.Slider(0, 1, plain.stop, step=0.05, label="to this one (1: clean)")
+        start = gr.Slider(0, 1, config.base_guidance_start, step=0.05, label="Guide from this share of the way")
+        stop = gr.Slider(0, 1, config.base_guidance_stop, step=0.05, label="to this one (1: clean)")
     with gr.Row():
         threshold = gr.Slider(0, 10, 0, step=0.1, label="Threshold in standard deviations (0: none)")
         percentile = gr.Slider(0, 0.999, 0, step=0.001, label="Dynamic threshold's percentile (0: static)")

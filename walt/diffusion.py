@@ -12,8 +12,8 @@ any shape, and works in the dtype of its tensors.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from diffusers import DDIMScheduler
@@ -178,7 +178,8 @@ class GuidanceOptions:
         power: power-cosine: larger stays weak for longer.
         start, stop: shares of the whole way from noise to clean between which guidance acts, whatever the schedule; outside
             them the scale is 1, at half the work (Kynkaanniemi et al. 2024, arXiv 2404.07724). An edit of strength s begins
-            at 1 - s. With evenly spaced steps, up to one step, what they are of diffusers' guiders.
+            at 1 - s. With evenly spaced steps, up to one step, what they are of diffusers' guiders. None: 0 and 1, but where
+            neither is given a cascade's base takes its model's (`within`).
         threshold: bound on predicted clean latents, in units of their standard deviation; None for none.
         percentile: None for a static bound, or the share of a sample's values that the dynamic one keeps (`threshold_x0`).
 
@@ -190,8 +191,8 @@ class GuidanceOptions:
     hold: int = 5
     low: float = 1.0
     power: float = 4.0
-    start: float = 0.0
-    stop: float = 1.0
+    start: float | None = None
+    stop: float | None = None
     threshold: float | None = None
     percentile: float | None = None
 
@@ -203,10 +204,7 @@ class GuidanceOptions:
             raise WaltError(f"hold and low of oscillating guidance must be at least 0, got {self.hold} and {self.low}")
         if not self.power > 0:
             raise WaltError(f"power of power-cosine guidance must be positive, got {self.power}")
-        if not 0 <= self.start < self.stop <= 1:
-            raise WaltError(
-                f"guidance must start and stop between 0 and 1, in this order, got {self.start} and {self.stop}"
-            )
+        check_part(*self.part)
         if self.threshold is not None and not self.threshold > 0:
             raise WaltError(f"threshold of predicted latents must be positive, got {self.threshold}")
         if self.percentile is not None and (self.threshold is None or not 0 < self.percentile < 1):
@@ -214,6 +212,15 @@ class GuidanceOptions:
                 f"percentile must be between 0 and 1 and go with a threshold, got {self.percentile} and "
                 f"threshold {self.threshold}"
             )
+
+    @property
+    def part(self) -> tuple[float, float]:
+        """`start` and `stop`, or the whole way where they are None."""
+        return 0.0 if self.start is None else self.start, 1.0 if self.stop is None else self.stop
+
+    def within(self, start: float, stop: float) -> GuidanceOptions:
+        """These options, acting from `start` to `stop` unless they say themselves where they act."""
+        return replace(self, start=start, stop=stop) if self.start is None and self.stop is None else self
 
     def scale(self, scale: float, step: int, timestep: float, last: float = 999.0) -> float:
         """The guidance scale of one step, where the call asks for `scale`.
@@ -223,7 +230,8 @@ class GuidanceOptions:
             timestep: of that step, `last` at pure noise to 0.
         """
         way = 1 - timestep / last
-        if way < self.start or (way >= self.stop and self.stop < 1):
+        start, stop = self.part
+        if way < start or (way >= stop and stop < 1):
             return 1.0
         if self.schedule == "oscillating":
             return oscillating_scale(scale, step, self.hold, self.low)
@@ -239,6 +247,13 @@ class GuidanceOptions:
         _, sigma = coefficients(scheduler, timestep, x_t)
         # x_t stays: x0 = signal x_t - sigma v. Written as a difference, so that what is in bounds does not change.
         return v + (x0 - threshold_x0(x0, self.threshold, self.percentile)) / sigma
+
+
+def check_part(start: Any, stop: Any, what: str = "guidance must start and stop") -> None:
+    """Raises a WaltError unless `start` and `stop` are shares of the way, in this order."""
+    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in (start, stop))
+    if not numbers or not 0 <= start < stop <= 1:
+        raise WaltError(f"{what} between 0 and 1, in this order, got {start!r} and {stop!r}")
 
 
 def oscillating_scale(scale: float, step: int, hold: int, low: float = 1.0) -> float:

@@ -266,8 +266,8 @@ def run(args: argparse.Namespace) -> None:
         cascade.tokenizer, cascade.text_encoder, cascade.vae, cascade.transformer, cascade.scheduler
     )
     pipe.set_progress_bar_config(disable=True)
-    for part in (pipe, cascade):
-        part.set_guidance(args.options)
+    cascade.set_guidance(args.options)
+    pipe.set_guidance(cascade.base_guidance_options)
     call: dict[str, Any] = {
         "negative_prompt": args.negative_prompt,
         "num_inference_steps": args.steps or cascade.config.base_steps,

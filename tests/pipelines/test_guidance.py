@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 
 from tests import tiny
 from walt.errors import WaltError
@@ -54,6 +57,44 @@ def test_steps_outside_of_the_guided_part_compute_no_second_branch() -> None:
     pipe.set_guidance(start=0.2)  # the first step is not guided, the callback decides about the others
     expected = pipe("a rocket", generator=tiny.seeded(0), callback_on_step_end=by_hand, **call).frames
     torch.testing.assert_close(part, expected, rtol=0, atol=1e-5)
+
+
+def test_a_model_may_say_where_its_base_is_guided(tmp_path: Path) -> None:
+    """As if asked for, but for the base alone; what a caller asks for comes first, and it is saved with the model."""
+    part = {"base_guidance_start": 0.2, "base_guidance_stop": 0.7}
+    call: dict[str, Any] = {"num_frames": 5, "num_inference_steps": [5, 2], "guidance_scale": 7.0, "stages": 2}
+    rows: dict[str, list[int]] = {}
+
+    def made(pipe: Any, name: str, **guidance: float) -> torch.Tensor:
+        seen: list[int] = []
+        hooks = [
+            model.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])) if args else None)
+            for model in (pipe.transformer, pipe.transformer_2)
+        ]
+        pipe.set_guidance(**guidance)
+        frames: torch.Tensor = pipe("a rocket", generator=tiny.seeded(0), output_type="pt", **call).frames
+        for hook in hooks:
+            hook.remove()
+        rows[name] = seen
+        return frames
+
+    pipe = tiny.cascade(**part)
+    default = made(pipe, "default")
+    asked = made(tiny.cascade(), "asked", start=0.2, stop=0.7)
+    whole = made(pipe, "whole", start=0.0)
+    plain = made(tiny.cascade(), "plain")
+    assert rows["default"] == [*rows["asked"][:5], 2, 2] and 1 < sum(rows["asked"][:5]) - 5 < 4
+    assert rows["whole"] == rows["plain"] == [2] * 7
+    torch.testing.assert_close(whole, plain, rtol=0, atol=1e-5)
+    assert not torch.allclose(default, plain, atol=1e-3) and not torch.allclose(default, asked, atol=1e-3)
+    assert pipe.base_guidance_options.part == (0.0, 1.0)  # as was asked for last
+    pipe.save_pretrained(tmp_path)
+    again = tiny.quiet(DiffusionPipeline.from_pretrained(tmp_path))
+    assert again.base_guidance_options.part == (0.2, 0.7) and again.guidance_options.part == (0.0, 1.0)
+    torch.testing.assert_close(made(again, "again"), default, rtol=0, atol=1e-5)
+    for start, stop in ((0.7, 0.2), ("0.2", 1.0), (None, 1.0), (False, True), (0.5, 0.5), (math.nan, 1.0)):
+        with pytest.raises(WaltError, match="base_guidance_start and base_guidance_stop must lie between 0 and 1"):
+            tiny.cascade(base_guidance_start=start, base_guidance_stop=stop)
 
 
 def test_thresholds_bound_the_latents_of_every_stage() -> None:

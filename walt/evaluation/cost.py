@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from walt.chunking import chunk_length, chunk_starts, latent_frames
+from walt.diffusion import GuidanceOptions
 
 # Convolutions, attention and element-wise work reach about this share of a plain matrix product's speed (measured).
 EFFICIENCY = 0.5
@@ -96,6 +97,7 @@ def describe(pipe: Any, frames: int, device: torch.device, dtype: torch.dtype) -
         height, width = pipe.default_size(i + 1)
         steps = pipe.default_steps(count)[i]
         scale = pipe.config.super_resolution_guidance_scale if i else pipe.config.base_guidance_scale
+        guided = _guided_steps(pipe.scheduler, steps, pipe.guidance_options if i else pipe.base_guidance_options, scale)
         latent = (
             int(model.config.in_channels),
             latent_frames(chunk_length(frames, pipe.vae_scale_factor_temporal), pipe.vae_scale_factor_temporal),
@@ -113,7 +115,7 @@ def describe(pipe: Any, frames: int, device: torch.device, dtype: torch.dtype) -
                 latent[1] * latent[2] * latent[3] // model.config.patch_size**2,
                 int(model.config.num_layers),
                 steps,
-                chunks * (steps * forward * (2 if scale > 1 else 1) + decoding),
+                chunks * ((steps + guided) * forward + decoding),
             )
         )
         largest = max(largest, need, need_decode)
@@ -124,6 +126,16 @@ def describe(pipe: Any, frames: int, device: torch.device, dtype: torch.dtype) -
     video = 3 * min(frames, 2 * chunk_length(frames, pipe.vae_scale_factor_temporal)) * height * width * 4 * 3
     seconds = sum(stage.flops for stage in stages) / (EFFICIENCY * speed)
     return Facts(parts, stages, speed, seconds, RUNTIME_BYTES + weights + largest + video)
+
+
+def _guided_steps(scheduler: Any, steps: int, options: GuidanceOptions, scale: float) -> int:
+    """How many of the steps compute the unconditional branch too."""
+    if scale <= 1:
+        return 0
+    scheduler = type(scheduler).from_config(scheduler.config)
+    scheduler.set_timesteps(steps)
+    last = scheduler.config.num_train_timesteps - 1
+    return sum(options.scale(scale, i, float(t), last) != 1 for i, t in enumerate(scheduler.timesteps))
 
 
 def measure_speed(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:

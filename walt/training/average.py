@@ -1,5 +1,5 @@
-"""Averages of the trained weights: the exponential one that a run exports, and power-function ones, from whose snapshots
-an average of any length is made afterwards (Karras et al. 2024, arXiv 2312.02696, section 3).
+"""Averages of the trained weights: the exponential one that a run exports, power-function ones, from whose snapshots an
+average of any length is made afterwards (Karras et al. 2024, arXiv 2312.02696, section 3), and means of several models.
 
 A length is sigma_rel, the standard deviation of the average's weight profile over time, as a share of the time trained: at
 0.1 the first half of a run counts 0.4 %, at 0.05 0.0004 %. Time is counted in updates.
@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -261,3 +262,56 @@ def _read(path: Path) -> Iterator[tuple[str, Tensor]]:
                 yield name, file.get_tensor(name)
     except (OSError, SafetensorError) as error:
         raise WaltError(f'"{path}" is damaged ({error}): remove it, the others do without') from error
+
+
+def soup(models: Sequence[nn.Module], shares: Sequence[float], names: Sequence[str]) -> nn.Module:
+    """The first model with the mean of all models' weights (a model soup, Wortsman et al. 2022, arXiv 2203.05482).
+
+    Args:
+        models: of one architecture, trained from one start; the first one is changed.
+        shares: of each model, adding up to 1.
+        names: of each model, for errors.
+
+    Raises:
+        WaltError: models of another class, config or shape than the first one; models with a codebook, whose codes have no
+            mean; numbers that are not finite.
+
+    Sums are float32, whatever the weights are.
+    """
+    if getattr(models[0], "quantize", None) is not None:
+        raise WaltError(f'"{names[0]}" has a codebook: codes of two of them mean other things, and have no mean')
+    first = models[0].state_dict()
+    for model, name in zip(models[1:], names[1:], strict=True):
+        for key, value in _config(models[0]).items():
+            if type(model) is type(models[0]) and _config(model).get(key) != value:
+                raise WaltError(
+                    f'"{name}" has {key}={_config(model).get(key)} and "{names[0]}" has {value}: no mean of them'
+                )
+        other = model.state_dict()
+        ours, theirs = ({key: tuple(value.shape) for key, value in state.items()} for state in (first, other))
+        if type(model) is not type(models[0]) or ours != theirs:
+            wrong = sorted(key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key))
+            where = (
+                f": {wrong[0]} is {theirs.get(wrong[0], 'absent')}, not {ours.get(wrong[0], 'there')}" if wrong else ""
+            )
+            raise WaltError(f'"{name}" is no model of the same shape as "{names[0]}"{where}')
+        for key, value in first.items():
+            if not value.is_floating_point() and not torch.equal(value, other[key]):
+                raise WaltError(f'"{name}" has other {key} than "{names[0]}": whole numbers have no mean')
+    states = [model.state_dict() for model in models]
+    mean = {
+        key: sum(share * state[key].float() for share, state in zip(shares, states, strict=True)).to(value.dtype)
+        if value.is_floating_point()
+        else value
+        for key, value in first.items()
+    }
+    for key, value in mean.items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise WaltError(f"the mean's {key} holds numbers that are not finite")
+    models[0].load_state_dict(mean)
+    return models[0]
+
+
+def _config(model: nn.Module) -> dict[str, Any]:
+    """What a model is built from, without where it came from."""
+    return {key: value for key, value in dict(getattr(model, "config", {})).items() if not key.startswith("_")}

@@ -237,6 +237,26 @@ class TokenizerLoss(Frozen):
     adversarial: AdversarialJob | None = None
 
 
+class DenoisedJob(Frozen):
+    """The decoder learns from latents that a denoiser has made of noised ones, as it is given them in sampling, beside the
+    true frames (walt.training.denoised). A batch is left as it is at times, with `loss.latent_noise`."""
+
+    denoiser: str = Field(description="folder of a base denoiser of this tokenizer's latents")
+    text_encoder: str | None = Field(default=None, description="folder, for a denoiser that reads text")
+    text_tokenizer: str | None = None
+    sizes: tuple[tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]], ...] = Field(
+        min_length=1, description="height and width of the shapes this is done for: what the denoiser knows; cuts count"
+    )
+    steps: int = Field(default=10, gt=0, le=1000, description="of sampling, evenly spaced")
+    last: int = Field(default=4, gt=0, description="none to this many of them are run, from the end, drawn evenly")
+
+    @model_validator(mode="after")
+    def _check(self) -> DenoisedJob:
+        if self.last > self.steps:
+            raise ValueError(f"last must be at most steps, got {self.last} of {self.steps}")
+        return self
+
+
 class TokenizerJob(Frozen):
     kind: Literal["tokenizer"] = "tokenizer"
     architecture: Literal["causal", "frames"] = Field(
@@ -259,6 +279,7 @@ class TokenizerJob(Frozen):
     shortcut_batches: int = Field(default=60, gt=0, description="batches that a block_shortcut is fitted to")
     batch_pixels: int = Field(gt=0, description="video pixels (frames x height x width) per step and rank")
     loss: TokenizerLoss = TokenizerLoss()
+    denoised: DenoisedJob | None = Field(default=None, description="needs freeze_encoder=true: latents must stay")
     optimizer: OptimizerJob
     run: RunJob
 

@@ -86,12 +86,18 @@ class TokenizerObjective(Objective):
         autoencoder: AutoencoderKLWalt or WaltVQModel.
         perceptual: `walt.tokenizers.losses.PerceptualLoss` or None.
         adversary: `walt.tokenizers.losses.AdversarialLoss` for a recipe with `loss.adversarial`, else None.
+        denoised: `walt.training.denoised.DenoisedLatents` for a recipe with `denoised`, else None.
     """
 
     model: Any
 
     def __init__(
-        self, job: TokenizerJob, autoencoder: type[Any], perceptual: nn.Module | None, adversary: Any = None
+        self,
+        job: TokenizerJob,
+        autoencoder: type[Any],
+        perceptual: nn.Module | None,
+        adversary: Any = None,
+        denoised: Any = None,
     ) -> None:
         self.job = job
         self.scenes = None if isinstance(job.data, MediaJob) else Scenes(job.data)
@@ -101,6 +107,7 @@ class TokenizerObjective(Objective):
         self.model = build_model(autoencoder, job.model)
         self.segmentation = bool(self.model.config.get("segmentation", False))
         self.quantizer = getattr(self.model, "quantize", None)
+        self.denoised = denoised
         self._check(job, adversary)
         self.clips = (
             Clips(
@@ -121,6 +128,8 @@ class TokenizerObjective(Objective):
             self.clips.check_held_out()
         if job.init is not None:
             self._start_from(job.init)
+            if self.denoised is not None:
+                self.denoised.check(self.model, job.shapes)
         elif self.model.config.block_shortcut:
             self.model.fit_block_shortcut(self._batches())
         if job.hold_keyframes:
@@ -146,6 +155,12 @@ class TokenizerObjective(Objective):
             raise WaltError(
                 "hold_keyframes: needs model.block_shortcut=true, no quantizer, no inflate, and an encoder that learns "
                 "(freeze_encoder=false)"
+            )
+        if (self.denoised is None) != (job.denoised is None):
+            raise WaltError("denoised: the objective needs its denoiser with it, and takes none without")
+        if self.denoised is not None and (self.quantizer is not None or not job.freeze_encoder):
+            raise WaltError(
+                "denoised: a denoiser knows the latents that are there: set freeze_encoder=true, no quantizer"
             )
         if self.quantizer is not None and job.loss.latent_noise:
             raise WaltError(f"loss.latent_noise: codes take no noise, got {job.loss.latent_noise}; set it to 0")
@@ -215,6 +230,8 @@ class TokenizerObjective(Objective):
         self.drawing.to(device)
         if self.perceptual is not None:
             self.perceptual.to(device)
+        if self.denoised is not None:
+            self.denoised.to(device)
 
     def _batches(self) -> Iterator[Tensor]:
         """Groups of the first steps, drawn: what the shortcuts are fitted to."""
@@ -367,11 +384,18 @@ class TokenizerObjective(Objective):
         return torch.cat(distances).float().mean()
 
     def _noise(self, video: Tensor, generator: torch.Generator) -> Tensor | None:
-        if not self.job.loss.latent_noise:
+        """What the decoder's latents are off by, in units of each channel's standard deviation; None for nothing."""
+        if self.denoised is None and not self.job.loss.latent_noise:
             return None
         b, _, t, h, w = video.shape
         s, r = self.model.spatial_compression_ratio, self.model.temporal_compression_ratio
         shape = (b, self.model.config.latent_channels, 1 + (t - 1) // r, h // s, w // s)
+        if self.job.denoised is not None and (h, w) in self.job.denoised.sizes:
+            steps = int(torch.randint(self.job.denoised.last + 1, (), generator=generator))
+            if steps:
+                return self.denoised(self.model, video, normal(shape, generator, self.device), steps)
+        if not self.job.loss.latent_noise:
+            return None
         # A random strength per sample, up to latent_noise: clean latents must decode sharply too.
         strength = torch.rand((b, 1, 1, 1, 1), generator=generator) * self.job.loss.latent_noise
         return normal(shape, generator, self.device) * to_device(strength, self.device)
@@ -1248,12 +1272,29 @@ def load_folder(cls: type[Any], folder: str, what: str) -> Any:
     if not (Path(folder) / "config.json").is_file():
         raise WaltError(f"{what}: no model in {folder!r} (config.json is missing)")
     try:
-        # diffusers would fill a model of another class with noise.
-        saved = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")).get("_class_name")
+        # diffusers would fill a model of another class, and weights that are missing, with noise.
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise WaltError(f"{what}: {folder!r} cannot be loaded: its config.json is no JSON object")
+        saved = config.get("_class_name")
         if saved is not None and saved != cls.__name__:
             raise WaltError(f"{what}: {folder!r} is of class {saved}, {cls.__name__} is needed")
-        return cls.from_pretrained(folder)
+        model, found = cls.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
     except WaltError:
         raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise WaltError(f"{what}: {folder!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        ArithmeticError,
+        RuntimeError,
+        SafetensorError,
+    ) as e:
+        said = (str(e).splitlines() or [type(e).__name__])[0]
+        raise WaltError(f"{what}: {folder!r} cannot be loaded: {said}") from e
+    for kind in ("missing", "unexpected"):
+        if names := sorted(found[f"{kind}_keys"]):
+            raise WaltError(f"{what}: {folder!r} has {kind} weights, {len(names)} of them, such as {names[0]}")
+    return model
